@@ -1,0 +1,114 @@
+"""Checkpoints of trained networks: the weights and all that is needed to build the network again.
+
+Read with ``weights_only=True``: no pickled code from disk is ever executed.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ._version import __version__
+from .errors import CheckpointMismatch, MissingInput
+from .provenance import atomic_write
+
+FORMAT = "connectomics_neurodiff checkpoint 1"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A trained network as stored.
+
+    Attributes
+    ----------
+    kind : str
+        ``"denoiser"`` or ``"segmenter"``.
+    architecture : str
+        Registered name of the network.
+    options : dict
+        Keyword arguments that build it again.
+    state_dict : dict
+        Parameters and buffers by name.
+    extra : dict
+        What else belongs to it: voxel sizes trained on, diffusion schedule, patch size, provenance.
+    """
+
+    kind: str
+    architecture: str
+    options: dict[str, Any]
+    state_dict: dict[str, torch.Tensor]
+    extra: dict[str, Any]
+
+
+def save_checkpoint(
+    path: str | os.PathLike[str],
+    *,
+    kind: str,
+    architecture: str,
+    options: Mapping[str, Any],
+    state_dict: Mapping[str, torch.Tensor],
+    extra: Mapping[str, Any],
+) -> None:
+    """Write a checkpoint atomically; `options` and `extra` may hold numbers, strings, lists and dicts of them."""
+    content = {
+        "format": FORMAT,
+        "version": __version__,
+        "kind": kind,
+        "architecture": architecture,
+        "options": dict(options),
+        "state_dict": {name: tensor.detach().cpu() for name, tensor in state_dict.items()},
+        "extra": dict(extra),
+    }
+    with atomic_write(path) as temporary:
+        torch.save(content, temporary)
+
+
+def load_checkpoint(path: str | os.PathLike[str], *, kind: str) -> Checkpoint:
+    """Read a checkpoint.
+
+    Raises
+    ------
+    MissingInput
+        If there is no such file.
+    CheckpointMismatch
+        If the file is not one of our checkpoints, is damaged, or holds another kind of network.
+    """
+    if not Path(path).is_file():
+        raise MissingInput(f"No checkpoint at {path}.")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises a different class for each way a file can be broken
+        reason = str(error).strip().splitlines()[0]
+        raise CheckpointMismatch(f"{path} cannot be read as a checkpoint ({type(error).__name__}: {reason}).") from error
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise CheckpointMismatch(f"{path} is not a checkpoint of this package (expected format '{FORMAT}').")
+    if content["kind"] != kind:
+        raise CheckpointMismatch(
+            f"{path} holds a {content['kind']} ({content['architecture']}); a {kind} is needed here."
+        )
+    return Checkpoint(**{name: content[name] for name in Checkpoint.__dataclass_fields__})
+
+
+def load_weights(network: torch.nn.Module, checkpoint: Checkpoint) -> torch.nn.Module:
+    """Put the checkpoint's weights into a network built from its options.
+
+    Raises
+    ------
+    CheckpointMismatch
+        If names or shapes differ; the message names the first difference.
+    """
+    wanted = network.state_dict()
+    for name in sorted({*wanted, *checkpoint.state_dict}):
+        mine = tuple(wanted[name].shape) if name in wanted else "absent"
+        stored = tuple(checkpoint.state_dict[name].shape) if name in checkpoint.state_dict else "absent"
+        if mine != stored:
+            raise CheckpointMismatch(
+                f"The checkpoint does not fit {checkpoint.architecture}: {name} is {stored} in it, {mine} in the network."
+            )
+    network.load_state_dict(checkpoint.state_dict)
+    return network

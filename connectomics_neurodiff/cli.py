@@ -1,0 +1,220 @@
+"""The command line: what can be asked for, and how failures end (0 done, 2 the user's input is wrong, 1 our fault).
+
+Only the parser lives here, so that ``--help`` answers at once; the work is in :mod:`~connectomics_neurodiff.commands`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import traceback
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+from ._version import __version__
+from .errors import UserError, did_you_mean
+
+CONFIG_HELP = "KEY VALUE pairs that replace settings, e.g. SOLVER.BASE_LR 2e-4"
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser whose complaint is one line and names the nearest valid choice."""
+
+    def error(self, message: str) -> NoReturn:
+        if "invalid choice: '" in message:
+            got = message.split("invalid choice: '")[1].split("'")[0]
+            known = [c for a in self._actions if a.choices for c in a.choices]
+            message += did_you_mean(got, map(str, known))
+        elif message.startswith("unrecognized arguments:"):
+            got = message.split()[2]
+            message += did_you_mean(got, [o for a in self._actions for o in a.option_strings])
+        print(f"{self.prog}: error: {message} (see {self.prog} --help)", file=sys.stderr)
+        raise SystemExit(2)
+
+
+def _add_voxel_size(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--voxel-nm", nargs=3, type=float, metavar=("Z", "Y", "X"), help="voxel size in nm, where the file has none"
+    )
+
+
+def _add_output(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("output", metavar="OUT.h5", help="file to write; refused if it exists")
+    parser.add_argument("--force", action="store_true", help="replace OUT.h5 if it exists")
+
+
+def _add_device(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--gpus", type=int, default=-1, help="0: CPU; -1: a GPU if there is one (default)")
+    parser.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="default: auto")
+
+
+def _add_run(commands: Any) -> None:
+    run = _add_command(
+        commands,
+        "run",
+        "the whole method: labelled volume to scored segmentations",
+        "neurodiff run --config-file configs/NeuroDiff-Demo.yaml DATASET.OUTPUT_PATH outputs/demo",
+    )
+    run.add_argument("--config-file", metavar="FILE", help="YAML recipe (default: the built-in defaults)")
+    run.add_argument("--config-base", metavar="FILE", help="YAML merged before --config-file")
+    run.add_argument("--stages", metavar="A,B", help="only these stages, separated by commas")
+    run.add_argument("--inference", action="store_true", help="only the stages after training")
+    run.add_argument("--checkpoint", metavar="FILE", help="segmenter to use in place of the run's own")
+    run.add_argument(
+        "--engine", choices=("auto", "native", "host"), default="auto", help="who trains (default: auto)"
+    )
+    run.add_argument("--dry-run", action="store_true", help="print config, stages, sizes and missing inputs; do nothing")
+    run.add_argument("--force", action="store_true", help="make again what was made with other settings")
+    run.add_argument("settings", nargs="*", metavar="KEY VALUE", help=CONFIG_HELP)
+
+
+def _add_volume_commands(commands: Any) -> None:
+    phantom = _add_command(
+        commands, "phantom", "grow a labelled volume", "neurodiff phantom cells.h5 --shape 32 160 160 --voxel-nm 29 6 6"
+    )
+    _add_output(phantom)
+    phantom.add_argument("--shape", nargs=3, type=int, default=(32, 160, 160), metavar=("Z", "Y", "X"), help="voxels")
+    phantom.add_argument("--seed", type=int, default=0, help="default: 0")
+    _add_voxel_size(phantom)
+
+    convert = _add_command(
+        commands,
+        "convert",
+        "PNG/TIFF stack, Zarr or HDF5 to a volume file; a second call adds labels to it",
+        "neurodiff convert AC4/labels ac4.h5 --as label --voxel-nm 29 6 6",
+    )
+    convert.add_argument("input", metavar="IN", help="file, file.h5::dataset, or folder of sections")
+    convert.add_argument("output", metavar="OUT.h5", help="new file, or one that lacks this dataset")
+    convert.add_argument("--as", dest="role", choices=("image", "label", "mito"), default="image", help="default: image")
+    _add_voxel_size(convert)
+
+    info = _add_command(commands, "info", "shape, type, voxel size, labels, provenance", "neurodiff info cells.h5")
+    info.add_argument("path", metavar="PATH")
+    _add_voxel_size(info)
+
+    view = _add_command(commands, "view", "show volumes in Neuroglancer", "neurodiff view cells.h5 segmentation.h5")
+    view.add_argument("paths", nargs="+", metavar="PATH")
+    view.add_argument("--bind", default="127.0.0.1", help="address to listen on (default: this machine only)")
+    view.add_argument("--port", type=int, default=0, help="default: any free one")
+    view.add_argument("--no-browser", action="store_true", help="print the address, open nothing")
+    _add_voxel_size(view)
+
+
+def _add_synthesis_commands(commands: Any) -> None:
+    remodel = _add_command(
+        commands, "remodel", "bend membranes, place mitochondria", "neurodiff remodel cells.h5 masks.h5 --copies 4"
+    )
+    remodel.add_argument("volume", metavar="VOLUME.h5", help="needs labels; mitochondria are optional")
+    _add_output(remodel)
+    remodel.add_argument("--copies", type=int, default=1, help="more than one: OUT_000.h5, OUT_001.h5, ... (default: 1)")
+    remodel.add_argument("--seed", type=int, default=0, help="default: 0")
+    remodel.add_argument("--no-mito", action="store_true", help="leave the mitochondria where they are")
+    remodel.add_argument("--no-elastic", action="store_true", help="leave the membranes where they are")
+    remodel.add_argument("--membrane-nm", type=float, default=18.0, help="membrane width in nm (default: 18)")
+    _add_voxel_size(remodel)
+
+    sample = _add_command(
+        commands,
+        "sample",
+        "paint EM onto masks",
+        "neurodiff sample masks.h5 pairs.h5 --checkpoint outputs/demo/diffusion/checkpoint.pt --sampler ddim --steps 25",
+    )
+    sample.add_argument("masks", metavar="MASKS.h5", help="label, membrane, mito")
+    _add_output(sample)
+    sample.add_argument("--checkpoint", required=True, metavar="C", help="trained denoiser")
+    sample.add_argument("--sampler", choices=("ddpm", "ddim", "dpmpp"), default="ddim", help="default: ddim")
+    sample.add_argument("--steps", type=int, default=0, metavar="N", help="default: 50, and all of them with ddpm")
+    sample.add_argument("--seed", type=int, default=0, help="default: 0")
+    sample.add_argument("--tile", nargs=3, type=int, metavar=("Z", "Y", "X"), help="voxels (default: as trained)")
+    sample.add_argument("--overlap", nargs=3, type=int, metavar=("Z", "Y", "X"), help="default: an eighth of the tile")
+    _add_voxel_size(sample)
+    _add_device(sample)
+
+
+def _add_segmentation_commands(commands: Any) -> None:
+    predict = _add_command(
+        commands,
+        "predict",
+        "affinities of a volume",
+        "neurodiff predict cells.h5 affinities.h5 --checkpoint outputs/demo/segmenter/mixed/checkpoint.pt",
+    )
+    predict.add_argument("volume", metavar="VOLUME.h5")
+    _add_output(predict)
+    predict.add_argument("--checkpoint", required=True, metavar="C", help="trained segmenter")
+    predict.add_argument("--tile", nargs=3, type=int, metavar=("Z", "Y", "X"), help="voxels (default: as trained)")
+    predict.add_argument("--flip-augmentation", action="store_true", help="average over flips and transposes")
+    _add_voxel_size(predict)
+    _add_device(predict)
+
+    segment = _add_command(
+        commands,
+        "segment",
+        "affinities to a segmentation",
+        "neurodiff segment affinities.h5 segmentation.h5 --method waterz --threshold 0.3",
+    )
+    segment.add_argument("affinities", metavar="AFFINITIES.h5")
+    _add_output(segment)
+    segment.add_argument("--method", choices=("waterz", "multicut"), required=True)
+    segment.add_argument("--threshold", type=float, help="0..1 (default: waterz .30, multicut .25)")
+    _add_voxel_size(segment)
+
+    evaluate = _add_command(
+        commands,
+        "evaluate",
+        "score a segmentation: variation of information (bits) and adapted Rand error",
+        "neurodiff evaluate segmentation.h5 --truth cells.h5 --json",
+    )
+    evaluate.add_argument("segmentation", metavar="SEGMENTATION.h5")
+    evaluate.add_argument("--truth", required=True, metavar="VOLUME.h5", help="its label 0 is ignored")
+    evaluate.add_argument("--json", action="store_true", help="print JSON")
+
+
+def _add_command(commands: Any, name: str, what: str, example: str) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = commands.add_parser(
+        name, help=what, description=what[0].upper() + what[1:] + ".", epilog=f"example: {example}"
+    )
+    return parser
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of all commands."""
+    parser = _Parser(
+        prog="neurodiff",
+        description="New labelled EM volumes from the ones you have, and the segmenter trained on both.",
+        epilog="example: neurodiff run --config-file configs/NeuroDiff-Demo.yaml",
+    )
+    parser.add_argument("--version", action="version", version=f"neurodiff {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
+    _add_run(commands)
+    _add_volume_commands(commands)
+    _add_synthesis_commands(commands)
+    _add_segmentation_commands(commands)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit code."""
+    # Settings may follow options in any order, which argparse's "intermixed" parsing allows only without sub-commands.
+    options, extra = build_parser().parse_known_args(arguments)
+    if extra:
+        if options.command == "run" and not any(text.startswith("-") for text in extra[::2]):
+            options.settings += extra
+        else:
+            build_parser().error(f"unrecognized arguments: {' '.join(extra)}")
+    from . import commands
+
+    try:
+        commands.COMMANDS[options.command](options)
+    except UserError as error:
+        print(f"neurodiff: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("neurodiff: interrupted; the same command goes on where it stopped", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        return 0
+    except Exception:
+        traceback.print_exc()
+        print("neurodiff: this is our fault; please report it with the traceback above", file=sys.stderr)
+        return 1
+    return 0

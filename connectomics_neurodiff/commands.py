@@ -1,0 +1,247 @@
+"""What the commands of :mod:`~connectomics_neurodiff.cli` do. Heavy imports stay inside, so that each pays only for its own."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from .errors import MissingInput, OutputExists, ValueRangeError
+
+
+def _require_free(path: str, *, force: bool) -> None:
+    if Path(path).exists() and not force:
+        raise OutputExists(f"{path} exists; nothing was overwritten. Name another output, or use --force.")
+
+
+def _voxel_size(options: argparse.Namespace) -> tuple[float, ...] | None:
+    return tuple(options.voxel_nm) if options.voxel_nm else None
+
+
+def run(options: argparse.Namespace) -> None:
+    """``neurodiff run``"""
+    from .config import load_config
+    from .pipeline import choose_stages, run_pipeline
+
+    cfg = load_config(options.config_file, base=options.config_base, overrides=options.settings)
+    if options.engine == "host":
+        raise MissingInput(
+            "--engine host needs pytorch_connectomics' trainer, which this version does not drive yet; use --engine native."
+        )
+    stages = choose_stages(cfg, options.stages.split(",") if options.stages else (), inference=options.inference)
+    if options.dry_run:
+        from .pipeline.plan import describe_plan
+
+        print(describe_plan(cfg, stages))
+        return
+    metrics = run_pipeline(
+        cfg, stages=stages, inference=options.inference, checkpoint=options.checkpoint or "", force=options.force
+    )
+    if metrics:
+        print(score_table(metrics))
+    folder = Path(cfg.DATASET.OUTPUT_PATH)
+    if (folder / "report.html").exists():
+        print(f"report: {folder / 'report.html'}")
+
+
+def score_table(metrics: dict[str, Any]) -> str:
+    """The scores of all arms and methods as text; lower is better."""
+    from .pipeline.stages import SCORE_NAMES
+
+    rows = [("", "", *SCORE_NAMES)]
+    for arm in ("real", "mixed"):
+        for method, scores in metrics.get(arm, {}).items():
+            rows.append((arm, method, *(f"{scores[name]:.4f}" for name in SCORE_NAMES)))
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return "\n".join("  ".join(text.rjust(w) for text, w in zip(row, widths, strict=True)) for row in rows)
+
+
+def phantom(options: argparse.Namespace) -> None:
+    """``neurodiff phantom``"""
+    from .volume import grow_phantom, write_volume
+
+    _require_free(options.output, force=options.force)
+    volume = grow_phantom(tuple(options.shape), _voxel_size(options) or (29.0, 6.0, 6.0), options.seed)
+    write_volume(options.output, volume.arrays, volume.voxel_nm, {"source": "phantom", "seed": options.seed})
+
+
+def convert(options: argparse.Namespace) -> None:
+    """``neurodiff convert``"""
+    from .volume import convert as convert_volume
+
+    convert_volume(options.input, options.output, voxel_nm=_voxel_size(options), role=options.role)
+
+
+def info(options: argparse.Namespace) -> None:
+    """``neurodiff info``"""
+    from .volume import describe
+
+    print(json.dumps(describe(options.path), indent=2, default=str))
+
+
+def view(options: argparse.Namespace) -> None:
+    """``neurodiff view``"""
+    from .report import view as open_view
+
+    open_view(
+        options.paths,
+        host=options.bind,
+        port=options.port,
+        voxel_nm=_voxel_size(options),
+        open_browser=not options.no_browser,
+    )
+
+
+def remodel(options: argparse.Namespace) -> None:
+    """``neurodiff remodel``"""
+    from .progress import progress
+    from .remodel import SignatureLibrary
+    from .remodel import remodel as remodel_masks
+    from .seeding import rng_for
+    from .volume import open_volume, write_volume
+
+    if options.copies < 1:
+        raise ValueRangeError(f"--copies must be at least 1. Got {options.copies}.")
+    first = Path(options.output)
+    outputs = [first] + [first.with_name(f"{first.stem}_{i:03d}{first.suffix}") for i in range(1, options.copies)]
+    for output in outputs:
+        _require_free(str(output), force=options.force)
+    volume = open_volume(options.volume, voxel_nm=_voxel_size(options))
+    if volume.label is None:
+        raise MissingInput(f"{options.volume} has no dataset 'label' to remodel.")
+    label = volume.load().label
+    mito = volume.load().mito
+    place = not options.no_mito
+    library = SignatureLibrary.from_masks(label, mito, volume.voxel_nm) if place and mito is not None else None
+    for copy, output in enumerate(progress(outputs, label="remodel")):
+        mask = remodel_masks(
+            label,
+            mito,
+            volume.voxel_nm,
+            rng_for(options.seed, "remodel", copy),
+            elastic=not options.no_elastic,
+            place_mitochondria=place,
+            library=library,
+            membrane_thickness_nm=options.membrane_nm,
+        )
+        arrays = {"label": mask.label, "membrane": mask.membrane, "mito": mask.mito}
+        write_volume(output, arrays, volume.voxel_nm, {"seed": options.seed, "copy": copy})
+
+
+def sample(options: argparse.Namespace) -> None:
+    """``neurodiff sample``"""
+    import numpy as np
+
+    from .checkpoints import load_checkpoint
+    from .conditions import check_masks
+    from .engine import resolve_device
+    from .pairs import write_pair
+    from .pipeline.stages import Masks
+    from .synthesis import denoiser_from_checkpoint, synthesise
+    from .volume import open_array, open_volume
+
+    _require_free(options.output, force=options.force)
+    checkpoint = load_checkpoint(options.checkpoint, kind="denoiser")
+    volume = open_volume(options.masks, voxel_nm=_voxel_size(options)).load()
+    if volume.label is None:
+        raise MissingInput(f"{options.masks} has no dataset 'label'; make masks with neurodiff remodel.")
+    membrane = np.asarray(open_array(options.masks, ("membrane",)))
+    check_masks(volume.label, membrane, volume.mito)
+    network, process = denoiser_from_checkpoint(checkpoint)
+    tile = tuple(options.tile or checkpoint.extra["patch"])
+    steps = options.steps or (process.steps if options.sampler == "ddpm" else min(50, process.steps))
+    image = synthesise(
+        network,
+        process,
+        membrane,
+        volume.mito,
+        volume.voxel_nm,
+        seed=options.seed,
+        sampler=options.sampler,
+        steps=steps,
+        tile=tile,
+        overlap=tuple(options.overlap or (size // 8 for size in tile)),
+        precision=options.precision,
+        device=resolve_device(options.gpus),
+        label="synthesis",
+    )
+    attributes = {"seed": options.seed, "sampler": options.sampler, "steps": steps}
+    write_pair(options.output, image, Masks(volume.label, membrane, volume.mito), volume.voxel_nm, attributes)
+
+
+def predict(options: argparse.Namespace) -> None:
+    """``neurodiff predict``"""
+    from .affinities import CONVENTION
+    from .checkpoints import load_checkpoint
+    from .engine import resolve_device
+    from .predict import predict_affinities
+    from .segmenters import segmenter_from_checkpoint
+    from .volume import open_volume, write_volume
+
+    _require_free(options.output, force=options.force)
+    checkpoint = load_checkpoint(options.checkpoint, kind="segmenter")
+    volume = open_volume(options.volume, voxel_nm=_voxel_size(options))
+    if volume.image is None:
+        raise MissingInput(f"{options.volume} has no dataset 'image' to predict from.")
+    tile = tuple(options.tile or checkpoint.extra["patch"])
+    affinities = predict_affinities(
+        segmenter_from_checkpoint(checkpoint),
+        volume.image,
+        tile=tile,
+        overlap=tuple(size // 2 for size in tile),
+        precision=options.precision,
+        device=resolve_device(options.gpus),
+        flip_augmentation=options.flip_augmentation,
+        label="affinities",
+    )
+    write_volume(options.output, {"affinity": affinities}, volume.voxel_nm, {"convention": CONVENTION})
+
+
+def segment(options: argparse.Namespace) -> None:
+    """``neurodiff segment``"""
+    import numpy as np
+
+    from .agglomerate import DEFAULT_THRESHOLDS
+    from .agglomerate import segment as segment_affinities
+    from .volume import open_array, read_voxel_size, write_volume
+
+    _require_free(options.output, force=options.force)
+    voxel_nm = read_voxel_size(options.affinities, voxel_nm=_voxel_size(options))
+    affinities = np.asarray(open_array(options.affinities, ("affinity", "main")))
+    threshold = DEFAULT_THRESHOLDS[options.method] if options.threshold is None else options.threshold
+    label = segment_affinities(affinities, options.method, threshold, voxel_nm)
+    write_volume(options.output, {"label": label}, voxel_nm, {"method": options.method, "threshold": threshold})
+
+
+def evaluate(options: argparse.Namespace) -> None:
+    """``neurodiff evaluate``"""
+    import numpy as np
+
+    from .metrics import evaluate as score
+    from .volume import open_array
+
+    segmentation = np.asarray(open_array(options.segmentation, ("label", "segmentation", "main")))
+    truth = np.asarray(open_array(options.truth, ("label", "main")))
+    scores = score(segmentation, truth).as_dict()
+    if options.json:
+        json.dump(scores, sys.stdout, indent=2)
+        print()
+    else:
+        print("\n".join(f"{name:>10} {value:.6f}" for name, value in scores.items()))
+
+
+COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
+    "run": run,
+    "phantom": phantom,
+    "convert": convert,
+    "info": info,
+    "view": view,
+    "remodel": remodel,
+    "sample": sample,
+    "predict": predict,
+    "segment": segment,
+    "evaluate": evaluate,
+}

@@ -1,0 +1,248 @@
+"""Every configuration key with its default, unit, range and source.
+
+SYSTEM, MODEL, DATASET, SOLVER, AUGMENTOR and INFERENCE carry the names that pytorch_connectomics v1 gives the same
+things; what it has no word for lives under NEURODIFF. No key defaults to None: yacs would then accept any type.
+
+Sources: [paper] Jiang et al., ISBI 2026; [published] the settings of its code; [pytc] pytorch_connectomics v1.0.0;
+[superhuman] Lee et al. 2017; [ours] chosen here.
+"""
+
+from __future__ import annotations
+
+from yacs.config import CfgNode
+
+
+def default_config() -> CfgNode:
+    """A fresh tree with every key at its default."""
+    cfg = CfgNode()
+    _add_system(cfg)
+    _add_model(cfg)
+    _add_dataset(cfg)
+    _add_solver(cfg)
+    _add_augmentor(cfg)
+    _add_inference(cfg)
+    cfg.NEURODIFF = CfgNode()
+    _add_data(cfg.NEURODIFF)
+    _add_remodel(cfg.NEURODIFF)
+    _add_diffusion(cfg.NEURODIFF)
+    _add_pairs(cfg.NEURODIFF)
+    _add_segmenter(cfg.NEURODIFF)
+    _add_agglomeration(cfg.NEURODIFF)
+    return cfg
+
+
+def _add_system(cfg: CfgNode) -> None:
+    cfg.SYSTEM = CfgNode()
+    # GPUs per machine. 0: CPU only. -1: all there are, CPU if there is none. [ours]
+    cfg.SYSTEM.NUM_GPUS = -1
+    # CPU threads of the numerical libraries. 0: all cores. The last bits of a result depend on it.
+    cfg.SYSTEM.NUM_CPUS = 0
+    # Machines of a distributed training, >= 1.
+    cfg.SYSTEM.NUM_NODES = 1
+    # Data-loading processes per device. 0: load in the training process, best below four cores. [ours]
+    cfg.SYSTEM.NUM_WORKERS = 0
+    # Arithmetic of the networks: "fp32", "bf16", or "auto" (bf16 where the device has instructions for it).
+    cfg.SYSTEM.PRECISION = "auto"
+
+
+def _add_model(cfg: CfgNode) -> None:
+    cfg.MODEL = CfgNode()
+    # Affinity network, by registered name. [paper] uses Superhuman.
+    cfg.MODEL.ARCHITECTURE = "superhuman"
+    # Channels per level. [superhuman]
+    cfg.MODEL.FILTERS = [28, 36, 48, 64, 80]
+    # Per pooling step, true: pool z as well (isotropic data); false: in-plane only. One entry fewer than FILTERS.
+    # [superhuman] never pools z.
+    cfg.MODEL.ISOTROPY = [False, False, False, False]
+    # Normalisation: "batch", "group", "instance" or "none".
+    cfg.MODEL.NORM_MODE = "batch"
+    # Image channels, and affinity channels (z, y, x).
+    cfg.MODEL.IN_PLANES = 1
+    cfg.MODEL.OUT_PLANES = 3
+    # What is learnt: "2" is the affinity z, y, x at the destination voxel. The native engine knows no other. [pytc]
+    cfg.MODEL.TARGET_OPT = ["2"]
+    # Training patch in voxels, (z, y, x). [published] 16, 160, 160.
+    cfg.MODEL.INPUT_SIZE = [16, 160, 160]
+
+
+def _add_dataset(cfg: CfgNode) -> None:
+    cfg.DATASET = CfgNode()
+    # Folder that the names below are relative to.
+    cfg.DATASET.INPUT_PATH = "."
+    # Training volume: HDF5 (ours, or one dataset), TIFF stack, folder of PNG/TIFF sections, Zarr; "file.h5::dataset".
+    # "phantom": the embedded, procedurally grown volume (NEURODIFF.PHANTOM).
+    cfg.DATASET.IMAGE_NAME = "phantom"
+    # File with the neuron labels. Empty: the same file as the image.
+    cfg.DATASET.LABEL_NAME = ""
+    # The run's folder: all that is made goes there and nowhere else.
+    cfg.DATASET.OUTPUT_PATH = "outputs/neurodiff"
+
+
+def _add_solver(cfg: CfgNode) -> None:
+    cfg.SOLVER = CfgNode()  # training of the affinity network
+    # "Adam", "AdamW" or "SGD". [published] Adam.
+    cfg.SOLVER.NAME = "Adam"
+    # Peak learning rate, > 0. [paper] 1e-4.
+    cfg.SOLVER.BASE_LR = 1e-4
+    # "constant", or "cosine": down to 1 % at the last iteration. [published] constant.
+    cfg.SOLVER.LR_SCHEDULER_NAME = "constant"
+    # Iterations of linear warm-up, >= 0.
+    cfg.SOLVER.WARMUP_ITERS = 0
+    # Optimiser steps. [paper] 200,000.
+    cfg.SOLVER.ITERATION_TOTAL = 200000
+    # Steps between checkpoints.
+    cfg.SOLVER.ITERATION_SAVE = 1000
+    # Patches per step and device. [paper] 2.
+    cfg.SOLVER.SAMPLES_PER_BATCH = 2
+    # Passes whose gradients are summed before a step, >= 1. [pytc]
+    cfg.SOLVER.ITERATION_STEP = 1
+    # Adam's constants. [published] eps .01, amsgrad.
+    cfg.SOLVER.BETAS = [0.9, 0.999]
+    cfg.SOLVER.EPS = 0.01
+    cfg.SOLVER.AMSGRAD = True
+    cfg.SOLVER.MOMENTUM = 0.9
+    cfg.SOLVER.WEIGHT_DECAY = 0.0
+    # Largest gradient norm; 0: no clipping. [ours]
+    cfg.SOLVER.CLIP_NORM = 0.0
+    # Exponential moving average of the weights, [0, 1); 0: none. [ours]
+    cfg.SOLVER.EMA_DECAY = 0.0
+
+
+def _add_augmentor(cfg: CfgNode) -> None:
+    cfg.AUGMENTOR = CfgNode()
+    # Geometric and photometric augmentation of the training patches.
+    cfg.AUGMENTOR.ENABLED = True
+    # Probability of each, per patch, 0..1; what each does: training/augmentation.py. [ours]
+    cfg.AUGMENTOR.FLIP = CfgNode({"P": 0.5})  # each axis by itself
+    cfg.AUGMENTOR.TRANSPOSE = CfgNode({"P": 0.5})  # y and x
+    cfg.AUGMENTOR.ROTATE = CfgNode({"P": 0.0})  # quarter turn; flips and transposes cover it
+    cfg.AUGMENTOR.ELASTIC = CfgNode({"P": 0.0})
+    cfg.AUGMENTOR.MISALIGNMENT = CfgNode({"P": 0.2})
+    cfg.AUGMENTOR.GRAYSCALE = CfgNode({"P": 0.5})
+    cfg.AUGMENTOR.SECTIONGRAYSCALE = CfgNode({"P": 0.2})
+    cfg.AUGMENTOR.MISSINGSECTION = CfgNode({"P": 0.1})
+    cfg.AUGMENTOR.MISSINGPARTS = CfgNode({"P": 0.1})
+    cfg.AUGMENTOR.MOTIONBLUR = CfgNode({"P": 0.1})
+    cfg.AUGMENTOR.BLUR = CfgNode({"P": 0.1})
+    cfg.AUGMENTOR.CUTBLUR = CfgNode({"P": 0.1})
+    cfg.AUGMENTOR.CUTNOISE = CfgNode({"P": 0.1})
+    cfg.AUGMENTOR.NOISE = CfgNode({"P": 0.2})
+    # Synthetic pairs. "SYNTHETIC: True" alone is short for ENABLED: True.
+    cfg.AUGMENTOR.SYNTHETIC = CfgNode()
+    cfg.AUGMENTOR.SYNTHETIC.ENABLED = False
+    # Pair files made before (a path or a list of them). Empty: the run makes its own.
+    cfg.AUGMENTOR.SYNTHETIC.PAIRS = []
+    # Synthetic : real patches, >= 0. [paper] 1.0.
+    cfg.AUGMENTOR.SYNTHETIC.RATIO = 1.0
+
+
+def _add_inference(cfg: CfgNode) -> None:
+    cfg.INFERENCE = CfgNode()
+    # Tile in voxels, (z, y, x), and the step from tile to tile.
+    cfg.INFERENCE.INPUT_SIZE = [16, 160, 160]
+    cfg.INFERENCE.STRIDE = [8, 80, 80]
+    # Tiles per forward pass.
+    cfg.INFERENCE.SAMPLES_PER_BATCH = 1
+    # Average over flips and the in-plane transpose, with the affinities moved along. 16 times the work. [ours]
+    cfg.INFERENCE.FLIP_AUGMENTATION = False
+
+
+def _add_data(node: CfgNode) -> None:
+    # Seed of everything, >= 0. One seed: the same bytes.
+    node.SEED = 0
+    # Voxel size in nm, (z, y, x). Empty: from the file, which must then have it.
+    node.VOXEL_NM = []
+    # Mitochondria masks. Empty: the dataset "mito" of the training volume if it has one, else membranes alone.
+    node.MITO_NAME = ""
+    # The three disjoint parts of the data. A box is [z0, y0, x0, z1, y1, x1] in voxels, half open; empty: all of it.
+    node.SPLIT = CfgNode()
+    node.SPLIT.TRAIN = CfgNode({"BOX": []})
+    # Thresholds are tuned on TUNE and the scores come from TEST. An empty NAME is the training volume's file.
+    node.SPLIT.TUNE = CfgNode({"IMAGE_NAME": "", "LABEL_NAME": "", "BOX": []})
+    node.SPLIT.TEST = CfgNode({"IMAGE_NAME": "", "LABEL_NAME": "", "BOX": []})
+    # The embedded volume.
+    node.PHANTOM = CfgNode()
+    node.PHANTOM.SHAPE = [48, 128, 128]
+    node.PHANTOM.VOXEL_NM = [29.0, 6.0, 6.0]
+    node.PHANTOM.SEED = 0
+
+
+def _add_remodel(node: CfgNode) -> None:
+    # Width of the membrane mask in nm, > 0. [published] 3 px of 6 nm.
+    node.MEMBRANE_NM = 18.0
+    node.REMODEL = CfgNode()
+    # Remodelled copies of the training volume, >= 1. [paper] as many synthetic voxels as real ones.
+    node.REMODEL.COPIES = 1
+    # Bend the membranes; place new mitochondria. [paper, table 5] both.
+    node.REMODEL.ELASTIC = True
+    node.REMODEL.MITOCHONDRIA = True
+    # Deformation: standard deviation of the displacement, and distance between control points, nm. [published] 4 px on
+    # a grid of 1/20 of the frame.
+    node.REMODEL.SIGMA_NM = 24.0
+    node.REMODEL.SPACING_NM = 300.0
+    # Neurons that may receive mitochondria: this fraction, largest by volume. [paper] top 10 %.
+    node.REMODEL.CANDIDATE_FRACTION = 0.1
+
+
+def _add_diffusion(node: CfgNode) -> None:
+    node.DIFFUSION = CfgNode()
+    # Denoiser, by registered name and preset ("paper": 62 M parameters; "small": for a CPU).
+    node.DIFFUSION.ARCHITECTURE = "neurodiff"
+    node.DIFFUSION.PRESET = "paper"
+    # Diffusion steps T and offset s of the cosine schedule. [published] 250, .008.
+    node.DIFFUSION.STEPS = 250
+    node.DIFFUSION.COSINE_OFFSET = 0.008
+    # How the condition enters: "msc" [paper], "concat", "both" [published], "none".
+    node.DIFFUSION.CONDITIONING = "msc"
+    # Global modelling (RGM), its encoding of physical coordinates (RPGE), scan directions 1 [published] or 2.
+    node.DIFFUSION.RGM = True
+    node.DIFFUSION.RPGE = True
+    node.DIFFUSION.SCAN_DIRECTIONS = 1
+    # Training patch, voxels. [paper] 8, 512, 512.
+    node.DIFFUSION.PATCH = [8, 512, 512]
+    # Optimiser steps, samples per step, passes per step. [paper] 10,000, 1; [published] accumulation 2.
+    node.DIFFUSION.ITERATIONS = 10000
+    node.DIFFUSION.BATCH = 1
+    node.DIFFUSION.ACCUMULATE = 2
+    # Learning rate [paper] 1e-5; warm-up in iterations; "constant" or "cosine".
+    node.DIFFUSION.LEARNING_RATE = 1e-5
+    node.DIFFUSION.WARMUP = 100
+    node.DIFFUSION.SCHEDULE = "constant"
+    # Largest gradient norm; 0: no clipping. [ours]
+    node.DIFFUSION.CLIP_NORM = 1.0
+    # Moving average of the weights, per iteration. [published] .995 every 10 iterations.
+    node.DIFFUSION.EMA_DECAY = 0.9995
+    # Iterations between checkpoints.
+    node.DIFFUSION.SAVE_EVERY = 500
+    # Sampling: "ddpm" [published], "ddim" or "dpmpp"; steps <= STEPS.
+    node.DIFFUSION.SAMPLER = "ddpm"
+    node.DIFFUSION.SAMPLER_STEPS = 250
+    # Tiles of the joint denoising and their overlap, voxels.
+    node.DIFFUSION.TILE = [8, 512, 512]
+    node.DIFFUSION.OVERLAP = [2, 64, 64]
+
+
+def _add_pairs(node: CfgNode) -> None:
+    node.PAIRS = CfgNode()
+    # Largest Wasserstein distance between the grey values of a synthetic volume and the real one, in [0, 1] units.
+    node.PAIRS.GREY_LIMIT = 0.08
+    # Shift and scale the grey values of a synthetic volume to the real mean and spread, one line per volume. [ours]
+    node.PAIRS.MATCH_GREY = True
+
+
+def _add_segmenter(node: CfgNode) -> None:
+    node.SEGMENTER = CfgNode()
+    # Erode touching labels by this many voxels in the affinity target, so that a boundary is learnt between cells that
+    # touch without a gap. 0 where the labels have gaps (AC3/AC4).
+    node.SEGMENTER.LABEL_EROSION = 0
+
+
+def _add_agglomeration(node: CfgNode) -> None:
+    node.SEGMENT = CfgNode()
+    # Agglomerations to run, by registered name.
+    node.SEGMENT.METHODS = ["waterz", "multicut"]
+    # Thresholds tried on the tune split, 0..1: waterz merges below it; multicut's is beta. [published] .30 and .25.
+    node.SEGMENT.WATERZ_THRESHOLDS = [0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9]
+    node.SEGMENT.MULTICUT_THRESHOLDS = [0.1, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9]
+    # What the tuning minimises: "voi" or "arand".
+    node.SEGMENT.CRITERION = "arand"

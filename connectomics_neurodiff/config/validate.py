@@ -1,0 +1,123 @@
+"""Checks of a configuration that need no file: ranges, sizes, names that belong together. One line per fault."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from yacs.config import CfgNode
+
+from ..errors import ConfigError, did_you_mean
+
+
+def _require(condition: bool, key: str, allowed: str, got: object) -> None:
+    if not condition:
+        raise ConfigError(f"{key} must be {allowed}. Got {got!r}.")
+
+
+def _require_choice(key: str, value: str, known: Sequence[str]) -> None:
+    if value not in known:
+        raise ConfigError(f"{key} is '{value}'.{did_you_mean(value, known)} Known: {', '.join(known)}.")
+
+
+def _require_size(key: str, value: Sequence[int]) -> None:
+    whole = len(value) == 3 and all(isinstance(v, int) and v > 0 for v in value)
+    _require(whole, key, "three whole numbers > 0, (z, y, x)", value)
+
+
+def _require_numbers(cfg: CfgNode, keys: Sequence[str], low: float, high: float = float("inf")) -> None:
+    for key in keys:
+        node = cfg
+        *parents, leaf = key.split(".")
+        for name in parents:
+            node = node[name]
+        inside = low <= node[leaf] <= high
+        _require(inside, key, f">= {low:g}" if high == float("inf") else f"in [{low:g}, {high:g}]", node[leaf])
+
+
+def validate(cfg: CfgNode) -> None:
+    """Raise :class:`ConfigError` at the first value that cannot work."""
+    _validate_numbers(cfg)
+    _validate_geometry(cfg)
+    _validate_names(cfg)
+
+
+def _validate_numbers(cfg: CfgNode) -> None:
+    at_least_one = (
+        "SYSTEM.NUM_NODES SOLVER.ITERATION_TOTAL SOLVER.ITERATION_SAVE SOLVER.SAMPLES_PER_BATCH SOLVER.ITERATION_STEP "
+        "INFERENCE.SAMPLES_PER_BATCH NEURODIFF.REMODEL.COPIES NEURODIFF.DIFFUSION.STEPS NEURODIFF.DIFFUSION.ITERATIONS "
+        "NEURODIFF.DIFFUSION.BATCH NEURODIFF.DIFFUSION.ACCUMULATE NEURODIFF.DIFFUSION.SAVE_EVERY "
+        "NEURODIFF.DIFFUSION.SAMPLER_STEPS MODEL.IN_PLANES"
+    )
+    _require_numbers(cfg, at_least_one.split(), 1)
+    not_negative = (
+        "SYSTEM.NUM_CPUS SYSTEM.NUM_WORKERS SOLVER.WARMUP_ITERS SOLVER.CLIP_NORM SOLVER.WEIGHT_DECAY NEURODIFF.SEED "
+        "AUGMENTOR.SYNTHETIC.RATIO NEURODIFF.REMODEL.SIGMA_NM NEURODIFF.DIFFUSION.WARMUP NEURODIFF.DIFFUSION.CLIP_NORM "
+        "NEURODIFF.SEGMENTER.LABEL_EROSION"
+    )
+    _require_numbers(cfg, not_negative.split(), 0)
+    _require_numbers(cfg, ["SYSTEM.NUM_GPUS"], -1)
+    fractions = "NEURODIFF.REMODEL.CANDIDATE_FRACTION NEURODIFF.PAIRS.GREY_LIMIT"
+    _require_numbers(cfg, fractions.split(), 0, 1)
+    _require_numbers(cfg, ["SOLVER.EMA_DECAY", "NEURODIFF.DIFFUSION.EMA_DECAY"], 0, 0.999999)
+    positive = "SOLVER.BASE_LR NEURODIFF.DIFFUSION.LEARNING_RATE NEURODIFF.MEMBRANE_NM NEURODIFF.REMODEL.SPACING_NM"
+    _require_numbers(cfg, positive.split(), 1e-12)
+    for name, node in cfg.AUGMENTOR.items():
+        if isinstance(node, CfgNode) and "P" in node:
+            _require_numbers(cfg, [f"AUGMENTOR.{name}.P"], 0, 1)
+    diffusion = cfg.NEURODIFF.DIFFUSION
+    _require(
+        diffusion.SAMPLER_STEPS <= diffusion.STEPS,
+        "NEURODIFF.DIFFUSION.SAMPLER_STEPS",
+        f"at most the {diffusion.STEPS} steps of the schedule",
+        diffusion.SAMPLER_STEPS,
+    )
+
+
+def _validate_geometry(cfg: CfgNode) -> None:
+    diffusion, phantom = cfg.NEURODIFF.DIFFUSION, cfg.NEURODIFF.PHANTOM
+    for key, size in (
+        ("MODEL.INPUT_SIZE", cfg.MODEL.INPUT_SIZE),
+        ("INFERENCE.INPUT_SIZE", cfg.INFERENCE.INPUT_SIZE),
+        ("INFERENCE.STRIDE", cfg.INFERENCE.STRIDE),
+        ("NEURODIFF.DIFFUSION.PATCH", diffusion.PATCH),
+        ("NEURODIFF.DIFFUSION.TILE", diffusion.TILE),
+        ("NEURODIFF.PHANTOM.SHAPE", phantom.SHAPE),
+    ):
+        _require_size(key, size)
+    strides = all(s <= t for s, t in zip(cfg.INFERENCE.STRIDE, cfg.INFERENCE.INPUT_SIZE, strict=True))
+    _require(strides, "INFERENCE.STRIDE", f"at most INFERENCE.INPUT_SIZE {cfg.INFERENCE.INPUT_SIZE}", cfg.INFERENCE.STRIDE)
+    overlap = len(diffusion.OVERLAP) == 3 and all(
+        isinstance(o, int) and 0 <= o < t for o, t in zip(diffusion.OVERLAP, diffusion.TILE, strict=True)
+    )
+    _require(
+        overlap, "NEURODIFF.DIFFUSION.OVERLAP", f"three whole numbers below TILE {diffusion.TILE}", diffusion.OVERLAP
+    )
+    for key, voxel in (("NEURODIFF.VOXEL_NM", cfg.NEURODIFF.VOXEL_NM or [1, 1, 1]), ("NEURODIFF.PHANTOM.VOXEL_NM", phantom.VOXEL_NM)):
+        sizes = len(voxel) == 3 and all(isinstance(v, int | float) and v > 0 for v in voxel)
+        _require(sizes, key, "three numbers > 0 in nm, (z, y, x)", voxel)
+    for name, part in cfg.NEURODIFF.SPLIT.items():
+        box = part.BOX
+        whole = not box or (len(box) == 6 and all(isinstance(v, int) and v >= 0 for v in box))
+        ordered = whole and all(a < b for a, b in zip(box[:3], box[3:], strict=True))
+        _require(ordered, f"NEURODIFF.SPLIT.{name}.BOX", "[z0, y0, x0, z1, y1, x1] with z0 < z1, y0 < y1, x0 < x1", box)
+
+
+def _validate_names(cfg: CfgNode) -> None:
+    diffusion, segment = cfg.NEURODIFF.DIFFUSION, cfg.NEURODIFF.SEGMENT
+    _require_choice("SYSTEM.PRECISION", cfg.SYSTEM.PRECISION, ("auto", "fp32", "bf16"))
+    _require_choice("SOLVER.NAME", cfg.SOLVER.NAME, ("Adam", "AdamW", "SGD"))
+    _require_choice("SOLVER.LR_SCHEDULER_NAME", cfg.SOLVER.LR_SCHEDULER_NAME, ("constant", "cosine"))
+    _require_choice("NEURODIFF.DIFFUSION.SCHEDULE", diffusion.SCHEDULE, ("constant", "cosine"))
+    _require_choice("NEURODIFF.DIFFUSION.SAMPLER", diffusion.SAMPLER, ("ddpm", "ddim", "dpmpp"))
+    _require_choice("NEURODIFF.DIFFUSION.CONDITIONING", diffusion.CONDITIONING, ("msc", "concat", "both", "none"))
+    _require(diffusion.SCAN_DIRECTIONS in (1, 2), "NEURODIFF.DIFFUSION.SCAN_DIRECTIONS", "1 or 2", diffusion.SCAN_DIRECTIONS)
+    _require_choice("MODEL.NORM_MODE", cfg.MODEL.NORM_MODE, ("batch", "group", "instance", "none"))
+    _require(cfg.MODEL.TARGET_OPT == ["2"], "MODEL.TARGET_OPT", "['2'] (affinity z, y, x)", cfg.MODEL.TARGET_OPT)
+    _require(cfg.MODEL.OUT_PLANES == 3, "MODEL.OUT_PLANES", "3 (affinity z, y, x)", cfg.MODEL.OUT_PLANES)
+    _require(bool(segment.METHODS), "NEURODIFF.SEGMENT.METHODS", "a list with waterz, multicut or both", segment.METHODS)
+    for method in segment.METHODS:
+        _require_choice("NEURODIFF.SEGMENT.METHODS", method, ("waterz", "multicut"))
+        key = f"{method.upper()}_THRESHOLDS"
+        inside = bool(segment[key]) and all(isinstance(t, int | float) and 0 <= t <= 1 for t in segment[key])
+        _require(inside, f"NEURODIFF.SEGMENT.{key}", "a list of numbers in [0, 1]", segment[key])
+    _require_choice("NEURODIFF.SEGMENT.CRITERION", segment.CRITERION, ("voi", "arand"))

@@ -1,0 +1,404 @@
+"""The native training engine: Lightning drives one network over a stream of samples, and resumes to the same bytes.
+
+Diffusion models and segmenters train alike: a network, a loss, and a dataset whose item i is a pure function of
+(seed, i). There are no epochs and no random state to save: after a kill -9 the next call takes the last checkpoint
+(weights, averaged weights, optimiser, step) and goes on with the sample that would have come next.
+"""
+
+from __future__ import annotations
+
+import csv
+import logging
+import math
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from .errors import CheckpointMismatch, StaleArtifactError, UnknownName, ValueRangeError, did_you_mean
+from .progress import progress_bar
+from .provenance import atomic_write
+
+if TYPE_CHECKING:
+    import lightning
+
+Batch = dict[str, Tensor]
+Loss = Callable[[nn.Module, Batch], tuple[Tensor, dict[str, Tensor]]]
+PRECISIONS = ("auto", "fp32", "bf16")
+OPTIMIZERS = ("Adam", "AdamW", "SGD")
+SCHEDULES = ("constant", "cosine")
+
+
+class SampleSource(Protocol):
+    """Anything indexed by sample number: item i is a pure function of (seed, i), for every i >= 0."""
+
+    def __getitem__(self, index: int) -> Mapping[str, Any]: ...
+
+
+@dataclass(frozen=True)
+class FitSettings:
+    """How a network is trained.
+
+    Attributes
+    ----------
+    steps : int
+        Optimiser steps in all.
+    batch_size, accumulate : int
+        Samples per device and forward pass; forward passes per optimiser step.
+    learning_rate, warmup_steps, schedule
+        Peak rate; steps of linear warm-up; then ``"constant"``, or ``"cosine"`` down to 1 % at the last step.
+    optimizer, betas, eps, amsgrad, weight_decay, momentum
+        ``"Adam"``, ``"AdamW"`` or ``"SGD"`` and its constants.
+    clip_norm : float
+        Largest norm of the gradient; 0 turns clipping off.
+    ema_decay : float
+        Decay of the exponential moving average of the weights, which is what training returns; 0 turns it off.
+    precision : str
+        ``"fp32"``, ``"bf16"`` (autocast) or ``"auto"``: bf16 where the device computes it natively.
+    devices : int
+        GPUs per node; 0 trains on the CPU.
+    nodes, workers : int
+        Machines; data-loading processes per device (0: in the training process).
+    checkpoint_every, log_every : int
+        Optimiser steps between checkpoints, and between rows of the loss curve.
+    """
+
+    steps: int
+    batch_size: int = 1
+    accumulate: int = 1
+    learning_rate: float = 1e-4
+    warmup_steps: int = 0
+    schedule: str = "constant"
+    optimizer: str = "Adam"
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    amsgrad: bool = False
+    weight_decay: float = 0.0
+    momentum: float = 0.9
+    clip_norm: float = 0.0
+    ema_decay: float = 0.0
+    precision: str = "auto"
+    devices: int = 0
+    nodes: int = 1
+    workers: int = 0
+    checkpoint_every: int = 500
+    log_every: int = 10
+
+    def __post_init__(self) -> None:
+        for name, known in (("precision", PRECISIONS), ("optimizer", OPTIMIZERS), ("schedule", SCHEDULES)):
+            value = getattr(self, name)
+            if value not in known:
+                raise UnknownName(f"No {name} '{value}'.{did_you_mean(value, known)} Known: {', '.join(known)}.")
+        for name in ("steps", "batch_size", "accumulate", "checkpoint_every", "log_every", "nodes"):
+            if getattr(self, name) < 1:
+                raise ValueRangeError(f"Training needs {name} >= 1. Got {getattr(self, name)}.")
+
+
+def resolve_precision(precision: str, device: str | torch.device) -> torch.dtype:
+    """The type that autocast computes in.
+
+    Parameters
+    ----------
+    precision : str
+        ``"fp32"``, ``"bf16"`` or ``"auto"``. On the CPU, auto takes bf16 only where the processor has matrix
+        instructions for it (AMX); elsewhere bf16 is emulated and slower than fp32.
+    device : str or torch.device
+        Where the network runs.
+    """
+    if precision not in PRECISIONS:
+        raise UnknownName(
+            f"No precision '{precision}'.{did_you_mean(precision, PRECISIONS)} Known: {', '.join(PRECISIONS)}."
+        )
+    if precision == "auto":
+        on_cpu = torch.device(device).type == "cpu"
+        native = torch.cpu._is_amx_tile_supported() if on_cpu else torch.cuda.is_bf16_supported()
+        return torch.bfloat16 if native else torch.float32
+    return torch.bfloat16 if precision == "bf16" else torch.float32
+
+
+def resolve_device(gpus: int) -> torch.device:
+    """First GPU if `gpus` is not 0 and there is one (-1: all there are), else the CPU."""
+    if gpus > torch.cuda.device_count():
+        raise ValueRangeError(
+            f"SYSTEM.NUM_GPUS may be at most {torch.cuda.device_count()} on this machine (0 = CPU, -1 = all). Got {gpus}."
+        )
+    return torch.device("cuda" if gpus != 0 and torch.cuda.is_available() else "cpu")
+
+
+def learning_rate_factor(step: int, settings: FitSettings) -> float:
+    """Factor on the peak learning rate at optimiser step `step`, in [0, 1]."""
+    if step < settings.warmup_steps:
+        return (step + 1) / settings.warmup_steps
+    if settings.schedule == "constant":
+        return 1.0
+    done = (step - settings.warmup_steps) / max(settings.steps - settings.warmup_steps, 1)
+    return 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
+
+
+class _SampleNumbers(torch.utils.data.Sampler[list[int]]):
+    """Endless batches of sample numbers from micro-step `first` on; each device takes every world-th batch.
+
+    It has no length on purpose: the trainer stops by step count, and a resumed stream needs no fast-forward.
+    """
+
+    def __init__(self, first: int, batch_size: int, rank: int, world: int) -> None:
+        self.first, self.batch_size, self.rank, self.world = first, batch_size, rank, world
+
+    def __iter__(self) -> Iterator[list[int]]:
+        micro_step = self.first
+        while True:
+            start = (micro_step * self.world + self.rank) * self.batch_size
+            yield list(range(start, start + self.batch_size))
+            micro_step += 1
+
+
+def _make_optimizer(parameters: Any, settings: FitSettings) -> torch.optim.Optimizer:
+    shared: dict[str, Any] = {"lr": settings.learning_rate, "weight_decay": settings.weight_decay}
+    if settings.optimizer == "SGD":
+        return torch.optim.SGD(parameters, momentum=settings.momentum, **shared)
+    kind = torch.optim.Adam if settings.optimizer == "Adam" else torch.optim.AdamW
+    return kind(parameters, betas=settings.betas, eps=settings.eps, amsgrad=settings.amsgrad, **shared)
+
+
+def _make_module(network: nn.Module, loss: Loss, settings: FitSettings) -> lightning.LightningModule:
+    """Lightning's view of a network and its loss."""
+    import lightning
+
+    class Module(lightning.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.network = network
+            self.averaged = (
+                torch.optim.swa_utils.AveragedModel(
+                    network,
+                    multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(settings.ema_decay),
+                    use_buffers=True,
+                )
+                if settings.ema_decay
+                else None
+            )
+
+        def training_step(self, batch: Batch, _index: int) -> Tensor:
+            value, _ = loss(self.network, batch)
+            return value
+
+        def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+            super().optimizer_step(*args, **kwargs)
+            if self.averaged is not None:
+                self.averaged.update_parameters(self.network)
+
+        def configure_optimizers(self) -> Any:
+            optimizer = _make_optimizer(self.network.parameters(), settings)
+            scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_factor(step, settings))
+            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    return Module()
+
+
+class LossCurve:
+    """The loss curve of a training as a CSV file (step, loss, learning rate); survives a kill in mid-row."""
+
+    COLUMNS = ("step", "loss", "learning_rate")
+
+    def __init__(self, path: Path, first_step: int) -> None:
+        """Keep the rows up to `first_step`; a resumed training writes the later ones again."""
+        self.path = path
+        kept = [row for row in read_loss_curve(path) if row[0] <= first_step]
+        with atomic_write(path) as temporary, open(temporary, "w", newline="") as handle:
+            csv.writer(handle).writerows([self.COLUMNS, *kept])
+
+    def append(self, step: int, loss: float, learning_rate: float) -> None:
+        """Add a row."""
+        with open(self.path, "a", newline="") as handle:
+            csv.writer(handle).writerow([step, repr(loss), repr(learning_rate)])
+
+
+def read_loss_curve(path: Path) -> list[tuple[int, float, float]]:
+    """Rows (step, loss, learning rate) of a loss curve; none if the file is not there; half-written rows are left out."""
+    if not path.exists():
+        return []
+    rows = []
+    for row in csv.reader(path.read_text().splitlines()[1:]):
+        if len(row) == len(LossCurve.COLUMNS):
+            rows.append((int(row[0]), float(row[1]), float(row[2])))
+    return rows
+
+
+def _make_callbacks(settings: FitSettings, folder: Path, key: str, label: str, first_step: int) -> list[Any]:
+    import lightning
+
+    class Keeper(lightning.Callback):
+        """Checkpoints, loss curve, progress bar, and the check that the loss is finite."""
+
+        def on_train_start(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
+            self.total = torch.zeros((), device=module.device)
+            self.count = 0
+            if trainer.is_global_zero:
+                self.curve = LossCurve(folder / "loss.csv", first_step)
+                self.bar = progress_bar(label=label, total=settings.steps, initial=first_step)
+
+        def on_save_checkpoint(self, trainer: Any, module: Any, checkpoint: dict[str, Any]) -> None:
+            checkpoint["neurodiff_key"] = key
+
+        def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, index: int) -> None:
+            self.total += outputs["loss"].detach().float() * settings.accumulate
+            self.count += 1
+            if self.count % settings.accumulate:
+                return
+            step = trainer.global_step
+            if step % settings.log_every == 0 or step == settings.steps:
+                self.log_loss(trainer, step)
+            if step % settings.checkpoint_every == 0 or step == settings.steps:
+                save_resume_point(trainer, folder / "last.ckpt")
+            if trainer.is_global_zero:
+                self.bar.update()
+
+        def log_loss(self, trainer: Any, step: int) -> None:
+            mean = float(self.total) / self.count
+            self.total.zero_()
+            self.count = 0
+            if not math.isfinite(mean):
+                raise ValueRangeError(
+                    f"The {label} loss is {mean} around step {step}: the training has diverged. Lower the learning rate."
+                )
+            if trainer.is_global_zero:
+                rate = trainer.optimizers[0].param_groups[0]["lr"]
+                self.curve.append(step, mean, rate)
+                trainer.logger.log_metrics({"loss": mean, "learning_rate": rate}, step)
+                self.bar.set_postfix(loss=f"{mean:.4f}", refresh=False)
+
+        def on_train_end(self, trainer: Any, module: Any) -> None:
+            if trainer.is_global_zero:
+                self.bar.close()
+
+        def on_exception(self, trainer: Any, module: Any, exception: BaseException) -> None:
+            if trainer.is_global_zero and hasattr(self, "bar"):
+                self.bar.close()
+
+    return [Keeper()]
+
+
+def save_resume_point(trainer: lightning.Trainer, path: Path) -> None:
+    """Write Lightning's full training state atomically (all ranks must call it)."""
+    if trainer.world_size > 1:
+        trainer.save_checkpoint(path.with_suffix(".next"))
+        if trainer.is_global_zero:
+            path.with_suffix(".next").replace(path)
+        return
+    with atomic_write(path) as temporary:
+        trainer.save_checkpoint(temporary)
+
+
+def _step_of_resume_point(path: Path, key: str) -> int:
+    """Optimiser step of a resume point, 0 if there is none; checks that it belongs to this training."""
+    if not path.exists():
+        return 0
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises a different class for each way a file can be broken
+        raise CheckpointMismatch(f"{path} cannot be read ({type(error).__name__}); remove it, or use --force.") from error
+    if content.get("neurodiff_key") != key:
+        raise StaleArtifactError(
+            f"{path} belongs to a training with other settings. Choose another DATASET.OUTPUT_PATH, or --force to start anew."
+        )
+    return int(content["global_step"])
+
+
+def fit(
+    network: nn.Module,
+    loss: Loss,
+    dataset: SampleSource,
+    settings: FitSettings,
+    folder: Path,
+    *,
+    label: str,
+    key: str = "",
+) -> nn.Module:
+    """Train a network, or go on where an interrupted training stopped.
+
+    Parameters
+    ----------
+    network : torch.nn.Module
+        Trained in place.
+    loss : callable
+        ``loss(network, batch) -> (scalar, {name: scalar})``.
+    dataset : SampleSource
+        Item i is a pure function of (seed, i).
+    settings : FitSettings
+        How to train.
+    folder : pathlib.Path
+        Keeps ``last.ckpt`` (the resume point), ``loss.csv`` and TensorBoard's files.
+    label : str
+        Name on the progress bar.
+    key : str
+        Identifies the training; a resume point with another key is refused.
+
+    Returns
+    -------
+    torch.nn.Module
+        The same network on the CPU, in evaluation mode, with averaged weights if ``ema_decay`` > 0.
+
+    Raises
+    ------
+    StaleArtifactError
+        If `folder` holds the resume point of another training.
+    ValueRangeError
+        If the loss stops being finite.
+    """
+    import lightning
+    from lightning.pytorch.loggers import TensorBoardLogger
+
+    folder.mkdir(parents=True, exist_ok=True)
+    resume_point = folder / "last.ckpt"
+    first_step = _step_of_resume_point(resume_point, key)
+    network.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]  # twice as fast on the CPU
+    module = _make_module(network, loss, settings)
+    device = resolve_device(settings.devices)
+    autocast = resolve_precision(settings.precision, device)
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    with warnings.catch_warnings():
+        # Few workers are a choice here: sample i costs milliseconds, and two cores have none to spare.
+        warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+        # Our stream starts at the right sample by itself (_SampleNumbers), so nothing is lost in mid-epoch.
+        warnings.filterwarnings("ignore", message=".*mid-epoch.*|.*resuming from a checkpoint.*")
+        warnings.filterwarnings("ignore", category=UserWarning, module="lightning")
+        warnings.filterwarnings("ignore", category=DeprecationWarning)
+        warnings.filterwarnings("ignore", category=FutureWarning)
+        trainer = lightning.Trainer(
+            max_steps=settings.steps,
+            max_epochs=-1,
+            accelerator="gpu" if device.type == "cuda" else "cpu",
+            devices=settings.devices if device.type == "cuda" else 1,
+            num_nodes=settings.nodes,
+            precision="bf16-mixed" if autocast == torch.bfloat16 else "32-true",
+            accumulate_grad_batches=settings.accumulate,
+            gradient_clip_val=settings.clip_norm or None,
+            callbacks=_make_callbacks(settings, folder, key, label, first_step),
+            logger=TensorBoardLogger(folder, name="tensorboard", version="", purge_step=first_step),
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            use_distributed_sampler=False,
+        )
+        numbers = _SampleNumbers(
+            first_step * settings.accumulate, settings.batch_size, trainer.global_rank, trainer.world_size
+        )
+        loader = torch.utils.data.DataLoader(
+            dataset,  # type: ignore[arg-type]
+            batch_sampler=numbers,
+            num_workers=settings.workers,
+            persistent_workers=settings.workers > 0,
+            pin_memory=device.type == "cuda",
+        )
+        if first_step < settings.steps:
+            resume_from = resume_point if first_step else None
+            trainer.fit(module, loader, ckpt_path=resume_from, weights_only=True)
+        else:
+            module.load_state_dict(torch.load(resume_point, map_location="cpu", weights_only=True)["state_dict"])
+    if module.averaged is not None:
+        network.load_state_dict(module.averaged.module.state_dict())
+    return network.cpu().eval()

@@ -1,0 +1,117 @@
+"""The main job: stages in the data's order, each skipped if it is done, from a labelled volume to scored segmentations."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from yacs.config import CfgNode
+
+from ..errors import ConfigError, UnknownName, did_you_mean
+
+#: Stages in order. The first three need AUGMENTOR.SYNTHETIC and no pairs made before.
+STAGES = ("diffusion", "masks", "pairs", "segmenter", "predictions", "segmentations", "metrics", "report")
+SYNTHESIS_STAGES = ("diffusion", "masks", "pairs")
+INFERENCE_STAGES = ("predictions", "segmentations", "metrics", "report")
+
+
+def choose_stages(cfg: CfgNode, names: Sequence[str] = (), *, inference: bool = False) -> list[str]:
+    """Stages to run: those asked for (all by default) that this configuration has.
+
+    Raises
+    ------
+    UnknownName
+        If a stage does not exist.
+    """
+    for name in names:
+        if name not in STAGES:
+            raise UnknownName(f"No stage '{name}'.{did_you_mean(name, STAGES)} Known: {', '.join(STAGES)}.")
+    wanted = list(names or (INFERENCE_STAGES if inference else STAGES))
+    synthetic = cfg.AUGMENTOR.SYNTHETIC
+    makes_pairs = synthetic.ENABLED and not synthetic.PAIRS
+    return [name for name in STAGES if name in wanted and (makes_pairs or name not in SYNTHESIS_STAGES)]
+
+
+def run_pipeline(
+    cfg: CfgNode,
+    *,
+    stages: Sequence[str] = (),
+    inference: bool = False,
+    checkpoint: str = "",
+    force: bool = False,
+) -> dict[str, Any]:
+    """Run the main job, or go on where it stopped.
+
+    Parameters
+    ----------
+    cfg : CfgNode
+        As :func:`connectomics_neurodiff.config.load_config` returns it.
+    stages : sequence of str
+        Only these (default: all).
+    inference : bool
+        Only the stages after training.
+    checkpoint : str
+        Segmenter to use in place of the run's own.
+    force : bool
+        Make again what was made with other settings.
+
+    Returns
+    -------
+    dict
+        The content of metrics.json, or an empty dict if that stage was not asked for and never ran.
+
+    Raises
+    ------
+    UserError
+        If input or settings are wrong; before any long work wherever it can be known.
+    """
+    from . import parts as parts_of
+    from .report_stage import make_report
+    from .run import Run, logger, run_folder, timed
+
+    chosen = choose_stages(cfg, stages, inference=inference)
+    if checkpoint:
+        check_checkpoint(checkpoint)
+    _use_threads(cfg.SYSTEM.NUM_CPUS)
+    parts = parts_of.open_parts(cfg)
+    if cfg.AUGMENTOR.SYNTHETIC.PAIRS:
+        from ..pairs import open_pairs
+
+        open_pairs(list(cfg.AUGMENTOR.SYNTHETIC.PAIRS), parts["train"].volume)
+    from . import stages as made_by
+
+    makers: dict[str, Callable[[Run], None]] = {
+        "diffusion": made_by.make_diffusion,
+        "masks": made_by.make_masks,
+        "pairs": made_by.make_pairs,
+        "segmenter": made_by.make_segmenter,
+        "predictions": made_by.make_predictions,
+        "segmentations": made_by.make_segmentations,
+        "metrics": made_by.make_metrics,
+        "report": make_report,
+    }
+    with run_folder(cfg) as folder:
+        run = Run(cfg, folder, parts, force, checkpoint)
+        for name in chosen:
+            logger.info("stage %s", name)
+            with timed(run, name):
+                makers[name](run)
+        logger.info("done: %s", ", ".join(chosen))
+        return run.metrics()
+
+
+def check_checkpoint(path: str) -> None:
+    """Open the segmenter given by --checkpoint, so that a wrong file is told before any work."""
+    from ..checkpoints import load_checkpoint
+
+    load_checkpoint(path, kind="segmenter")
+
+
+def _use_threads(count: int) -> None:
+    import torch
+
+    cores = len(os.sched_getaffinity(0))
+    if count > cores:
+        raise ConfigError(f"SYSTEM.NUM_CPUS may be at most {cores} on this machine (0: all of them). Got {count}.")
+    torch.set_num_threads(count or cores)

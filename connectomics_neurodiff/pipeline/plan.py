@@ -1,0 +1,154 @@
+"""What a run would do, without doing it: ``--dry-run``."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from yacs.config import CfgNode
+
+from ..config import dump_config
+from ..geometry import tiles
+from ..provenance import sidecar_of
+from . import networks
+from .parts import PHANTOM, missing_inputs, open_parts
+
+if TYPE_CHECKING:
+    import torch
+
+#: A training step costs about three forward passes: one forward, two backward.
+TRAINING_FACTOR = 3
+
+
+def artefacts_of(cfg: CfgNode, stage: str) -> list[Path]:
+    """Files that a stage leaves."""
+    folder = Path(cfg.DATASET.OUTPUT_PATH)
+    arms = ["real", "mixed"] if cfg.AUGMENTOR.SYNTHETIC.ENABLED else ["real"]
+    copies = [f"copy_{copy:03d}.h5" for copy in range(cfg.NEURODIFF.REMODEL.COPIES)]
+    names = {
+        "diffusion": ["diffusion/checkpoint.pt"],
+        "masks": [f"masks/{name}" for name in copies],
+        "pairs": [f"pairs/{name}" for name in copies],
+        "segmenter": [f"segmenter/{arm}/checkpoint.pt" for arm in arms],
+        "predictions": [f"predictions/{arm}_{part}.h5" for arm in arms for part in ("tune", "test")],
+        "segmentations": [f"segmentations/{arm}_{method}.h5" for arm in arms for method in cfg.NEURODIFF.SEGMENT.METHODS],
+        "metrics": ["metrics.json"],
+        "report": ["report.html"],
+    }
+    return [folder / name for name in names[stage]]
+
+
+def describe_plan(cfg: CfgNode, stages: Sequence[str]) -> str:
+    """Text of a dry run: resolved configuration, inputs, stages, networks, estimates of time and memory."""
+    missing = missing_inputs(cfg)
+    lines = [dump_config(cfg).rstrip(), "", "inputs"]
+    if missing:
+        lines += [f"  missing: {path}" for path in missing]
+    else:
+        for name, part in open_parts(cfg).items():
+            where = "embedded phantom" if part.source == PHANTOM else part.source
+            lines.append(f"  {name}: {where} {part.box.start}-{part.box.stop}, {tuple(part.volume.voxel_nm)} nm")
+    lines += ["", "stages"]
+    for stage in stages:
+        wanted = artefacts_of(cfg, stage)
+        there = [p for p in wanted if p.exists() and (sidecar_of(p).exists() or stage in ("metrics", "report"))]
+        lines.append(f"  {stage}: {len(wanted)} to make, {len(there)} there already (reused if the settings agree)")
+    lines += ["", "networks and estimates (this machine, from the operations of one pass)", *_estimates(cfg, stages)]
+    return "\n".join(lines)
+
+
+def _estimates(cfg: CfgNode, stages: Sequence[str]) -> list[str]:
+    from ..segmenters import build_segmenter
+    from ..synthesis import build_denoiser
+
+    speed = _operations_per_second(cfg)
+    node = cfg.NEURODIFF.DIFFUSION
+    lines = []
+    if "diffusion" in stages or "pairs" in stages:
+        denoiser = build_denoiser(node.ARCHITECTURE, **networks.denoiser_options(cfg))
+        flops, memory = _cost_of_pass(denoiser, lambda device: _denoiser_inputs(node.PATCH, device))
+        lines.append(f"  {node.ARCHITECTURE} ({node.PRESET}): {_parameters(denoiser):,} parameters")
+        steps = node.ITERATIONS * node.ACCUMULATE * node.BATCH
+        lines.append(_line("diffusion", TRAINING_FACTOR * flops * steps / speed, TRAINING_FACTOR * memory * node.BATCH))
+        shape = _train_shape(cfg)
+        if shape:
+            flops, memory = _cost_of_pass(denoiser, lambda device: _denoiser_inputs(node.TILE, device))
+            passes = len(tiles(shape, node.TILE, node.OVERLAP)) * node.SAMPLER_STEPS * cfg.NEURODIFF.REMODEL.COPIES
+            lines.append(_line("pairs", flops * passes / speed, memory))
+    segmenter = build_segmenter(cfg.MODEL.ARCHITECTURE, **networks.segmenter_options(cfg))
+    flops, memory = _cost_of_pass(segmenter, lambda device: _segmenter_inputs(cfg.MODEL.INPUT_SIZE, device))
+    lines.append(f"  {cfg.MODEL.ARCHITECTURE}: {_parameters(segmenter):,} parameters")
+    arms = 2 if cfg.AUGMENTOR.SYNTHETIC.ENABLED else 1
+    batch = cfg.SOLVER.SAMPLES_PER_BATCH
+    steps = cfg.SOLVER.ITERATION_TOTAL * cfg.SOLVER.ITERATION_STEP * batch * arms
+    lines.append(_line("segmenter", TRAINING_FACTOR * flops * steps / speed, TRAINING_FACTOR * memory * batch))
+    return lines
+
+
+def _line(stage: str, seconds: float, memory: float) -> str:
+    amount = f"{seconds / 3600:.1f} h" if seconds > 5400 else f"{seconds / 60:.1f} min"
+    return f"  {stage}: about {amount}, {memory / 2**30:.1f} GiB"
+
+
+def _parameters(network: torch.nn.Module) -> int:
+    return sum(parameter.numel() for parameter in network.parameters())
+
+
+def _train_shape(cfg: CfgNode) -> tuple[int, int, int] | None:
+    return None if missing_inputs(cfg) else open_parts(cfg)["train"].box.shape
+
+
+def _segmenter_inputs(size: Sequence[int], device: str) -> tuple[Any, ...]:
+    import torch
+
+    return (torch.zeros(1, 1, *size, device=device),)
+
+
+def _denoiser_inputs(size: Sequence[int], device: str) -> tuple[Any, ...]:
+    import torch
+
+    return (
+        torch.zeros(1, 1, *size, device=device),
+        torch.zeros(1, dtype=torch.long, device=device),
+        torch.zeros(1, 2, *size, device=device),
+        torch.ones(1, 3, device=device),
+    )
+
+
+def _cost_of_pass(network: torch.nn.Module, inputs: Callable[[str], tuple[Any, ...]]) -> tuple[float, float]:
+    """Floating-point operations of one forward pass, and bytes of all its activations, without computing anything."""
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    network = network.to("meta")
+    sizes: list[int] = []
+
+    def remember(_module: torch.nn.Module, _inputs: Any, output: Any) -> None:
+        if isinstance(output, torch.Tensor):
+            sizes.append(output.numel() * output.element_size())
+
+    hooks = [m.register_forward_hook(remember) for m in network.modules() if not list(m.children())]
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        network(*inputs("meta"))
+    for hook in hooks:
+        hook.remove()
+    return float(counter.get_total_flops()), float(sum(sizes))
+
+
+def _operations_per_second(cfg: CfgNode) -> float:
+    """Speed of a typical convolution on the run's device."""
+    import torch
+
+    device, precision = networks.device_and_precision(cfg)
+    convolution = torch.nn.Conv3d(32, 32, 3, padding=1).to(device, memory_format=torch.channels_last_3d)
+    image = torch.zeros(1, 32, 16, 64, 64, device=device).contiguous(memory_format=torch.channels_last_3d)
+    repeats = 4
+    with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+        convolution(image)
+        start = time.perf_counter()
+        for _ in range(repeats):
+            value = convolution(image)
+        float(value[0, 0, 0, 0, 0])
+    return repeats * 2 * 27 * 32 * 32 * image[0, 0].numel() / (time.perf_counter() - start)

@@ -1,0 +1,152 @@
+"""The last stage: figures from the run's artefacts, and the report around them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..config import dump_config
+from ..engine import read_loss_curve
+from ..report import (
+    grey_value_figure,
+    loss_figure,
+    scores_figure,
+    sections_to_show,
+    segmentation_figure,
+    synthesis_figure,
+    threshold_figure,
+    write_report,
+)
+from ..volume import Volume, open_array, open_volume
+from .run import Run
+from .stages import pair_paths
+
+
+def make_report(run: Run) -> None:
+    """Draw what there is to draw -> figures/*.png, report.html."""
+    drawers: dict[str, Callable[[Run, Path], bool]] = {
+        "scores": _draw_scores,
+        "synthesis": _draw_synthesis,
+        "grey_values": _draw_grey_values,
+        "losses": _draw_losses,
+        "thresholds": _draw_thresholds,
+        "segmentations": _draw_segmentations,
+    }
+    folder = run.folder / "figures"
+    folder.mkdir(exist_ok=True)
+    figures = {}
+    for name, draw in drawers.items():
+        path = folder / f"{name}.png"
+        if draw(run, path):
+            figures[name] = path
+    write_report(
+        run.folder,
+        title=f"{run.cfg.DATASET.IMAGE_NAME}, seed {run.cfg.NEURODIFF.SEED}",
+        metrics=run.metrics(),
+        figures=figures,
+        config_text=dump_config(run.cfg),
+        notes=_notes(run),
+    )
+
+
+def _notes(run: Run) -> list[str]:
+    sizes = {name: " x ".join(map(str, part.box.shape)) for name, part in run.parts.items()}
+    voxel = " x ".join(f"{v:g}" for v in run.parts["train"].volume.voxel_nm)
+    notes = [
+        f"Train {sizes['train']}, tune {sizes['tune']}, test {sizes['test']} voxels of {voxel} nm (z, y, x), disjoint.",
+        "Both arms were trained for the same number of iterations; one seed is one sample: compare several.",
+    ]
+    for path in sorted((run.folder / "pairs").glob("*.gate.json")):
+        gate = json.loads(path.read_text())
+        if not gate["passed"]:
+            notes.append(f"{path.name.split('.')[0]} was kept out of training: {gate['reason']}")
+    return notes
+
+
+def _draw_scores(run: Run, path: Path) -> bool:
+    metrics = run.metrics()
+    if metrics:
+        scores_figure(path, metrics)
+    return bool(metrics)
+
+
+def _first_pair(run: Run) -> tuple[Path, Volume] | None:
+    paths = pair_paths(run) if len(run.arms) > 1 else []
+    return (paths[0], open_volume(paths[0]).load()) if paths else None
+
+
+def _draw_synthesis(run: Run, path: Path) -> bool:
+    pair = _first_pair(run)
+    if pair is None:
+        return False
+    train = run.parts["train"].load()
+    membrane = np.asarray(open_array(pair[0], ("membrane",)))
+    depth = min(train.shape[0], pair[1].shape[0])
+    sections = sections_to_show(depth)
+    synthesis_figure(
+        path,
+        np.asarray(train.image),
+        np.asarray(train.label),
+        np.asarray(pair[1].label),
+        membrane,
+        None if pair[1].mito is None else np.asarray(pair[1].mito),
+        np.asarray(pair[1].image),
+        sections,
+        train.voxel_nm,
+    )
+    return True
+
+
+def _draw_grey_values(run: Run, path: Path) -> bool:
+    paths = pair_paths(run) if len(run.arms) > 1 else []
+    if paths:
+        synthetic = {pair.stem: np.asarray(open_volume(pair).load().image) for pair in paths[:4]}
+        grey_value_figure(path, np.asarray(run.parts["train"].load().image), synthetic)
+    return bool(paths)
+
+
+def _draw_losses(run: Run, path: Path) -> bool:
+    files = {"diffusion": run.folder / "diffusion" / "loss.csv"}
+    files |= {f"segmenter/{arm}": run.folder / "segmenter" / arm / "loss.csv" for arm in run.arms}
+    curves = {name: [row[:2] for row in read_loss_curve(file)] for name, file in files.items()}
+    curves = {name: rows for name, rows in curves.items() if rows}
+    if curves:
+        loss_figure(path, curves)
+    return bool(curves)
+
+
+def _tunings(run: Run) -> dict[tuple[str, str], dict[str, Any]]:
+    found = {}
+    for arm in run.arms:
+        for method in run.cfg.NEURODIFF.SEGMENT.METHODS:
+            file = run.folder / "segmentations" / f"{arm}_{method}.tuning.json"
+            if file.exists():
+                found[arm, method] = json.loads(file.read_text())
+    return found
+
+
+def _draw_thresholds(run: Run, path: Path) -> bool:
+    tunings = _tunings(run)
+    criterion = run.cfg.NEURODIFF.SEGMENT.CRITERION
+    if tunings:
+        threshold_figure(
+            path,
+            {key: [(t, scores[criterion]) for t, scores in tuning["scores"]] for key, tuning in tunings.items()},
+            {key: tuning["threshold"] for key, tuning in tunings.items()},
+            score=criterion.upper(),
+        )
+    return bool(tunings)
+
+
+def _draw_segmentations(run: Run, path: Path) -> bool:
+    files = {key: run.folder / "segmentations" / f"{'_'.join(key)}.h5" for key in _tunings(run)}
+    labels = {key: np.asarray(open_array(file, ("label",))) for key, file in files.items() if file.exists()}
+    if labels:
+        test = run.parts["test"].load()
+        section = sections_to_show(test.shape[0], 1)[0]
+        segmentation_figure(path, np.asarray(test.image), np.asarray(test.label), labels, section, test.voxel_nm)
+    return bool(labels)

@@ -1,0 +1,159 @@
+"""A run: its folder, its lock, its log, and which of its stages are done."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import logging
+import shutil
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from yacs.config import CfgNode
+
+from ..config import dump_config
+from ..errors import MissingInput, OutputExists, StaleArtifactError, UserError
+from ..provenance import Provenance, atomic_write, hash_of_file, is_reusable, sidecar_of, write_json, write_provenance
+from .parts import Part
+
+logger = logging.getLogger("connectomics_neurodiff")
+
+
+@dataclass
+class Run:
+    """One run of the pipeline.
+
+    Attributes
+    ----------
+    cfg : CfgNode
+        Frozen configuration.
+    folder : pathlib.Path
+        DATASET.OUTPUT_PATH; everything is written below it.
+    parts : dict of str to Part
+        train, tune, test.
+    force : bool
+        Make again what was made with other settings, where otherwise the run would stop.
+    checkpoint : str
+        Segmenter to use in place of the run's own; empty: the run's own.
+    """
+
+    cfg: CfgNode
+    folder: Path
+    parts: dict[str, Part]
+    force: bool = False
+    checkpoint: str = ""
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        recorded = self.folder / "seconds.json"
+        if recorded.exists():
+            self.seconds = json.loads(recorded.read_text())
+
+    @property
+    def arms(self) -> list[str]:
+        """What the segmenter is trained on: real pairs, and real and synthetic mixed."""
+        return ["real", "mixed"] if self.cfg.AUGMENTOR.SYNTHETIC.ENABLED else ["real"]
+
+    def provenance(self, stage: str, settings: Mapping[str, Any], **parents: str) -> Provenance:
+        """Provenance of an artefact of this run."""
+        return Provenance(stage, dict(settings), parents, int(self.cfg.NEURODIFF.SEED))
+
+    def is_done(self, artefact: Path, provenance: Provenance) -> bool:
+        """Whether the artefact is there and made this way; what is stale is an error, or removed if forced."""
+        try:
+            return is_reusable(artefact, provenance)
+        except StaleArtifactError:
+            if not self.force:
+                raise
+            logger.info("making %s again: its settings have changed", artefact.relative_to(self.folder))
+            sidecar_of(artefact).unlink()
+            artefact.unlink()
+            return False
+
+    def finish(self, artefact: Path, provenance: Provenance) -> None:
+        """Mark an artefact as complete."""
+        write_provenance(artefact, provenance)
+
+    def hash_of(self, relative: str) -> str:
+        """Content hash of an artefact that an earlier stage made."""
+        path = self.folder / relative
+        if not sidecar_of(path).exists():
+            stage = relative.split("/")[0]
+            raise MissingInput(f"{path} is not there yet: run the stage '{stage}' first.")
+        return hash_of_file(path)
+
+    def metrics(self) -> dict[str, Any]:
+        """Content of metrics.json; empty before that stage has run."""
+        path = self.folder / "metrics.json"
+        return json.loads(path.read_text()) if path.exists() else {}
+
+    def add_seconds(self, stage: str, seconds: float) -> None:
+        """Add to a stage's wall time; a resumed stage counts all its attempts that ended."""
+        self.seconds[stage] = round(self.seconds.get(stage, 0.0) + seconds, 2)
+        write_json(self.folder / "seconds.json", self.seconds)
+
+
+@contextmanager
+def timed(run: Run, stage: str) -> Iterator[None]:
+    """Add the wall time of the block to the stage."""
+    start = time.perf_counter()
+    yield
+    run.add_seconds(stage, time.perf_counter() - start)
+
+
+@contextmanager
+def run_folder(cfg: CfgNode) -> Iterator[Path]:
+    """The run's folder: made, locked against a second run, with the log and the resolved configuration in it.
+
+    Raises
+    ------
+    OutputExists
+        If the folder holds something but is not a run's folder.
+    UserError
+        If another run works in it.
+    """
+    folder = Path(cfg.DATASET.OUTPUT_PATH)
+    if folder.exists() and not folder.is_dir():
+        raise OutputExists(f"DATASET.OUTPUT_PATH {folder} is a file; name a folder.")
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / "run.log").exists():
+        raise OutputExists(f"DATASET.OUTPUT_PATH {folder} is not empty and not a run's folder (no run.log in it).")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except PermissionError as error:
+        raise UserError(f"DATASET.OUTPUT_PATH {folder} cannot be made: {error.strerror}.") from error
+    with open(folder / "run.log", "a") as log:
+        try:
+            fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(f"Another run is working in {folder}; wait for it, or choose another folder.") from error
+        handler = logging.StreamHandler(log)
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        logger.addHandler(handler)
+        logger.setLevel(logging.INFO)
+        try:
+            if not (folder / "config.yaml").exists():
+                write_config(folder, cfg)
+            yield folder
+            write_config(folder, cfg)  # only now does all that is in the folder agree with it
+        except Exception:
+            logger.exception("the run stopped")
+            raise
+        finally:
+            logger.removeHandler(handler)
+
+
+def write_config(folder: Path, cfg: CfgNode) -> None:
+    """Write the resolved configuration."""
+    with atomic_write(folder / "config.yaml") as temporary:
+        temporary.write_text(dump_config(cfg))
+
+
+def discard_training(folder: Path) -> None:
+    """Remove the resume point and logs of a training that is to start anew."""
+    for name in ("last.ckpt", "loss.csv"):
+        (folder / name).unlink(missing_ok=True)
+    shutil.rmtree(folder / "tensorboard", ignore_errors=True)

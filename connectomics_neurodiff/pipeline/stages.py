@@ -1,0 +1,409 @@
+"""The stages, in the data's order. Each makes its artefacts from those of earlier stages, or finds them made already."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ..affinities import CONVENTION
+from ..agglomerate import fragments_from_affinities, segment_sweep
+from ..config import as_dict
+from ..errors import UserError
+from ..metrics import evaluate, tune_threshold
+from ..pairs import grey_value_gate, match_grey_values, open_pairs, write_pair
+from ..provenance import Provenance, hash_of, hash_of_file, write_json
+from ..remodel import SignatureLibrary, remodel
+from ..seeding import rng_for
+from ..volume import Volume, open_array, open_volume, write_volume
+from . import networks
+from .run import Run, discard_training
+
+if TYPE_CHECKING:
+    import torch
+
+logger = logging.getLogger("connectomics_neurodiff")
+
+#: Scores of a segmentation, as metrics.json and the tables name them.
+SCORE_NAMES = ("voi_split", "voi_merge", "voi", "arand")
+
+
+def make_diffusion(run: Run) -> None:
+    """Train the denoiser on the train part -> diffusion/checkpoint.pt."""
+    from ..checkpoints import save_checkpoint
+    from ..synthesis import DiffusionCrops, DiffusionProcess, build_denoiser, cosine_betas, train_denoiser
+
+    cfg, node = run.cfg, run.cfg.NEURODIFF.DIFFUSION
+    settings = networks.training_keys(node, ("SAMPLER", "SAMPLER_STEPS", "TILE", "OVERLAP", "SAVE_EVERY"))
+    settings |= {"MEMBRANE_NM": cfg.NEURODIFF.MEMBRANE_NM, "PRECISION": networks.device_and_precision(cfg)[1]}
+    provenance = run.provenance("diffusion", settings, train=run.parts["train"].identity)
+    target = run.folder / "diffusion" / "checkpoint.pt"
+    if run.is_done(target, provenance):
+        return
+    _forget_other_training(run, target.parent, provenance)
+    train = run.parts["train"].load()
+    options = networks.denoiser_options(cfg)
+    network = _built_with_seed(run, "denoiser", lambda: build_denoiser(node.ARCHITECTURE, **options))
+    process = DiffusionProcess(cosine_betas(node.STEPS, node.COSINE_OFFSET))
+    crops = DiffusionCrops(
+        [train], tuple(node.PATCH), cfg.NEURODIFF.SEED, process, thickness_nm=cfg.NEURODIFF.MEMBRANE_NM
+    )
+    fit_settings = networks.diffusion_fit_settings(cfg)
+    network = train_denoiser(network, crops, fit_settings, target.parent, label="diffusion", key=provenance.key)
+    extra = {
+        "voxel_nm": [list(train.voxel_nm)],
+        "process": {"steps": node.STEPS, "cosine_offset": node.COSINE_OFFSET},
+        "patch": list(node.PATCH),
+        "membrane_nm": cfg.NEURODIFF.MEMBRANE_NM,
+    }
+    save_checkpoint(
+        target,
+        kind="denoiser",
+        architecture=node.ARCHITECTURE,
+        options=options,
+        state_dict=network.state_dict(),
+        extra=extra,
+    )
+    run.finish(target, provenance)
+
+
+def make_masks(run: Run) -> None:
+    """Remodel the train part's masks -> masks/copy_000.h5, ..."""
+    node = run.cfg.NEURODIFF.REMODEL
+    settings = networks.training_keys(node, ("COPIES",)) | {"MEMBRANE_NM": run.cfg.NEURODIFF.MEMBRANE_NM}
+    train: Volume | None = None
+    library: SignatureLibrary | None = None
+    for copy in range(node.COPIES):
+        provenance = run.provenance("masks", settings | {"COPY": copy}, train=run.parts["train"].identity)
+        target = run.folder / "masks" / f"copy_{copy:03d}.h5"
+        if run.is_done(target, provenance):
+            continue
+        if train is None:
+            train = run.parts["train"].load()
+            if node.MITOCHONDRIA and train.mito is not None:
+                library = SignatureLibrary.from_masks(train.label, train.mito, train.voxel_nm)
+        mask = remodel(
+            train.label,
+            train.mito,
+            train.voxel_nm,
+            rng_for(run.cfg.NEURODIFF.SEED, "remodel", copy),
+            elastic=node.ELASTIC,
+            place_mitochondria=node.MITOCHONDRIA,
+            library=library,
+            elastic_sigma_nm=node.SIGMA_NM,
+            elastic_spacing_nm=node.SPACING_NM,
+            candidate_fraction=node.CANDIDATE_FRACTION,
+            membrane_thickness_nm=run.cfg.NEURODIFF.MEMBRANE_NM,
+        )
+        arrays = {"label": mask.label, "membrane": mask.membrane, "mito": mask.mito}
+        write_volume(target, arrays, train.voxel_nm, {"seed": run.cfg.NEURODIFF.SEED, "copy": copy})
+        run.finish(target, provenance)
+
+
+def make_pairs(run: Run) -> None:
+    """Paint EM onto every remodelled mask -> pairs/copy_000.h5, ...; a volume with wrong grey values is set aside."""
+    cfg, node = run.cfg, run.cfg.NEURODIFF.DIFFUSION
+    keys = {k: as_dict(node)[k] for k in ("SAMPLER", "SAMPLER_STEPS", "TILE", "OVERLAP")}
+    settings = keys | as_dict(cfg.NEURODIFF.PAIRS) | {"PRECISION": networks.device_and_precision(cfg)[1]}
+    denoiser_hash = run.hash_of("diffusion/checkpoint.pt")
+    denoise: Callable[[Volume, np.ndarray, Path, str, int], np.ndarray] | None = None
+    passed = 0
+    for copy in range(cfg.NEURODIFF.REMODEL.COPIES):
+        masks = run.folder / "masks" / f"copy_{copy:03d}.h5"
+        provenance = run.provenance(
+            "pairs", settings | {"COPY": copy}, denoiser=denoiser_hash, masks=run.hash_of(f"masks/copy_{copy:03d}.h5")
+        )
+        target = run.folder / "pairs" / f"copy_{copy:03d}.h5"
+        report = run.folder / "pairs" / f"copy_{copy:03d}.gate.json"
+        if not run.is_done(target, provenance):
+            denoise = denoise or _make_painter(run)
+            _make_pair(run, denoise, masks, target, report, provenance, copy)
+        passed += json.loads(report.read_text())["passed"]
+    if not passed:
+        reason = json.loads(report.read_text())["reason"]
+        raise UserError(
+            f"No synthetic volume passed the grey-value gate ({reason}) Train the denoiser longer, or raise "
+            "NEURODIFF.PAIRS.GREY_LIMIT."
+        )
+
+
+def _make_painter(run: Run) -> Callable[[Volume, np.ndarray, Path, str, int], np.ndarray]:
+    """Function that paints an image onto masks with the run's denoiser."""
+    from ..checkpoints import load_checkpoint
+    from ..synthesis import denoiser_from_checkpoint, synthesise
+
+    node = run.cfg.NEURODIFF.DIFFUSION
+    network, process = denoiser_from_checkpoint(
+        load_checkpoint(run.folder / "diffusion" / "checkpoint.pt", kind="denoiser")
+    )
+    device, precision = networks.device_and_precision(run.cfg)
+
+    def paint(masks: Volume, membrane: np.ndarray, snapshot: Path, key: str, copy: int) -> np.ndarray:
+        return synthesise(
+            network,
+            process,
+            membrane,
+            masks.mito,
+            masks.voxel_nm,
+            seed=int(rng_for(run.cfg.NEURODIFF.SEED, "pairs", copy).integers(2**31)),
+            sampler=node.SAMPLER,
+            steps=node.SAMPLER_STEPS,
+            tile=tuple(node.TILE),
+            overlap=tuple(node.OVERLAP),
+            precision=precision,
+            device=device,
+            snapshot=snapshot,
+            snapshot_key=key,
+            label=f"synthesis {copy + 1}/{run.cfg.NEURODIFF.REMODEL.COPIES}",
+        )
+
+    return paint
+
+
+def _make_pair(
+    run: Run,
+    paint: Callable[[Volume, np.ndarray, Path, str, int], np.ndarray],
+    masks_path: Path,
+    target: Path,
+    report: Path,
+    provenance: Provenance,
+    copy: int,
+) -> None:
+    masks = open_volume(masks_path).load()
+    membrane = np.asarray(open_array(masks_path, ("membrane",)))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    snapshot = target.with_name(f".{target.stem}.snapshot.npz")
+    image = paint(masks, membrane, snapshot, provenance.key, copy)
+    real = np.asarray(run.parts["train"].load().image)
+    raw = grey_value_gate(image, real, limit=1.0)
+    if run.cfg.NEURODIFF.PAIRS.MATCH_GREY and raw.passed:
+        image = match_grey_values(image, real)
+    gate = grey_value_gate(image, real, limit=run.cfg.NEURODIFF.PAIRS.GREY_LIMIT)
+    write_json(report, {**gate.__dict__, "distance_before_matching": raw.distance})
+    if not gate.passed:
+        logger.warning("%s does not enter training: %s", target.name, gate.reason)
+    write_pair(target, np.clip(image, 0, 1), Masks(masks.label, membrane, masks.mito), masks.voxel_nm, {"copy": copy})
+    run.finish(target, provenance)
+    snapshot.unlink(missing_ok=True)
+
+
+class Masks:
+    """The arrays of a mask file, in the form that pairs are written from."""
+
+    def __init__(self, label: Any, membrane: np.ndarray, mito: Any) -> None:
+        self.label, self.membrane, self.mito = label, membrane, mito
+
+
+def pair_paths(run: Run) -> list[Path]:
+    """Pair files that the mixed arm trains on: the user's, or those of this run that passed the gate."""
+    given = list(run.cfg.AUGMENTOR.SYNTHETIC.PAIRS)
+    if given:
+        return [Path(path) for path in given]
+    reports = sorted((run.folder / "pairs").glob("copy_*.gate.json"))
+    copies = {f"copy_{copy:03d}.gate.json" for copy in range(run.cfg.NEURODIFF.REMODEL.COPIES)}
+    passed = [r for r in reports if r.name in copies and json.loads(r.read_text())["passed"]]
+    return [report.with_name(report.name.replace(".gate.json", ".h5")) for report in passed]
+
+
+def make_segmenter(run: Run) -> None:
+    """Train the affinity network per arm -> segmenter/{real,mixed}/checkpoint.pt."""
+    for arm in run.arms:
+        _train_arm(run, arm)
+
+
+def _train_arm(run: Run, arm: str) -> None:
+    from ..checkpoints import save_checkpoint
+    from ..segmenters import build_segmenter
+    from ..training import AffinityPatches, AugmentOptions, train_segmenter
+
+    cfg = run.cfg
+    settings = {
+        "MODEL": as_dict(cfg.MODEL),
+        "SOLVER": networks.training_keys(cfg.SOLVER, ("ITERATION_SAVE",)),
+        "AUGMENTOR": networks.training_keys(cfg.AUGMENTOR, ("SYNTHETIC",)),
+        "SEGMENTER": as_dict(cfg.NEURODIFF.SEGMENTER),
+        "PRECISION": networks.device_and_precision(cfg)[1],
+        "RATIO": cfg.AUGMENTOR.SYNTHETIC.RATIO if arm == "mixed" else 0.0,
+    }
+    paths = pair_paths(run) if arm == "mixed" else []
+    pair_hash = hash_of([hash_of_file(path) for path in paths])
+    provenance = run.provenance("segmenter", settings, train=run.parts["train"].identity, pairs=pair_hash)
+    target = run.folder / "segmenter" / arm / "checkpoint.pt"
+    if run.is_done(target, provenance):
+        return
+    _forget_other_training(run, target.parent, provenance)
+    train = run.parts["train"].load()
+    synthetic = [pair.load() for pair in open_pairs(paths, train)]
+    patches = AffinityPatches(
+        [train],
+        synthetic,
+        patch=tuple(cfg.MODEL.INPUT_SIZE),
+        seed=cfg.NEURODIFF.SEED,
+        ratio=settings["RATIO"],
+        augment=AugmentOptions(**networks.augment_probabilities(cfg)),
+        label_erosion=cfg.NEURODIFF.SEGMENTER.LABEL_EROSION,
+    )
+    options = networks.segmenter_options(cfg)
+    network = _built_with_seed(run, "segmenter", lambda: build_segmenter(cfg.MODEL.ARCHITECTURE, **options))
+    fit_settings = networks.segmenter_fit_settings(cfg)
+    network = train_segmenter(
+        network, patches, fit_settings, target.parent, label=f"segmenter, {arm}", key=provenance.key
+    )
+    extra = {
+        "voxel_nm": [list(train.voxel_nm)],
+        "patch": list(cfg.MODEL.INPUT_SIZE),
+        "affinities": CONVENTION,
+        "arm": arm,
+    }
+    save_checkpoint(
+        target,
+        kind="segmenter",
+        architecture=cfg.MODEL.ARCHITECTURE,
+        options=options,
+        state_dict=network.state_dict(),
+        extra=extra,
+    )
+    run.finish(target, provenance)
+
+
+def make_predictions(run: Run) -> None:
+    """Affinities of the tune and test parts, per arm -> predictions/{arm}_{part}.h5."""
+    from ..predict import predict_affinities
+
+    node = run.cfg.INFERENCE
+    device, precision = networks.device_and_precision(run.cfg)
+    settings = as_dict(node) | {"PRECISION": precision}
+    overlap = [t - s for t, s in zip(node.INPUT_SIZE, node.STRIDE, strict=True)]
+    for arm in run.arms:
+        weights = run.checkpoint or str(run.folder / "segmenter" / arm / "checkpoint.pt")
+        weights_hash = hash_of_file(weights) if run.checkpoint else run.hash_of(f"segmenter/{arm}/checkpoint.pt")
+        network = None
+        for name in ("tune", "test"):
+            part = run.parts[name]
+            provenance = run.provenance("predictions", settings, segmenter=weights_hash, image=part.identity)
+            target = run.folder / "predictions" / f"{arm}_{name}.h5"
+            if run.is_done(target, provenance):
+                continue
+            network = network or _load_segmenter(weights)
+            volume = part.load()
+            affinities = predict_affinities(
+                network,
+                volume.image,
+                tile=tuple(node.INPUT_SIZE),
+                overlap=tuple(overlap),
+                precision=precision,
+                device=device,
+                batch=node.SAMPLES_PER_BATCH,
+                flip_augmentation=node.FLIP_AUGMENTATION,
+                label=f"affinities, {arm}, {name}",
+            )
+            write_volume(target, {"affinity": affinities}, volume.voxel_nm, {"convention": CONVENTION})
+            run.finish(target, provenance)
+
+
+def _load_segmenter(path: str) -> torch.nn.Module:
+    from ..checkpoints import load_checkpoint
+    from ..segmenters import segmenter_from_checkpoint
+
+    return segmenter_from_checkpoint(load_checkpoint(path, kind="segmenter"))
+
+
+def make_segmentations(run: Run) -> None:
+    """Tune the threshold on the tune part, segment the test part -> segmentations/{arm}_{method}.h5 and .tuning.json."""
+    node = run.cfg.NEURODIFF.SEGMENT
+    for arm in run.arms:
+        pending = []
+        for method in node.METHODS:
+            settings = {"METHOD": method, "CRITERION": node.CRITERION, "THRESHOLDS": node[f"{method.upper()}_THRESHOLDS"]}
+            parents = {name: run.hash_of(f"predictions/{arm}_{name}.h5") for name in ("tune", "test")}
+            provenance = run.provenance("segmentations", settings, truth=run.parts["tune"].identity, **parents)
+            target = run.folder / "segmentations" / f"{arm}_{method}.h5"
+            if not run.is_done(target, provenance):
+                pending.append((method, target, provenance))
+        if pending:
+            _segment_arm(run, arm, pending)
+
+
+def _segment_arm(run: Run, arm: str, pending: list[tuple[str, Path, Provenance]]) -> None:
+    voxel_nm = run.parts["test"].volume.voxel_nm
+    truth = np.asarray(run.parts["tune"].load().label)
+    affinities = {
+        name: np.asarray(open_array(run.folder / "predictions" / f"{arm}_{name}.h5", ("affinity",)))
+        for name in ("tune", "test")
+    }
+    fragments = {name: fragments_from_affinities(array, voxel_nm) for name, array in affinities.items()}
+    for method, target, provenance in pending:
+        thresholds = provenance.settings["THRESHOLDS"]
+        sweep = segment_sweep(affinities["tune"], fragments["tune"], method, thresholds)
+        tuning = tune_threshold(sweep, truth, criterion=run.cfg.NEURODIFF.SEGMENT.CRITERION)
+        ((_, label),) = segment_sweep(affinities["test"], fragments["test"], method, [tuning.threshold])
+        write_json(
+            target.with_suffix(".tuning.json"),
+            {
+                "threshold": tuning.threshold,
+                "criterion": run.cfg.NEURODIFF.SEGMENT.CRITERION,
+                "scores": [[threshold, scores.as_dict()] for threshold, scores in tuning.scores.items()],
+            },
+        )
+        write_volume(target, {"label": label}, voxel_nm, {"method": method, "threshold": tuning.threshold})
+        run.finish(target, provenance)
+
+
+def make_metrics(run: Run) -> None:
+    """Score every segmentation against the test part -> metrics.json."""
+    truth = np.asarray(run.parts["test"].load().label)
+    metrics: dict[str, Any] = {}
+    thresholds: dict[str, Any] = {}
+    for arm in run.arms:
+        for method in run.cfg.NEURODIFF.SEGMENT.METHODS:
+            name = f"{arm}_{method}"
+            run.hash_of(f"segmentations/{name}.h5")
+            label = np.asarray(open_array(run.folder / "segmentations" / f"{name}.h5", ("label",)))
+            metrics.setdefault(arm, {})[method] = evaluate(label, truth).as_dict()
+            tuning = json.loads((run.folder / "segmentations" / f"{name}.tuning.json").read_text())
+            thresholds.setdefault(arm, {})[method] = tuning["threshold"]
+    metrics["synthesis"] = _synthesis_metrics(run)
+    metrics["seconds"] = run.seconds
+    provenance = run.provenance("metrics", as_dict(run.cfg), **{n: p.identity for n, p in run.parts.items()})
+    metrics["provenance"] = {
+        "config_hash": hash_of(as_dict(run.cfg)),
+        "seed": provenance.seed,
+        "version": provenance.version,
+        "parents": provenance.parents,
+        "conventions": provenance.conventions | {"affinities": CONVENTION, "voi": "bits, ground-truth 0 ignored"},
+        "thresholds": thresholds,
+        "boxes": {name: [*part.box.start, *part.box.stop] for name, part in run.parts.items()},
+    }
+    write_json(run.folder / "metrics.json", metrics)
+
+
+def _synthesis_metrics(run: Run) -> dict[str, Any]:
+    """How far the synthetic grey values are from the real ones; fid3d is null until it has been computed."""
+    found: dict[str, Any] = {"fid3d": None}
+    reports = [p.with_suffix(".gate.json") for p in pair_paths(run)] if len(run.arms) > 1 else []
+    gates = [json.loads(path.read_text()) for path in reports if path.exists()]
+    if gates:
+        found["grey_value_distance"] = float(np.mean([gate["distance"] for gate in gates]))
+        found["pairs"] = len(gates)
+    return found
+
+
+def _built_with_seed(run: Run, purpose: str, build: Callable[[], torch.nn.Module]) -> torch.nn.Module:
+    """Build a network whose initial weights depend on the run's seed alone."""
+    import torch
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(int(rng_for(run.cfg.NEURODIFF.SEED, purpose).integers(2**31)))
+        return build()
+
+
+def _forget_other_training(run: Run, folder: Path, provenance: Provenance) -> None:
+    """With --force, a half-finished training of other settings is discarded; without, the engine refuses it."""
+    marker = folder / "training.json"
+    if run.force and marker.exists() and json.loads(marker.read_text())["key"] != provenance.key:
+        discard_training(folder)
+    write_json(marker, {"key": provenance.key})

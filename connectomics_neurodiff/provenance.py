@@ -1,0 +1,152 @@
+"""Artefacts: written atomically, each with a sidecar that says how it was made; reused only if that still holds."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ._version import __version__
+from .errors import NotEnoughSpace, OutputExists, StaleArtifactError
+
+
+@contextmanager
+def atomic_write(path: str | os.PathLike[str], *, overwrite: bool = True) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; rename it into place only if the block succeeds.
+
+    Whoever kills the process in the middle leaves either the old file or the new one, never half of one.
+
+    Raises
+    ------
+    OutputExists
+        If `path` exists and `overwrite` is false.
+    NotEnoughSpace
+        If the disk is full; the temporary file is removed.
+    """
+    target = Path(path)
+    if target.exists() and not overwrite:
+        raise OutputExists(f"{target} exists; nothing was overwritten. Name another output, or remove it first.")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    # The suffix stays last: writers choose the format by it.
+    temporary = target.with_name(f".{target.stem}.{os.getpid()}.part{target.suffix}")
+    try:
+        yield temporary
+        with open(temporary, "rb") as handle:
+            os.fsync(handle.fileno())
+        os.replace(temporary, target)
+    except OSError as error:
+        if error.errno == errno.ENOSPC or "No space left" in str(error):
+            raise NotEnoughSpace(f"No space left on the disk while writing {target}; nothing was overwritten.") from error
+        raise
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: str | os.PathLike[str], content: Mapping[str, Any]) -> None:
+    """Write a mapping as indented JSON, atomically."""
+    with atomic_write(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
+
+
+def hash_of(content: Any) -> str:
+    """Short hash of anything JSON can hold, independent of key order."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def hash_of_file(path: str | os.PathLike[str]) -> str:
+    """Short content hash of a file."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as handle:
+        while chunk := handle.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """How an artefact was made.
+
+    Attributes
+    ----------
+    stage : str
+        Which step of the pipeline, or which command, made it.
+    settings : dict
+        Every setting that the bytes depend on (JSON types only).
+    parents : dict
+        Hash of each input, by name.
+    seed : int
+        Seed of the run.
+    version : str
+        Package version. Recorded, not compared: a patch release does not throw away a night of training.
+    """
+
+    stage: str
+    settings: dict[str, Any]
+    parents: dict[str, str]
+    seed: int
+    version: str = __version__
+    conventions: dict[str, str] = field(
+        default_factory=lambda: {"axes": "z,y,x", "image": "uint8 on disk, one linear scaling per volume"}
+    )
+
+    @property
+    def key(self) -> str:
+        """Hash of all that the artefact's bytes depend on."""
+        return hash_of([self.stage, self.settings, self.parents, self.seed])
+
+
+def sidecar_of(artefact: str | os.PathLike[str]) -> Path:
+    """Where the provenance of a file or folder is kept."""
+    path = Path(artefact)
+    return path.with_name(path.name + ".provenance.json")
+
+
+def write_provenance(artefact: str | os.PathLike[str], provenance: Provenance) -> None:
+    """Write the sidecar. Call it last: an artefact without one counts as unfinished."""
+    write_json(sidecar_of(artefact), {**asdict(provenance), "key": provenance.key})
+
+
+def _differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
+    found = []
+    for name in sorted({*old, *new}):
+        before, after = old.get(name, "absent"), new.get(name, "absent")
+        if isinstance(before, Mapping) and isinstance(after, Mapping):
+            found += _differences(before, after, f"{prefix}{name}.")
+        elif before != after:
+            found.append(f"{prefix}{name}: {before} -> {after}")
+    return found
+
+
+def is_reusable(artefact: str | os.PathLike[str], wanted: Provenance) -> bool:
+    """Whether a finished artefact made in exactly the wanted way is there.
+
+    Returns
+    -------
+    bool
+        True if it can be reused, False if it is absent or unfinished.
+
+    Raises
+    ------
+    StaleArtifactError
+        If it is there but was made differently; the message names the differences.
+    """
+    sidecar = sidecar_of(artefact)
+    if not Path(artefact).exists() or not sidecar.exists():
+        return False
+    old = json.loads(sidecar.read_text())
+    new = json.loads(json.dumps(asdict(wanted), default=str))
+    fields = ("stage", "settings", "parents", "seed")
+    found = _differences({k: old.get(k) for k in fields}, {k: new[k] for k in fields})
+    if found:
+        shown = "; ".join(found[:4]) + (f"; and {len(found) - 4} more" if len(found) > 4 else "")
+        raise StaleArtifactError(
+            f"{artefact} was made with other settings ({shown}). "
+            "Choose another DATASET.OUTPUT_PATH, or --force to make it anew."
+        )
+    return True

@@ -1,0 +1,92 @@
+"""Configuration: merging order, the short form of SYNTHETIC, one-line complaints with the nearest name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from conftest import REPOSITORY
+
+from connectomics_neurodiff.config import default_config, dump_config, load_config
+from connectomics_neurodiff.errors import ConfigError, MissingInput, UserError
+
+
+def test_order_is_defaults_base_file_command_line(tmp_path: Path) -> None:
+    (tmp_path / "base.yaml").write_text("SOLVER: {BASE_LR: 3, ITERATION_TOTAL: 7, WARMUP_ITERS: 5}")
+    (tmp_path / "recipe.yaml").write_text("_BASE_: base.yaml\nSOLVER: {ITERATION_TOTAL: 8, WARMUP_ITERS: 6}")
+    cfg = load_config(tmp_path / "recipe.yaml", overrides=["SOLVER.WARMUP_ITERS", "4"])
+    assert (cfg.SOLVER.BASE_LR, cfg.SOLVER.ITERATION_TOTAL, cfg.SOLVER.WARMUP_ITERS) == (3.0, 8, 4)
+    assert cfg.SOLVER.NAME == default_config().SOLVER.NAME
+    assert cfg.is_frozen()
+
+
+@pytest.mark.parametrize("text", ["AUGMENTOR: {SYNTHETIC: True}", "AUGMENTOR: {SYNTHETIC: {ENABLED: True}}"])
+def test_both_forms_of_the_synthetic_flag(tmp_path: Path, text: str) -> None:
+    (tmp_path / "a.yaml").write_text(text)
+    for cfg in (load_config(tmp_path / "a.yaml"), load_config(overrides=["AUGMENTOR.SYNTHETIC", "True"])):
+        assert cfg.AUGMENTOR.SYNTHETIC.ENABLED is True
+        assert cfg.AUGMENTOR.SYNTHETIC.RATIO == 1.0
+
+
+def test_pairs_may_be_one_path_or_several() -> None:
+    assert load_config(overrides=["AUGMENTOR.SYNTHETIC.PAIRS", "a.h5"]).AUGMENTOR.SYNTHETIC.PAIRS == ["a.h5"]
+    assert load_config(overrides=["AUGMENTOR.SYNTHETIC.PAIRS", "['a.h5', 'b.h5']"]).AUGMENTOR.SYNTHETIC.PAIRS == ["a.h5", "b.h5"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["SOLVER.BASE_LRR", "1"], "Did you mean 'BASE_LR'"),
+        (["SOLVR.BASE_LR", "1"], "Did you mean 'SOLVER'"),
+        (["SOLVER.BASE_LR", "fast"], "must be of type float"),
+        (["SOLVER.ITERATION_TOTAL", "1.5"], "must be of type int"),
+        (["SOLVER.ITERATION_TOTAL"], "has no value"),
+        (["SOLVER.ITERATION_TOTAL", "0"], r"SOLVER.ITERATION_TOTAL must be >= 1. Got 0"),
+        (["SOLVER", "3"], "is a group of keys"),
+        (["AUGMENTOR.SYNTHETIC.RATIO", "-1"], "RATIO must be >= 0"),
+        (["AUGMENTOR.NOISE.P", "1.5"], r"in \[0, 1\]"),
+        (["NEURODIFF.DIFFUSION.SAMPLER", "dppm"], "Did you mean 'ddpm'"),
+        (["NEURODIFF.DIFFUSION.SAMPLER_STEPS", "251"], "at most the 250 steps"),
+        (["NEURODIFF.DIFFUSION.OVERLAP", "[8, 0, 0]"], "OVERLAP"),
+        (["NEURODIFF.SPLIT.TEST.BOX", "[0, 0, 0, 0, 9, 9]"], "z0 < z1"),
+        (["NEURODIFF.SEGMENT.METHODS", "['watrez']"], "Did you mean 'waterz'"),
+        (["NEURODIFF.VOXEL_NM", "[6, 6]"], "three numbers > 0"),
+        (["MODEL.INPUT_SIZE", "[16, 0, 16]"], "three whole numbers"),
+        (["INFERENCE.STRIDE", "[17, 80, 80]"], "at most INFERENCE.INPUT_SIZE"),
+        (["MODEL.TARGET_OPT", "['0']"], "TARGET_OPT"),
+    ],
+)
+def test_bad_settings_are_named_in_one_line(overrides: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as caught:
+        load_config(overrides=overrides)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("SOLVER: [1", "not valid YAML"), ("- 1", "must hold keys"), ("_BASE_: a.yaml", "names itself"), ("_BASE_: no.yaml", "No config file")],
+)
+def test_bad_files_are_named_in_one_line(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "a.yaml").write_text(text)
+    with pytest.raises(UserError, match=message) as caught:
+        load_config(tmp_path / "a.yaml")
+    assert "\n" not in str(caught.value)
+
+
+def test_code_in_yaml_is_never_executed(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text("!!python/object/apply:os.system ['touch pwned']")
+    with pytest.raises(ConfigError, match="not valid YAML"):
+        load_config(tmp_path / "a.yaml")
+
+
+def test_a_missing_file_is_missing_input() -> None:
+    with pytest.raises(MissingInput, match="No config file at nowhere.yaml"):
+        load_config("nowhere.yaml")
+
+
+@pytest.mark.parametrize("recipe", sorted(p.name for p in (REPOSITORY / "configs").glob("*.yaml")))
+def test_every_recipe_loads_and_survives_a_dump(recipe: str, tmp_path: Path) -> None:
+    cfg = load_config(REPOSITORY / "configs" / recipe)
+    (tmp_path / "dump.yaml").write_text(dump_config(cfg))
+    assert load_config(tmp_path / "dump.yaml") == cfg
+    assert cfg.AUGMENTOR.SYNTHETIC.ENABLED

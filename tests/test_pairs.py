@@ -1,0 +1,145 @@
+"""Pairs: files, the grey value gate, and exact mixing."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+from math import ceil, floor
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy.stats import wasserstein_distance
+
+from connectomics_neurodiff.errors import LabelTypeError, MissingInput, ShapeMismatch, ValueRangeError
+from connectomics_neurodiff.pairs import grey_value_gate, is_synthetic, match_grey_values, open_pairs, write_pair
+from connectomics_neurodiff.volume import Volume, write_volume
+
+SHAPE = (5, 18, 26)
+VOXEL = (29.0, 6.0, 6.0)
+
+
+@pytest.fixture
+def image() -> np.ndarray:
+    return np.random.default_rng(0).random(SHAPE, dtype=np.float32)
+
+
+def make_mask(shape=SHAPE, dtype=np.uint32, mito=True):
+    rng = np.random.default_rng(1)
+    label = rng.integers(0, 9, shape).astype(dtype)
+    return SimpleNamespace(
+        label=label,
+        membrane=(label == 0).astype(np.uint8),
+        mito=(label == 3).astype(np.uint8) if mito else None,
+    )
+
+
+def make_real(voxel=VOXEL) -> Volume:
+    return Volume(np.zeros((2, 3, 4), np.float32), np.zeros((2, 3, 4), np.uint64), None, voxel)
+
+
+@pytest.mark.parametrize("mito", [True, False])
+def test_pair_survives_the_disk(tmp_path, image, mito) -> None:
+    mask = make_mask(mito=mito)
+    write_pair(tmp_path / "pair.h5", image, mask, VOXEL, {"seed": 3})
+    (pair,) = open_pairs([tmp_path / "pair.h5"], make_real())
+    assert np.abs(np.asarray(pair.image) - image).max() <= 0.5 / 255 + 1e-6
+    assert (np.asarray(pair.label) == mask.label).all()
+    assert (pair.mito is None) == (not mito)
+    if mito:
+        assert (np.asarray(pair.mito) == mask.mito).all()
+    assert tuple(pair.voxel_nm) == VOXEL
+
+
+def test_write_pair_refuses_what_does_not_fit(tmp_path, image) -> None:
+    path = tmp_path / "pair.h5"
+    with pytest.raises(ShapeMismatch, match="label"):
+        write_pair(path, image, make_mask((5, 18, 25)), VOXEL, {})
+    with pytest.raises(LabelTypeError, match="float32"):
+        write_pair(path, image, make_mask(dtype=np.float32), VOXEL, {})
+    for bad in (image * 2, image - 0.5, np.where(image > 0.9, np.nan, image)):
+        with pytest.raises(ValueRangeError, match=r"in \[0, 1\]"):
+            write_pair(path, bad, make_mask(), VOXEL, {})
+    assert not path.exists()
+
+
+def test_open_pairs_refuses_another_voxel_size_and_missing_labels(tmp_path, image) -> None:
+    write_pair(tmp_path / "pair.h5", image, make_mask(), VOXEL, {})
+    with pytest.raises(ValueRangeError, match="voxel size"):
+        open_pairs([tmp_path / "pair.h5"], make_real((6.0, 6.0, 29.0)))
+    write_volume(tmp_path / "bare.h5", {"image": image}, VOXEL)
+    with pytest.raises(MissingInput, match="label"):
+        open_pairs([tmp_path / "bare.h5"], make_real())
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_distance_agrees_with_scipy(seed) -> None:
+    rng = np.random.default_rng(seed)
+    levels = [rng.integers(0, 256, 500) / 255, np.clip(rng.normal(100, 30, 700).round(), 0, 255) / 255]
+    report = grey_value_gate(*levels, limit=1.0)
+    assert report.distance == pytest.approx(wasserstein_distance(*levels), abs=1.5 / 256)
+    assert (report.mean_synthetic, report.std_real) == pytest.approx((levels[0].mean(), levels[1].std()))
+
+
+def test_gate_passes_the_same_tissue_and_rejects_a_shift(image) -> None:
+    half, other = image * 0.5, image[::-1] * 0.5
+    assert grey_value_gate(half, other, limit=0.01).passed
+    shifted = grey_value_gate(half + 0.2, other, limit=0.1)
+    assert not shifted.passed
+    assert shifted.distance == pytest.approx(0.2, abs=0.005)
+    assert "0.1 is allowed" in shifted.reason
+    with pytest.raises(ValueRangeError, match="Grey values"):
+        shifted.require()
+
+
+@pytest.mark.parametrize(
+    ("bad", "reason"),
+    [(np.full(SHAPE, 0.5), "constant"), (np.full(SHAPE, np.nan), "finite"), (np.full(SHAPE, 2.0), "in")],
+)
+def test_gate_rejects_broken_images_whatever_the_limit(image, bad, reason) -> None:
+    report = grey_value_gate(bad, image, limit=10.0)
+    assert not report.passed
+    assert reason in report.reason
+
+
+def test_matching_moves_the_moments_and_keeps_the_order(image) -> None:
+    real = 0.4 + 0.1 * image
+    matched = match_grey_values(0.2 + 0.5 * image**2, real)
+    assert (matched.mean(), matched.std()) == pytest.approx((real.mean(), real.std()), abs=1e-3)
+    order = np.argsort(image.ravel())
+    assert (np.diff(matched.ravel()[order]) >= -1e-6).all()
+    # One map for the volume: a section that was darker stays darker.
+    darker = image.copy()
+    darker[2] *= 0.5
+    assert match_grey_values(darker, real)[2].mean() < match_grey_values(darker, real)[3].mean() - 0.02
+    with pytest.raises(ValueRangeError, match="constant"):
+        match_grey_values(np.full(SHAPE, 0.3), real)
+
+
+@given(st.fractions(min_value=0, max_value=20, max_denominator=50), st.integers(1, 400))
+def test_share_is_exact_at_every_n(ratio, n) -> None:
+    share = ratio / (1 + ratio)
+    count = sum(is_synthetic(i, float(ratio)) for i in range(n))
+    assert floor(n * share) <= count <= ceil(n * share)
+
+
+def test_share_is_exact_far_out() -> None:
+    drawn = [is_synthetic(i, 0.3) for i in range(2000)]
+    assert all(abs(np.cumsum(drawn)[n - 1] - n * Fraction(3, 13)) < 1 for n in range(1, 2001))
+    assert not any(is_synthetic(i, 0.0) for i in range(200))
+
+
+def test_order_does_not_follow_the_batch_position() -> None:
+    drawn = np.array([is_synthetic(i, 1.0) for i in range(4000)])
+    # With two devices that take turns, each sees its fair share; each pair of samples has one of both.
+    assert 0.45 < drawn[::2].mean() < 0.55
+    assert (drawn[::2] != drawn[1::2]).all()
+
+
+@pytest.mark.parametrize("ratio", [-0.1, np.nan, np.inf])
+def test_bad_ratio(ratio) -> None:
+    with pytest.raises(ValueRangeError, match="ratio"):
+        is_synthetic(0, ratio)
+    with pytest.raises(ValueRangeError, match="number"):
+        is_synthetic(-1, 1.0)

@@ -1,0 +1,71 @@
+"""Atomic writes, and artefacts that are reused only if made the same way."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from connectomics_neurodiff.errors import NotEnoughSpace, OutputExists, StaleArtifactError
+from connectomics_neurodiff.provenance import Provenance, atomic_write, hash_of, is_reusable, write_provenance
+
+MADE = Provenance("masks", {"SIGMA_NM": 24.0, "BOX": (1, 2)}, {"train": "abc"}, seed=3)
+
+
+def test_a_failing_writer_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
+    target = tmp_path / "a.txt"
+    target.write_text("old")
+    with pytest.raises(RuntimeError), atomic_write(target) as temporary:
+        temporary.write_text("half of the new")
+        raise RuntimeError
+    assert target.read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["a.txt"]
+
+
+def test_an_existing_file_is_not_overwritten_unless_asked(tmp_path: Path) -> None:
+    target = tmp_path / "a.txt"
+    target.write_text("old")
+    with pytest.raises(OutputExists, match="nothing was overwritten"), atomic_write(target, overwrite=False):
+        pass
+    with atomic_write(target) as temporary:
+        temporary.write_text("new")
+    assert target.read_text() == "new"
+
+
+def test_a_full_disk_is_said_in_one_line(tmp_path: Path) -> None:
+    with pytest.raises(NotEnoughSpace, match="No space left"), atomic_write(tmp_path / "a.bin") as temporary:
+        temporary.write_bytes(b"part")
+        raise OSError(28, "No space left on device")
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_artefact_is_reused_only_with_equal_provenance(tmp_path: Path) -> None:
+    artefact = tmp_path / "copy_000.h5"
+    assert not is_reusable(artefact, MADE)
+    artefact.write_text("x")
+    assert not is_reusable(artefact, MADE)  # no sidecar: the writer was killed
+    write_provenance(artefact, MADE)
+    assert is_reusable(artefact, MADE)
+    assert is_reusable(artefact, replace(MADE, version="9.9"))
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"settings": {"SIGMA_NM": 30.0, "BOX": (1, 2)}}, r"SIGMA_NM: 24.0 -> 30.0"),
+        ({"parents": {"train": "abd"}}, r"train: abc -> abd"),
+        ({"seed": 4}, r"seed: 3 -> 4"),
+    ],
+)
+def test_a_stale_artefact_names_the_difference(tmp_path: Path, change: dict, named: str) -> None:
+    artefact = tmp_path / "copy_000.h5"
+    artefact.write_text("x")
+    write_provenance(artefact, MADE)
+    with pytest.raises(StaleArtifactError, match=named):
+        is_reusable(artefact, replace(MADE, **change))
+
+
+def test_hashes_do_not_depend_on_key_order() -> None:
+    assert hash_of({"a": 1, "b": 2}) == hash_of({"b": 2, "a": 1})
+    assert hash_of({"a": 1}) != hash_of({"a": 2})
