@@ -85,7 +85,7 @@ def _add_volume_commands(commands: Any) -> None:
     )
     convert.add_argument("input", metavar="IN", help="file, file.h5::dataset, or folder of sections")
     convert.add_argument("output", metavar="OUT.h5", help="new file, or one that lacks this dataset")
-    convert.add_argument("--as", dest="role", choices=("image", "label", "mito"), default="image", help="default: image")
+    convert.add_argument("--as", dest="role", choices=("auto", "image", "label", "mito"), default="auto", help="default: told by name and type")
     _add_voxel_size(convert)
 
     info = _add_command(commands, "info", "shape, type, voxel size, labels, provenance", "neurodiff info cells.h5")

@@ -84,15 +84,21 @@ def info(options: argparse.Namespace) -> None:
 
 def view(options: argparse.Namespace) -> None:
     """``neurodiff view``"""
-    from .report import view as open_view
+    import time
+    import webbrowser
 
-    open_view(
-        options.paths,
-        host=options.bind,
-        port=options.port,
-        voxel_nm=_voxel_size(options),
-        open_browser=not options.no_browser,
-    )
+    from .report import view as serve
+
+    with serve(options.paths, host=options.bind, port=options.port, voxel_nm=_voxel_size(options)) as served:
+        print(served.address, flush=True)
+        print("showing until you press Ctrl-C", file=sys.stderr)
+        if not options.no_browser:
+            webbrowser.open(served.address)
+        try:
+            while True:
+                time.sleep(1)
+        except KeyboardInterrupt:
+            return
 
 
 def remodel(options: argparse.Namespace) -> None:
@@ -204,14 +210,14 @@ def segment(options: argparse.Namespace) -> None:
     """``neurodiff segment``"""
     import numpy as np
 
-    from .agglomerate import DEFAULT_THRESHOLDS
+    from .agglomerate import PUBLISHED_THRESHOLDS
     from .agglomerate import segment as segment_affinities
     from .volume import open_array, read_voxel_size, write_volume
 
     _require_free(options.output, force=options.force)
     voxel_nm = read_voxel_size(options.affinities, voxel_nm=_voxel_size(options))
     affinities = np.asarray(open_array(options.affinities, ("affinity", "main")))
-    threshold = DEFAULT_THRESHOLDS[options.method] if options.threshold is None else options.threshold
+    threshold = PUBLISHED_THRESHOLDS[options.method] if options.threshold is None else options.threshold
     label = segment_affinities(affinities, options.method, threshold, voxel_nm)
     write_volume(options.output, {"label": label}, voxel_nm, {"method": options.method, "threshold": threshold})
 

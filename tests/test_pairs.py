@@ -14,7 +14,7 @@ from scipy.stats import wasserstein_distance
 
 from connectomics_neurodiff.errors import LabelTypeError, MissingInput, ShapeMismatch, ValueRangeError
 from connectomics_neurodiff.pairs import grey_value_gate, is_synthetic, match_grey_values, open_pairs, write_pair
-from connectomics_neurodiff.volume import Volume, write_volume
+from connectomics_neurodiff.volume import Volume, open_volume, write_volume
 
 SHAPE = (5, 18, 26)
 VOXEL = (29.0, 6.0, 6.0)
@@ -143,3 +143,11 @@ def test_bad_ratio(ratio) -> None:
         is_synthetic(0, ratio)
     with pytest.raises(ValueRangeError, match="number"):
         is_synthetic(-1, 1.0)
+
+
+@pytest.mark.parametrize("name", ["fib_medulla_train", "vnc_sstem_train", "gala_fib_mini_train"])
+def test_two_halves_of_a_real_volume_pass_the_default_gate(real_data, name) -> None:
+    image = np.asarray(open_volume(real_data / f"{name}.h5").image[:20])
+    half = image.shape[1] // 2
+    assert grey_value_gate(image[:, :half], image[:, half:]).passed
+    assert not grey_value_gate(image[:, :half] * 0.5, image[:, half:]).passed

@@ -192,8 +192,9 @@ def _add_diffusion(node: CfgNode) -> None:
     # Diffusion steps T and offset s of the cosine schedule. [published] 250, .008.
     node.DIFFUSION.STEPS = 250
     node.DIFFUSION.COSINE_OFFSET = 0.008
-    # How the condition enters: "msc" [paper], "concat", "both" [published], "none".
-    node.DIFFUSION.CONDITIONING = "msc"
+    # How the condition enters: "msc": hints at every level [paper]; "concat": with the noisy image; "both" [published],
+    # whose hints lie at an eighth of the resolution, so that only the concatenation gives voxel-level control; "none".
+    node.DIFFUSION.CONDITIONING = "both"
     # Global modelling (RGM), its encoding of physical coordinates (RPGE), scan directions 1 [published] or 2.
     node.DIFFUSION.RGM = True
     node.DIFFUSION.RPGE = True

@@ -10,7 +10,7 @@ from yacs.config import CfgNode
 from ..errors import ConfigError, MissingInput, ValueRangeError
 from ..geometry import Box
 from ..provenance import hash_of, hash_of_file
-from ..volume import Volume, check_training_volume, grow_phantom, open_array, open_volume
+from ..volume import Volume, check_training_volume, grow_phantom, open_volume
 
 PHANTOM = "phantom"
 
@@ -117,12 +117,12 @@ def _open_source(cfg: CfgNode, name: str, opened: dict[str, tuple[Volume, str]])
 
 
 def _open_volume(paths: list[str], voxel_nm: tuple[float, ...], *, with_mito: bool) -> Volume:
-    volume = open_volume(paths[0], voxel_nm=voxel_nm or None)
     rest = paths[1:]
-    if with_mito:
-        volume = replace(volume, mito=open_array(rest.pop(), ("mito", "main")))
-    if rest:
-        volume = replace(volume, label=open_array(rest[0], ("label", "main")))
+    separate = {"mito": rest.pop()} if with_mito else {}
+    separate |= {"label": rest[0]} if rest else {}
+    volume = open_volume(paths[0], voxel_nm=voxel_nm or None, role="image" if "label" in separate else "auto")
+    for role, path in separate.items():
+        volume = replace(volume, **{role: getattr(open_volume(path, voxel_nm=volume.voxel_nm, role=role), role)})
     if volume.image is None or volume.label is None:
         lacking = "image" if volume.image is None else "label"
         raise MissingInput(f"{paths[0]} has no dataset '{lacking}'. Name the file that has it with DATASET.LABEL_NAME.")

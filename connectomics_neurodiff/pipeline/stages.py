@@ -35,7 +35,8 @@ SCORE_NAMES = ("voi_split", "voi_merge", "voi", "arand")
 def make_diffusion(run: Run) -> None:
     """Train the denoiser on the train part -> diffusion/checkpoint.pt."""
     from ..checkpoints import save_checkpoint
-    from ..synthesis import DiffusionCrops, DiffusionProcess, build_denoiser, cosine_betas, train_denoiser
+    from ..engine import fit
+    from ..synthesis import DiffusionCrops, DiffusionProcess, build_denoiser, cosine_betas, noise_loss
 
     cfg, node = run.cfg, run.cfg.NEURODIFF.DIFFUSION
     settings = networks.training_keys(node, ("SAMPLER", "SAMPLER_STEPS", "TILE", "OVERLAP", "SAVE_EVERY"))
@@ -53,7 +54,7 @@ def make_diffusion(run: Run) -> None:
         [train], tuple(node.PATCH), cfg.NEURODIFF.SEED, process, thickness_nm=cfg.NEURODIFF.MEMBRANE_NM
     )
     fit_settings = networks.diffusion_fit_settings(cfg)
-    network = train_denoiser(network, crops, fit_settings, target.parent, label="diffusion", key=provenance.key)
+    network = fit(network, noise_loss, crops, fit_settings, target.parent, label="diffusion", key=provenance.key)
     extra = {
         "voxel_nm": [list(train.voxel_nm)],
         "process": {"steps": node.STEPS, "cosine_offset": node.COSINE_OFFSET},
@@ -217,8 +218,9 @@ def make_segmenter(run: Run) -> None:
 
 def _train_arm(run: Run, arm: str) -> None:
     from ..checkpoints import save_checkpoint
+    from ..engine import fit
     from ..segmenters import build_segmenter
-    from ..training import AffinityPatches, AugmentOptions, train_segmenter
+    from ..training import AffinityPatches, AugmentOptions, affinity_loss
 
     cfg = run.cfg
     settings = {
@@ -250,8 +252,8 @@ def _train_arm(run: Run, arm: str) -> None:
     options = networks.segmenter_options(cfg)
     network = _built_with_seed(run, "segmenter", lambda: build_segmenter(cfg.MODEL.ARCHITECTURE, **options))
     fit_settings = networks.segmenter_fit_settings(cfg)
-    network = train_segmenter(
-        network, patches, fit_settings, target.parent, label=f"segmenter, {arm}", key=provenance.key
+    network = fit(
+        network, affinity_loss, patches, fit_settings, target.parent, label=f"segmenter, {arm}", key=provenance.key
     )
     extra = {
         "voxel_nm": [list(train.voxel_nm)],

@@ -1,0 +1,139 @@
+"""Where the cell membranes are, given the neurons."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from ..errors import LabelTypeError, ValueRangeError, VolumeFormatError
+from ..geometry import is_anisotropic, voxel_size
+
+
+def membrane_from_labels(
+    label: np.ndarray, voxel_nm: Sequence[float], thickness_nm: float = 25.0, max_gap_nm: float = 80.0
+) -> np.ndarray:
+    """Membrane mask of a label volume, for dense labels and for labels separated by gaps of background.
+
+    Work goes section by section if sections are at least twice as thick as pixels are wide (:func:`.is_anisotropic`),
+    in 3D otherwise. "Near" and "thin" are meant in that space:
+
+    1. Background is *thin* where no disk (ball) of diameter `max_gap_nm` fits into it: background minus its
+       morphological opening. Thin background is membrane. Glia, vessels and other wide background are not thin.
+    2. Labels grow into thin background, one voxel per step from all sides, until they meet in the middle of the gap
+       (of several neighbours the first of z-1, z+1, y-1, y+1, x-1, x+1 wins). Now neurons touch, as in labels
+       that were dense from the start.
+    3. A voxel is membrane if a voxel of another label (wide background counts as one) lies within its reach:
+       ``sum((offset_a / reach_a)**2) <= 1`` with ``reach_a = max((thickness_nm + voxel_a) / 2, voxel_a)``. So a
+       membrane is the voxels whose centres lie within half the thickness of the surface between two labels, but at
+       least the voxel on either side of it.
+
+    Hence a membrane between two neurons is as wide as their gap or as `thickness_nm`, whichever is wider, and wide
+    background is only outlined.
+
+    Parameters
+    ----------
+    label : numpy.ndarray
+        (z, y, x) integers, 0 = background.
+    voxel_nm : sequence of 3 floats
+        Voxel size in nm, (z, y, x).
+    thickness_nm : float
+        Thickness of a membrane between touching neurons, both sides together, in nm, > 0. 25 nm, two bilayers and a
+        narrow cleft, are 4 pixels of 6 nm, as wide as the membranes of the published remodelling.
+    max_gap_nm : float
+        Background up to this width is taken for membrane, in nm, >= 0. 80 nm leaves 99 % of the glia that experts drew
+        in a larval Drosophila nerve cord [Gerhard et al., figshare 10.6084/m9.figshare.856713] alone.
+
+    Returns
+    -------
+    numpy.ndarray
+        (z, y, x) uint8, 1 = membrane.
+
+    Raises
+    ------
+    VolumeFormatError
+        If the label has not three axes.
+    LabelTypeError
+        If it is not made of integers.
+    ValueRangeError
+        If the voxel size or a length is not valid.
+    """
+    size = voxel_size(voxel_nm)
+    _check(label, thickness_nm, max_gap_nm)
+    flat = is_anisotropic(size)
+    reach = np.maximum((thickness_nm + np.array(size)) / 2, size)
+    if not flat:
+        return _membrane(label, np.array(size), reach, max_gap_nm)
+    membrane = np.empty(label.shape, dtype=np.uint8)
+    for z in range(label.shape[0]):
+        membrane[z] = _membrane(label[z], np.array(size[1:]), reach[1:], max_gap_nm)
+    return membrane
+
+
+def _check(label: np.ndarray, thickness_nm: float, max_gap_nm: float) -> None:
+    if label.ndim != 3:
+        raise VolumeFormatError(f"A label volume must have three axes (z, y, x). Got shape {label.shape}.")
+    if label.dtype.kind not in "uib":
+        raise LabelTypeError(f"A label volume must be made of integers (0 = background). Got {label.dtype}.")
+    if not (np.isfinite(thickness_nm) and thickness_nm > 0 and np.isfinite(max_gap_nm) and max_gap_nm >= 0):
+        raise ValueRangeError(f"thickness_nm must be > 0 and max_gap_nm >= 0. Got {thickness_nm} and {max_gap_nm}.")
+
+
+def _membrane(label: np.ndarray, voxel: np.ndarray, reach: np.ndarray, max_gap_nm: float) -> np.ndarray:
+    """Membrane of one section, or of an isotropic volume."""
+    import edt
+
+    thin = thin_background(label, voxel, max_gap_nm)
+    # edt keeps ids apart but takes 0 for outside: number the ids from 1.
+    ids = _numbered_from_one(_grow_into(label, thin))
+    distance = edt.edt(ids, anisotropy=tuple(voxel / reach), black_border=False, parallel=1)
+    # Distances are float32.
+    return (thin | (distance <= 1 + 1e-4)).astype(np.uint8)
+
+
+def _numbered_from_one(label: np.ndarray) -> np.ndarray:
+    import fastremap
+
+    ids, _ = fastremap.renumber(np.ascontiguousarray(label), start=1, preserve_zero=True)
+    return np.ascontiguousarray(ids.astype(np.uint32) + np.uint32(1))
+
+
+def thin_background(label: np.ndarray, voxel: np.ndarray, max_gap_nm: float) -> np.ndarray:
+    """Background into which no disk (ball) of diameter `max_gap_nm` fits; the volume goes on beyond its faces.
+
+    A disk holds the voxels at most ``max_gap_nm / 2`` from its centre voxel.
+    """
+    import edt
+
+    background = label == 0
+    if not background.any() or not (label != 0).any():
+        return np.zeros(label.shape, dtype=bool)
+    spacing, radius = tuple(voxel), max_gap_nm / 2
+    # Erosion, then dilation, by a disk. edt measures from foreground to the nearest voxel outside it.
+    cores = edt.edt(background, anisotropy=spacing, black_border=False, parallel=1) > radius + 1e-3
+    if not cores.any():
+        return background
+    opened = edt.edt(~cores, anisotropy=spacing, black_border=False, parallel=1) <= radius + 1e-3
+    return background & ~opened
+
+
+def _grow_into(label: np.ndarray, thin: np.ndarray) -> np.ndarray:
+    """Labels grown into the voxels of `thin`, one voxel per step."""
+    if not thin.any():
+        return label
+    grown = np.pad(label, 1)
+    strides = np.array(grown.strides) // grown.itemsize
+    offsets = [sign * stride for stride in strides for sign in (-1, 1)]
+    values = grown.reshape(-1)
+    todo = np.flatnonzero(np.pad(thin, 1))
+    while True:
+        # Decide for all voxels first, so that a step does not see its own growth.
+        found = np.zeros(len(todo), dtype=label.dtype)
+        for offset in reversed(offsets):
+            neighbour = values[todo + offset]
+            found = np.where(neighbour != 0, neighbour, found)
+        reached = found != 0
+        if not reached.any():
+            return grown[(slice(1, -1),) * label.ndim]
+        values[todo[reached]] = found[reached]
+        todo = todo[~reached]

@@ -1,0 +1,59 @@
+"""Exact mixing of real and synthetic samples, as a pure function of the sample number."""
+
+from __future__ import annotations
+
+import math
+from fractions import Fraction
+from functools import lru_cache
+
+from ..errors import ValueRangeError
+
+_GOLDEN_RATIO = (math.sqrt(5) - 1) / 2
+
+
+@lru_cache(maxsize=16)
+def _share(ratio: float) -> Fraction:
+    """Synthetic share of all samples, ratio / (1 + ratio), as a fraction."""
+    if not math.isfinite(ratio) or ratio < 0:
+        raise ValueRangeError(f"The ratio synthetic : real must be a finite number >= 0. Got {ratio}.")
+    exact = Fraction(ratio).limit_denominator(1_000_000)
+    return exact / (1 + exact)
+
+
+def _count_before(i: int, share: Fraction) -> int:
+    """Number of synthetic samples among the first `i`: i * share, rounded down or up.
+
+    Samples come in blocks that hold a whole number of synthetic ones, so every block may start its Bresenham line at
+    another phase. A single phase would repeat the same order for ever, and with ratio 1 and two devices, one of
+    them would see synthetic samples only. The phases follow the golden ratio, whose multiples never repeat.
+    """
+    block, within = divmod(i, share.denominator)
+    phase = int(share.denominator * (block * _GOLDEN_RATIO % 1.0))
+    return block * share.numerator + (within * share.numerator + phase) // share.denominator
+
+
+def is_synthetic(i: int, ratio: float) -> bool:
+    """Whether training sample `i` is drawn from the synthetic volumes.
+
+    Parameters
+    ----------
+    i : int
+        Sample number, >= 0.
+    ratio : float
+        Synthetic : real, >= 0. The paper uses 1; 0 means real samples only.
+
+    Returns
+    -------
+    bool
+        Among the first n samples, floor or ceil of n * ratio / (1 + ratio) are synthetic, for every n. (A ratio is
+        taken as the nearest fraction with a denominator up to one million.)
+
+    Raises
+    ------
+    ValueRangeError
+        If `ratio` is negative or not finite, or `i` is negative.
+    """
+    if i < 0:
+        raise ValueRangeError(f"A sample number must be >= 0. Got {i}.")
+    share = _share(ratio)
+    return _count_before(i + 1, share) > _count_before(i, share)

@@ -1,0 +1,28 @@
+"""Room 3: a labelled mask -> a new one: elastic neurons, and mitochondria placed from a library of real shapes.
+
+Read :mod:`.remodel` first: it is the whole way. :mod:`.field` and :mod:`.elastic` move the neurons, :mod:`.library`
+measures real mitochondria, :mod:`.room`, :mod:`.chain` and :mod:`.placement` put them into the moved neurons,
+:mod:`.quality` measures the result.
+"""
+
+from .elastic import Deformation, elastic_deform
+from .field import DisplacementField, jacobian_minimum
+from .inside import keep_inside
+from .library import Signature, SignatureLibrary
+from .placement import place_mitochondria
+from .quality import quality_report
+from .remodel import RemodelledMask, remodel
+
+__all__ = [
+    "Deformation",
+    "DisplacementField",
+    "RemodelledMask",
+    "Signature",
+    "SignatureLibrary",
+    "elastic_deform",
+    "jacobian_minimum",
+    "keep_inside",
+    "place_mitochondria",
+    "quality_report",
+    "remodel",
+]

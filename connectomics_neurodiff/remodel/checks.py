@@ -1,0 +1,81 @@
+"""What every door of this room checks, and the compact labels it works on."""
+
+from __future__ import annotations
+
+import fastremap
+import numpy as np
+
+from ..errors import LabelTypeError, ShapeMismatch, ValueRangeError
+
+
+def compact_labels(label: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Validate a label volume and renumber it 0..n, so that tables can be indexed by label.
+
+    Parameters
+    ----------
+    label : numpy.ndarray
+        (z, y, x) non-negative integers, 0 = background.
+
+    Returns
+    -------
+    compact : numpy.ndarray
+        (z, y, x) uint32, C-ordered, labels 0..n in the order they are met.
+    ids : numpy.ndarray
+        (n + 1,) uint64; ``ids[compact] == label``.
+
+    Raises
+    ------
+    LabelTypeError
+        If the values are not integers, or one is negative.
+    ShapeMismatch
+        If there are not three axes of at least one voxel.
+    """
+    label = np.asarray(label)
+    if label.ndim != 3 or label.size == 0:
+        raise ShapeMismatch(f"A label volume has three non-empty axes (z, y, x). Got shape {label.shape}.")
+    if not np.issubdtype(label.dtype, np.integer):
+        raise LabelTypeError(f"A label volume is made of non-negative integers. Got dtype {label.dtype}.")
+    if np.issubdtype(label.dtype, np.signedinteger) and label.min() < 0:
+        raise LabelTypeError(f"A label volume is made of non-negative integers. Got {label.min()}.")
+    compact, table = fastremap.renumber(np.ascontiguousarray(label, dtype=np.uint64), in_place=False)
+    ids = np.zeros(int(max(table.values(), default=0)) + 1, dtype=np.uint64)
+    for name, index in table.items():
+        ids[int(index)] = name
+    return compact.astype(np.uint32), ids
+
+
+def binary_mask(mask: np.ndarray, shape: tuple[int, ...], name: str) -> np.ndarray:
+    """Validate a mask against the label volume it belongs to.
+
+    Returns
+    -------
+    numpy.ndarray
+        (z, y, x) uint8, 1 where `mask` is not zero.
+
+    Raises
+    ------
+    ShapeMismatch
+        If its shape differs from `shape`.
+    ValueRangeError
+        If it holds a value that is not finite.
+    """
+    mask = np.asarray(mask)
+    if mask.shape != shape:
+        raise ShapeMismatch(f"The {name} mask must have the label's shape {shape}. Got {mask.shape}.")
+    if np.issubdtype(mask.dtype, np.floating) and not np.isfinite(mask).all():
+        raise ValueRangeError(f"The {name} mask must be 0 or 1. Got a value that is not finite.")
+    return (mask != 0).astype(np.uint8)
+
+
+def positive(name: str, value: float, *, below: float = np.inf, zero: bool = False) -> float:
+    """Validate a scalar setting: finite, > 0 (or >= 0 with `zero`) and <= `below`.
+
+    Raises
+    ------
+    ValueRangeError
+        If it is not.
+    """
+    if not np.isfinite(value) or value < 0 or (value == 0 and not zero) or value > below:
+        low = "[0" if zero else "(0"
+        raise ValueRangeError(f"{name} must be a number in {low}, {below:g}]. Got {value}.")
+    return float(value)

@@ -1,0 +1,174 @@
+"""Selective elastic deformation (paper, section 2.2): membranes move, labels with them; none is lost or torn."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import cc3d
+import numpy as np
+from scipy import ndimage
+
+from .checks import compact_labels, positive
+from .field import DisplacementField
+
+#: Share of a neuron that may break off and be given to its surroundings; more counts as torn and calms the field there.
+_MAX_BROKEN = 0.05
+#: Attempts before the field is given up; from the second on the field is switched off around what is torn.
+_MAX_ATTEMPTS = 6
+_CALM = 0.5
+
+
+@dataclass(frozen=True, eq=False)
+class Deformation:
+    """A deformed label volume and the field that made it.
+
+    Attributes
+    ----------
+    label : numpy.ndarray
+        (z, y, x) uint64, deformed and mended.
+    field : DisplacementField
+        The field in use after calming and scaling; ``field.warp(mask)`` moves another mask along.
+    min_jacobian : float
+        Its smallest Jacobian determinant, > 0.
+    """
+
+    label: np.ndarray
+    field: DisplacementField
+    min_jacobian: float
+
+
+@dataclass(frozen=True, eq=False)
+class _Pieces:
+    """26-connected pieces of every label: `labels[i]` and `sizes[i]` belong to piece i of `components` (0 unused)."""
+
+    components: np.ndarray
+    labels: np.ndarray
+    sizes: np.ndarray
+
+    def counts(self, labels: int) -> np.ndarray:
+        """Number of pieces of labels 0..labels-1."""
+        return np.bincount(self.labels[1:], minlength=labels)
+
+
+def _pieces_of(compact: np.ndarray) -> _Pieces:
+    components, count = cc3d.connected_components(compact, connectivity=26, return_N=True)
+    labels = np.zeros(count + 1, dtype=np.int64)
+    labels[components.ravel()] = compact.ravel()
+    return _Pieces(components, labels, np.bincount(components.ravel(), minlength=count + 1))
+
+
+def _fragments(pieces: _Pieces, allowed: np.ndarray) -> np.ndarray:
+    """Numbers of the pieces to give away: of each label all but its `allowed` largest."""
+    order = np.lexsort((-pieces.sizes[1:], pieces.labels[1:])) + 1
+    labels = pieces.labels[order]
+    rank = np.arange(len(order)) - np.searchsorted(labels, labels)
+    return np.sort(order[rank >= allowed[labels]])
+
+
+def mend_fragments(compact: np.ndarray, allowed: np.ndarray) -> np.ndarray:
+    """Give the small pieces of broken labels to what surrounds them.
+
+    Parameters
+    ----------
+    compact : numpy.ndarray
+        (z, y, x) uint32, labels 0..n.
+    allowed : numpy.ndarray
+        (n + 1,) pieces (26-connectivity) that each label may have; its largest ones are kept.
+
+    Returns
+    -------
+    numpy.ndarray
+        Copy in which every other piece carries the commonest label among the voxels that touch it, 0 included.
+    """
+    pieces = _pieces_of(compact)
+    gone = _fragments(pieces, allowed)
+    if not gone.size:
+        return compact
+    mended = compact.copy()
+    is_gone = np.zeros(len(pieces.labels), dtype=bool)
+    is_gone[gone] = True
+    boxes = ndimage.find_objects(pieces.components)
+    for i in gone:
+        box = tuple(
+            slice(max(0, b.start - 1), min(n, b.stop + 1)) for b, n in zip(boxes[i - 1], compact.shape, strict=True)
+        )
+        components = pieces.components[box]
+        fragment = components == i
+        ring = ndimage.binary_dilation(fragment, np.ones((3, 3, 3))) & ~is_gone[components]
+        around = np.bincount(compact[box][ring])
+        mended[box][fragment] = around.argmax() if around.size else 0
+    return mended
+
+
+def _torn_boxes(before: np.ndarray, after: np.ndarray, allowed: np.ndarray) -> list[tuple[slice, ...]]:
+    """Boxes around labels that vanished and around large parts that broke off."""
+    pieces = _pieces_of(after)
+    here = pieces.counts(len(allowed))
+    lost = np.flatnonzero((allowed > 0) & (here == 0))
+    sources = ndimage.find_objects(before) if lost.size else []
+    boxes = [sources[label - 1] for label in lost]
+    gone = _fragments(pieces, allowed)
+    broken = np.bincount(pieces.labels[gone], weights=pieces.sizes[gone], minlength=len(allowed))
+    total = np.bincount(pieces.labels[1:], weights=pieces.sizes[1:], minlength=len(allowed))
+    torn = broken > _MAX_BROKEN * total
+    if torn.any():
+        found = ndimage.find_objects(pieces.components)
+        boxes += [found[i - 1] for i in gone if torn[pieces.labels[i]]]
+    return boxes
+
+
+def elastic_deform(
+    label: np.ndarray,
+    voxel_nm: Sequence[float],
+    rng: np.random.Generator,
+    *,
+    sigma_nm: float = 24.0,
+    spacing_nm: float = 300.0,
+    min_jacobian: float = 0.2,
+) -> Deformation:
+    """Deform a label volume smoothly, without folds, keeping every neuron and its connectedness.
+
+    The field is a random cubic B-spline (:class:`DisplacementField`), scaled down until no voxel cell is compressed
+    below `min_jacobian`. Rounding to voxels can still break what is one voxel thin: small fragments are given to
+    their surroundings; where a label vanishes or more than 5 % of it breaks off, the field is halved, then switched
+    off, around the place and the warp is repeated, at most six times before the field is given up altogether.
+
+    Published: control grid (4, 20, 20) over 1024 px of 6 nm with sigma 4 px; it folds .1 % of the pixels.
+
+    Parameters
+    ----------
+    label : numpy.ndarray
+        (z, y, x) non-negative integers, 0 = background. A label may be disconnected: it will not have more pieces.
+    voxel_nm : sequence of 3 floats
+        Voxel size (z, y, x).
+    rng : numpy.random.Generator
+    sigma_nm : float
+        Standard deviation of the displacement, >= 0.
+    spacing_nm : float
+        Distance of the control points, > 0.
+    min_jacobian : float
+        Smallest Jacobian determinant allowed, in (0, 1).
+
+    Raises
+    ------
+    LabelTypeError, ShapeMismatch, ValueRangeError
+        If an argument is not valid.
+    """
+    compact, ids = compact_labels(label)
+    positive("The elastic amplitude in nm", sigma_nm, zero=True)
+    positive("The spacing of the elastic grid in nm", spacing_nm)
+    drawn = DisplacementField.random(compact.shape, voxel_nm, rng, sigma_nm=sigma_nm, spacing_nm=spacing_nm)
+    allowed = _pieces_of(compact).counts(len(ids))
+    field = drawn
+    for attempt in range(_MAX_ATTEMPTS):
+        field = field.without_folds(min_jacobian)
+        warped = field.warp(compact)
+        boxes = _torn_boxes(compact, warped, allowed)
+        if not boxes:
+            break
+        for box in boxes:
+            field = field.damped(box, _CALM if attempt == 0 else 0.0)
+    else:
+        field, warped = field.scaled(0.0), compact
+    return Deformation(ids[mend_fragments(warped, allowed)], field, field.jacobian_minimum())

@@ -1,0 +1,135 @@
+"""Biology-guided mask remodelling (paper, section 2.2): a new labelled mask from an old one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..conditions import membrane_from_labels
+from ..geometry import ZYX, voxel_size
+from . import placement
+from .checks import binary_mask, compact_labels, positive
+from .elastic import elastic_deform
+from .inside import keep_inside
+from .library import SignatureLibrary
+
+
+@dataclass(frozen=True, eq=False)
+class RemodelledMask:
+    """Masks to paint an EM volume on.
+
+    Attributes
+    ----------
+    label : numpy.ndarray
+        (z, y, x) uint64 neurons, 0 = background.
+    membrane : numpy.ndarray
+        (z, y, x) uint8, 1 = membrane.
+    mito : numpy.ndarray
+        (z, y, x) uint8, 1 = mitochondrion. Never on a membrane or on background; each 26-connected component lies in
+        one neuron.
+    """
+
+    label: np.ndarray
+    membrane: np.ndarray
+    mito: np.ndarray
+
+
+def remodel(
+    label: np.ndarray,
+    mito: np.ndarray | None,
+    voxel_nm: Sequence[float],
+    rng: np.random.Generator,
+    *,
+    elastic: bool = True,
+    place_mitochondria: bool = True,
+    library: SignatureLibrary | None = None,
+    mito_fraction: float | None = None,
+    elastic_sigma_nm: float = 24.0,
+    elastic_spacing_nm: float = 300.0,
+    min_jacobian: float = 0.2,
+    membrane_thickness_nm: float = 30.0,
+    candidate_fraction: float = 0.10,
+    margin_nm: float = 10.0,
+) -> RemodelledMask:
+    """Make a new mask: deform the neurons, take their membranes, and place mitochondria anew.
+
+    Parameters
+    ----------
+    label : numpy.ndarray
+        (z, y, x) non-negative integers, 0 = background.
+    mito : numpy.ndarray or None
+        (z, y, x), non-zero inside mitochondria; None where they were not annotated. Those outside neurons are ignored.
+    voxel_nm : sequence of 3 floats
+        Voxel size (z, y, x).
+    rng : numpy.random.Generator
+        The same state gives the same bytes.
+    elastic : bool
+        Deform the neurons; otherwise they stay as they are.
+    place_mitochondria : bool
+        Replace the mitochondria by new ones. Otherwise those of `mito` move along with the deformation and are clipped
+        to their neurons.
+    library : SignatureLibrary or None
+        Shapes to place. None: those of this very volume. With neither a library nor a mitochondrion in `mito` the
+        result is membranes alone.
+    mito_fraction : float or None
+        Share of all voxels to be mitochondria. None: that of `mito` inside neurons, or else of the library.
+    elastic_sigma_nm, elastic_spacing_nm, min_jacobian, membrane_thickness_nm, candidate_fraction, margin_nm : float
+        See :func:`.elastic_deform`, :func:`.membrane_from_labels` and :func:`.place_mitochondria`.
+
+    Raises
+    ------
+    LabelTypeError, ShapeMismatch, ValueRangeError
+        If an argument is not valid.
+    """
+    compact, ids = compact_labels(label)
+    size = voxel_size(voxel_nm)
+    positive("The membrane's thickness in nm", membrane_thickness_nm)
+    source = binary_mask(np.zeros(compact.shape) if mito is None else mito, compact.shape, "mitochondria")
+    source[compact == 0] = 0
+    # Two streams, so that what is placed does not depend on how many numbers the deformation drew.
+    deform_rng, place_rng = (np.random.default_rng(int(seed)) for seed in rng.integers(2**63, size=2))
+    moved, carried = compact, source
+    if elastic:
+        deformation = elastic_deform(
+            compact,
+            size,
+            deform_rng,
+            sigma_nm=elastic_sigma_nm,
+            spacing_nm=elastic_spacing_nm,
+            min_jacobian=min_jacobian,
+        )
+        moved, carried = deformation.label.astype(np.uint32), deformation.field.warp(source)
+    membrane = membrane_from_labels(moved, size, membrane_thickness_nm)
+    if not place_mitochondria:
+        return RemodelledMask(ids[moved], membrane, keep_inside(carried, moved, membrane))
+    shapes, fraction = _what_to_place(compact, source, size, library, mito_fraction)
+    new = placement.place_mitochondria(
+        moved,
+        membrane,
+        size,
+        shapes,
+        place_rng,
+        mito_fraction=fraction,
+        candidate_fraction=candidate_fraction,
+        margin_nm=margin_nm,
+    )
+    return RemodelledMask(ids[moved], membrane, new)
+
+
+def _what_to_place(
+    compact: np.ndarray,
+    source: np.ndarray,
+    size: ZYX,
+    library: SignatureLibrary | None,
+    mito_fraction: float | None,
+) -> tuple[SignatureLibrary, float]:
+    """Shapes to place and the share of the volume they shall fill."""
+    shapes = SignatureLibrary.from_masks(compact, source, size) if library is None else library
+    if mito_fraction is not None:
+        return shapes, mito_fraction
+    if source.any():
+        # A volume whose mitochondria are all specks has no shapes to place: membranes alone, as without any.
+        return shapes, float(source.mean()) if len(shapes) or library is not None else 0.0
+    return shapes, shapes.mito_fraction

@@ -1,0 +1,161 @@
+"""What the scores say: relative changes, the better arm of each, and one honest sentence.
+
+Everything is computed from the numbers of metrics.json; nothing here knows which outcome was hoped for.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+#: Scores in the order in which they are shown: key, name, unit, decimals. Lower is better for all.
+SCORES: tuple[tuple[str, str, str, int], ...] = (
+    ("arand", "ARAND", "", 4),
+    ("voi", "VOI", "bits", 3),
+    ("voi_split", "VOI split", "bits", 3),
+    ("voi_merge", "VOI merge", "bits", 3),
+)
+
+#: The typographic minus, as wide as a plus.
+_MINUS = "\N{MINUS SIGN}"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One score of one method, real only beside real + synthetic.
+
+    Attributes
+    ----------
+    name, unit : str
+        The score's name and unit.
+    real, mixed : str
+        The values as text; an em dash where one is missing.
+    change : float or None
+        Relative change in percent from real to mixed, negative = better; None where it is undefined (a score is
+        missing or not finite, or the baseline is 0).
+    best : str
+        ``"real"``, ``"mixed"``, or ``""`` where they are equal or one is missing.
+    """
+
+    name: str
+    unit: str
+    real: str
+    mixed: str
+    change: float | None
+    best: str
+
+    @property
+    def change_text(self) -> str:
+        """The change with a sign, ``"-12.1 %"``, or an em dash."""
+        if self.change is None:
+            return "—"
+        if _rounds_to_zero(self.change):
+            return "0.0 %"
+        return f"{'+' if self.change > 0 else _MINUS}{abs(self.change):.1f} %"
+
+    @property
+    def judgement(self) -> str:
+        """``"better"``, ``"worse"``, ``"unchanged"``, or ``""`` where there is no change to speak of."""
+        if self.change is None:
+            return ""
+        return "unchanged" if _rounds_to_zero(self.change) else "better" if self.change < 0 else "worse"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The finding in one sentence.
+
+    Attributes
+    ----------
+    sentence : str
+        For example ``"Synthetic pairs lowered ARAND by 12.0 % and VOI by 5.1 % with waterz, and raised ..."``.
+    tone : str
+        ``"better"`` if every score that changed fell, ``"worse"`` if every one rose, ``"divided"`` if some did,
+        ``"unchanged"``, or ``"open"`` where nothing can be compared.
+    """
+
+    sentence: str
+    tone: str
+
+
+def _rounds_to_zero(change: float) -> bool:
+    return abs(change) < 0.05
+
+
+def methods_of(metrics: Mapping[str, Any]) -> list[str]:
+    """Agglomeration methods that any arm was scored with, in order of appearance."""
+    return list(dict.fromkeys(method for arm in ("real", "mixed") for method in metrics.get(arm) or {}))
+
+
+def compare(metrics: Mapping[str, Any], method: str) -> list[Comparison]:
+    """The four scores of one method in both arms.
+
+    Parameters
+    ----------
+    metrics : mapping
+        ``{"real": {method: {"voi_split", "voi_merge", "voi", "arand"}}, "mixed": {...}}``; an arm may be absent.
+    method : str
+        ``"waterz"`` or ``"multicut"``.
+    """
+    real = (metrics.get("real") or {}).get(method) or {}
+    mixed = (metrics.get("mixed") or {}).get(method) or {}
+    return [_compare_one(real.get(key), mixed.get(key), name, unit, n) for key, name, unit, n in SCORES]
+
+
+def _compare_one(real: float | None, mixed: float | None, name: str, unit: str, decimals: int) -> Comparison:
+    def text(value: float | None) -> str:
+        if value is None:
+            return "—"
+        return f"{value:.{decimals}f}" if math.isfinite(value) else "not finite"
+
+    change, best = None, ""
+    if real is not None and mixed is not None and math.isfinite(real) and math.isfinite(mixed):
+        change = 100 * (mixed - real) / real if real else (0.0 if mixed == real else None)
+        best = "real" if real < mixed else "mixed" if mixed < real else ""
+    return Comparison(name, unit, text(real), text(mixed), change, best)
+
+
+def verdict_of(metrics: Mapping[str, Any]) -> Verdict:
+    """What synthetic pairs did to ARAND and VOI, method by method, in one sentence.
+
+    Parameters
+    ----------
+    metrics : mapping
+        Contents of metrics.json; see :func:`compare`.
+    """
+    if not metrics.get("real") and not metrics.get("mixed"):
+        return Verdict("Nothing to compare yet: no segmenter has been scored.", "open")
+    for arm, what in (("real", "trained on real data only"), ("mixed", "trained on real and synthetic data")):
+        if not metrics.get(arm):
+            return Verdict(f"Nothing to compare yet: the segmenter {what} has not been scored.", "open")
+    clauses, changes = [], []
+    for method in methods_of(metrics):
+        pair = [row for row in compare(metrics, method)[:2] if row.change is not None]
+        if pair:
+            clauses.append(f"{_clause(pair)} with {method}")
+            changes += [row.judgement for row in pair]
+    if not clauses:
+        return Verdict("Nothing to compare: no method has finite scores in both arms.", "open")
+    moved = {judgement for judgement in changes if judgement != "unchanged"}
+    tone = "unchanged" if not moved else moved.pop() if len(moved) == 1 else "divided"
+    return Verdict(f"Synthetic pairs {', and '.join(clauses)}.", tone)
+
+
+def _clause(rows: list[Comparison]) -> str:
+    """``"lowered ARAND by 12.0 % and VOI by 5.1 %"``, ``"lowered ARAND by 2.0 % but raised VOI by 1.0 %"``."""
+    verbs = {"better": "lowered", "worse": "raised", "unchanged": "left"}
+    text, before = "", ""
+    for row in rows:
+        by = "unchanged" if row.judgement == "unchanged" else f"by {abs(row.change or 0):.1f} %"
+        if not text:
+            text = f"{verbs[row.judgement]} {row.name} {by}"
+        elif row.judgement == before == "unchanged":
+            text = f"left {rows[0].name} and {row.name} unchanged"
+        elif row.judgement == before:
+            text += f" and {row.name} {by}"
+        else:
+            text += f" but {verbs[row.judgement]} {row.name} {by}"
+        before = row.judgement
+    return text

@@ -1,0 +1,69 @@
+"""The registry of segmenters and the one function that builds them."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from ..checkpoints import Checkpoint, load_weights
+from ..errors import UnknownName, ValueRangeError, did_you_mean
+from ..registry import Registry
+
+SEGMENTERS: Registry[Callable[..., nn.Module]] = Registry(
+    "segmenter", "f(in_channels, out_channels, **options) -> nn.Module"
+)
+
+
+def build_segmenter(name: str, in_channels: int = 1, out_channels: int = 3, **options: Any) -> nn.Module:
+    """Build a segmenter by name.
+
+    Parameters
+    ----------
+    name : str
+        One of ``SEGMENTERS.names()``.
+    in_channels : int
+        Image channels, 1 for EM.
+    out_channels : int
+        3 for nearest-neighbour affinities (z, y, x).
+    **options
+        Keyword arguments of that segmenter; see its class.
+
+    Returns
+    -------
+    torch.nn.Module
+        ``forward(image (b, in_channels, z, y, x) in [0, 1]) -> logits (b, out_channels, z, y, x)``, any z, y, x.
+
+    Raises
+    ------
+    UnknownName
+        If the segmenter or an option does not exist; the message suggests the nearest name.
+    ValueRangeError
+        If a channel count or an option's value is not allowed.
+    """
+    entry = SEGMENTERS.get(name)
+    known = [key for key in inspect.signature(entry).parameters if key not in ("in_channels", "out_channels")]
+    for key in options:
+        if key not in known:
+            raise UnknownName(
+                f"Segmenter '{name}' has no option '{key}'.{did_you_mean(key, known)} Known: {', '.join(known)}."
+            )
+    for title, count in (("in_channels", in_channels), ("out_channels", out_channels)):
+        if count < 1:
+            raise ValueRangeError(f"{title} must be at least 1. Got {count}.")
+    return entry(in_channels=in_channels, out_channels=out_channels, **options)
+
+
+def segmenter_from_checkpoint(checkpoint: Checkpoint) -> nn.Module:
+    """Build the segmenter that a checkpoint holds, with its weights, in evaluation mode.
+
+    Raises
+    ------
+    CheckpointMismatch
+        If the weights do not fit the architecture.
+    UnknownName
+        If this version does not know the architecture.
+    """
+    return load_weights(build_segmenter(checkpoint.architecture, **checkpoint.options), checkpoint).eval()

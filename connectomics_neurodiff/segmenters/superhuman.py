@@ -1,0 +1,198 @@
+"""Superhuman: the residual symmetric 3D U-Net of Lee et al., "Superhuman accuracy on the SNEMI3D connectomics
+challenge", arXiv:1706.00120 (figure 2), in the arrangement of 1,555,471 parameters that the field trains today.
+
+Lee et al. sum the skip connections; that arrangement concatenates them, normalises batches and upsamples with a
+learned depthwise transposed convolution. ``skip="sum", upsample="trilinear", norm="none"`` gives the paper's network.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from ..errors import UnknownName, ValueRangeError, did_you_mean
+from .build import SEGMENTERS
+
+#: Feature maps per level of Lee et al., finest first.
+PAPER_FILTERS = (28, 36, 48, 64, 80)
+
+#: Slower than PyTorch's 0.1: with one or two patches a batch, the statistics of single batches scatter.
+_BATCH_NORM_MOMENTUM = 0.05
+
+_NORMS: dict[str, Callable[[int], nn.Module]] = {
+    "batch": lambda channels: nn.BatchNorm3d(channels, momentum=_BATCH_NORM_MOMENTUM),
+    "group": lambda channels: nn.GroupNorm(math.gcd(4, channels), channels),
+    "instance": lambda channels: nn.InstanceNorm3d(channels, affine=True),
+    "none": lambda channels: nn.Identity(),
+}
+_UPSAMPLERS = ("transposed", "trilinear")
+_SKIPS = ("concat", "sum")
+
+
+def _check_choice(option: str, value: str, allowed: Sequence[str]) -> None:
+    if value not in allowed:
+        raise UnknownName(
+            f"Superhuman has no {option} '{value}'.{did_you_mean(value, allowed)} Known: {', '.join(allowed)}."
+        )
+
+
+class ResidualModule(nn.Module):
+    """Three convolutions, the first in the plane, with the other two as a residual branch (Lee et al., figure 2b).
+
+    Maps (b, `in_channels`, z, y, x) to (b, `out_channels`, z, y, x).
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, norm: str) -> None:
+        super().__init__()
+        # A normalisation behind a convolution makes its bias redundant.
+        bias = norm == "none"
+        make_norm = _NORMS[norm]
+        self.entry = nn.Sequential(
+            nn.Conv3d(in_channels, out_channels, (1, 3, 3), padding=(0, 1, 1), bias=bias),
+            make_norm(out_channels),
+            nn.ELU(inplace=True),
+        )
+        self.branch = nn.Sequential(
+            nn.Conv3d(out_channels, out_channels, 3, padding=1, bias=bias),
+            make_norm(out_channels),
+            nn.ELU(inplace=True),
+            nn.Conv3d(out_channels, out_channels, 3, padding=1, bias=bias),
+        )
+        self.exit = nn.Sequential(make_norm(out_channels), nn.ELU(inplace=True))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Features (b, out_channels, z, y, x)."""
+        x = self.entry(x)
+        return self.exit(x + self.branch(x))
+
+
+class UpModule(nn.Module):
+    """Upsample the coarse features, join them with the skip connection, and refine."""
+
+    def __init__(
+        self, coarse: int, fine: int, factor: tuple[int, int, int], norm: str, upsample: str, skip: str
+    ) -> None:
+        super().__init__()
+        if upsample == "transposed":
+            self.upsample: nn.Module = nn.ConvTranspose3d(coarse, coarse, factor, stride=factor, groups=coarse)
+        else:
+            self.upsample = nn.Upsample(scale_factor=factor, mode="trilinear", align_corners=False)
+        self.project = nn.Conv3d(coarse, fine, 1)
+        self.concatenates = skip == "concat"
+        joined = 2 * fine if self.concatenates else fine
+        self.joined = nn.Sequential(_NORMS[norm](joined), nn.ELU(inplace=True))
+        self.refine = ResidualModule(joined, fine, norm)
+
+    def forward(self, coarse: Tensor, fine: Tensor) -> Tensor:
+        """Features at the fine level."""
+        up = self.project(self.upsample(coarse))
+        return self.refine(self.joined(torch.cat([up, fine], dim=1) if self.concatenates else up + fine))
+
+
+@SEGMENTERS.register("superhuman")
+class Superhuman(nn.Module):
+    """Residual symmetric 3D U-Net for affinities.
+
+    Parameters
+    ----------
+    in_channels, out_channels : int
+        1 image in, 3 affinity channels (z, y, x) out. With the defaults the network has 1,555,471 parameters.
+    filters : sequence of int
+        Feature maps per level, finest first; at least two levels.
+    z_pool : sequence of bool
+        For each of the ``len(filters) - 1`` poolings whether z is halved too. All false, for sections much thicker
+        than a pixel, as published; set the last ones, or all, for isotropic volumes. Empty means all false.
+    norm : {"batch", "group", "instance", "none"}
+        Default "batch", as published: at inference it is a fixed scaling, so tiles cannot differ in brightness as they
+        do with "group" or "instance". A patch holds > 1e5 voxels, which steadies the statistics even at batch size 1.
+    upsample : {"transposed", "trilinear"}
+        Depthwise transposed convolution, or fixed interpolation as in the paper.
+    skip : {"concat", "sum"}
+        How skip connections join; the paper sums.
+
+    Raises
+    ------
+    UnknownName
+        For an unknown `norm`, `upsample` or `skip`.
+    ValueRangeError
+        For fewer than two levels, filters below 1 or a `z_pool` of another length.
+
+    References
+    ----------
+    Lee, Zung, Li, Jain, Seung. arXiv:1706.00120, 2017.
+    """
+
+    def __init__(
+        self,
+        in_channels: int = 1,
+        out_channels: int = 3,
+        filters: Sequence[int] = PAPER_FILTERS,
+        z_pool: Sequence[bool] = (),
+        norm: str = "batch",
+        upsample: str = "transposed",
+        skip: str = "concat",
+    ) -> None:
+        super().__init__()
+        _check_choice("norm", norm, list(_NORMS))
+        _check_choice("upsample", upsample, _UPSAMPLERS)
+        _check_choice("skip", skip, _SKIPS)
+        if len(filters) < 2 or min(filters) < 1:
+            raise ValueRangeError(f"Superhuman needs filters >= 1 on at least two levels. Got {list(filters)}.")
+        halve_z = list(z_pool) or [False] * (len(filters) - 1)
+        if len(halve_z) != len(filters) - 1:
+            raise ValueRangeError(
+                f"Superhuman needs one z_pool per pooling, {len(filters) - 1} for {len(filters)} filters. "
+                f"Got {len(halve_z)}."
+            )
+        factors = [(2 if halve else 1, 2, 2) for halve in halve_z]
+        #: Sizes that need no padding are multiples of this, (z, y, x).
+        self.multiple = tuple(math.prod(axis) for axis in zip(*factors, strict=True))
+        first = filters[0]
+        self.embed = nn.Sequential(nn.Conv3d(in_channels, first, (1, 5, 5), padding=(0, 2, 2)), nn.ELU(inplace=True))
+        self.down = nn.ModuleList(
+            ResidualModule(a, b, norm) for a, b in zip([first, *filters[:-1]], filters, strict=True)
+        )
+        self.pool = nn.ModuleList(nn.MaxPool3d(factor) for factor in factors)
+        self.up = nn.ModuleList(
+            UpModule(filters[i + 1], filters[i], factors[i], norm, upsample, skip)
+            for i in reversed(range(len(factors)))
+        )
+        self.head = nn.Sequential(
+            nn.Conv3d(first, first, (1, 5, 5), padding=(0, 2, 2)),
+            nn.ELU(inplace=True),
+            nn.Conv3d(first, out_channels, 1),
+        )
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Affinity logits.
+
+        Parameters
+        ----------
+        image : torch.Tensor
+            (b, in_channels, z, y, x), values in [0, 1]; any size, padded inside by replicating the border.
+
+        Returns
+        -------
+        torch.Tensor
+            (b, out_channels, z, y, x) logits.
+        """
+        z, y, x = image.shape[2:]
+        missing = [-size % multiple for size, multiple in zip((z, y, x), self.multiple, strict=True)]
+        # The coarsest level needs more than one voxel, or there is nothing to normalise over.
+        missing[1:] = [max(gap, 2 * self.multiple[i] - (y, x)[i - 1]) for i, gap in enumerate(missing[1:], start=1)]
+        if any(missing):
+            image = functional.pad(image, (0, missing[2], 0, missing[1], 0, missing[0]), mode="replicate")
+        features = self.embed(image)
+        skips = []
+        for module, pool in zip(self.down[:-1], self.pool, strict=True):
+            features = module(features)
+            skips.append(features)
+            features = pool(features)
+        features = self.down[-1](features)
+        for module in self.up:
+            features = module(features, skips.pop())
+        return self.head(features)[:, :, :z, :y, :x]

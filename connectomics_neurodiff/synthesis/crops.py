@@ -1,0 +1,111 @@
+"""Training samples of the denoiser: augmented crops with their condition, a diffusion step, and noise."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from ..conditions import encode_condition, membrane_from_labels
+from ..errors import MissingInput, ValueRangeError
+from ..seeding import rng_for
+from ..volume import Volume
+from .process import DiffusionProcess
+
+
+class DiffusionCrops:
+    """Endless training samples; item i is a pure function of (seed, i).
+
+    Parameters
+    ----------
+    volumes : sequence of Volume
+        In memory, with image and label; of mitochondria, those that are there. Drawn in proportion to their voxels.
+    patch : sequence of 3 ints
+        Crop in voxels (z, y, x). An axis that is shorter in the volume is reflected up to it.
+    seed : int
+        Seed of positions, augmentation, steps and noise.
+    process : DiffusionProcess
+        Where the steps t and the noise levels come from.
+    thickness_nm : float
+        Width of the membrane condition.
+    flips, transpose : bool
+        Mirror every axis, and exchange y and x (square patches only), each with probability 1/2.
+    intensity_jitter : float
+        Largest relative change of contrast and absolute change of brightness, [0, 1] units. Small on purpose: what
+        varies in training varies in the synthetic images.
+
+    Raises
+    ------
+    MissingInput
+        If there is no volume, or one lacks image or label.
+    ValueRangeError
+        If the patch is not three sizes >= 1.
+    """
+
+    def __init__(
+        self,
+        volumes: Sequence[Volume],
+        patch: Sequence[int],
+        seed: int,
+        process: DiffusionProcess,
+        *,
+        thickness_nm: float,
+        flips: bool = True,
+        transpose: bool = True,
+        intensity_jitter: float = 0.02,
+    ) -> None:
+        if len(patch) != 3 or min(patch) < 1:
+            raise ValueRangeError(f"A crop has three sizes >= 1, (z, y, x). Got {tuple(patch)}.")
+        if not volumes or any(v.image is None or v.label is None for v in volumes):
+            raise MissingInput("Diffusion training needs volumes with image and label.")
+        self.patch, self.seed, self.process = tuple(patch), seed, process
+        self.flips, self.transpose, self.intensity_jitter = flips, transpose, intensity_jitter
+        self._voxel_nm = [np.asarray(v.voxel_nm, np.float32) for v in volumes]
+        self._images = [self._at_least_patch(np.asarray(v.image, np.float32)) for v in volumes]
+        self._conditions = [self._condition_of(v, thickness_nm) for v in volumes]
+        sizes = np.array([image.size for image in self._images], dtype=np.float64)
+        self._share = sizes / sizes.sum()
+
+    def _at_least_patch(self, array: np.ndarray) -> np.ndarray:
+        """Reflect the last three axes up to the patch where they are shorter."""
+        lacking = [max(p - n, 0) for p, n in zip(self.patch, array.shape[-3:], strict=True)]
+        if not any(lacking):
+            return array
+        return np.pad(array, [(0, 0)] * (array.ndim - 3) + [(0, n) for n in lacking], mode="symmetric")
+
+    def _condition_of(self, volume: Volume, thickness_nm: float) -> np.ndarray:
+        membrane = membrane_from_labels(np.asarray(volume.label), volume.voxel_nm, thickness_nm)
+        mito = None if volume.mito is None else np.asarray(volume.mito)
+        return self._at_least_patch(encode_condition(membrane, mito).astype(np.uint8))  # 0/1: a quarter of the memory
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        """Sample `index`: noisy, noise (1, z, y, x), t, condition (2, z, y, x), voxel_nm (3,)."""
+        rng = rng_for(self.seed, "diffusion", index)
+        which = int(rng.choice(len(self._images), p=self._share))
+        image, condition = self._images[which], self._conditions[which]
+        corner = [int(rng.integers(n - p + 1)) for n, p in zip(image.shape, self.patch, strict=True)]
+        cut = tuple(slice(c, c + p) for c, p in zip(corner, self.patch, strict=True))
+        stack = np.concatenate([image[cut][None], condition[(slice(None), *cut)]]).astype(np.float32)
+        stack = self._reoriented(stack, rng)
+        clean = 2 * self._jittered(stack[:1], rng) - 1
+        t = int(rng.integers(self.process.steps))
+        noise = rng.standard_normal(clean.shape, dtype=np.float32)
+        signal = np.float32(self.process.signal[t])
+        return {
+            "noisy": np.sqrt(signal) * clean + np.sqrt(1 - signal) * noise,  # Ho et al. 2020, eq. 4
+            "noise": noise,
+            "t": np.asarray(t, np.int64),
+            "condition": np.ascontiguousarray(stack[1:]),
+            "voxel_nm": self._voxel_nm[which],
+        }
+
+    def _reoriented(self, stack: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        if self.flips:
+            stack = np.flip(stack, [axis for axis in (1, 2, 3) if rng.random() < 0.5])
+        if self.transpose and self.patch[1] == self.patch[2] and rng.random() < 0.5:
+            stack = stack.swapaxes(2, 3)
+        return stack
+
+    def _jittered(self, image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        contrast, brightness = rng.uniform(-self.intensity_jitter, self.intensity_jitter, 2).astype(np.float32)
+        return np.clip(image * (1 + contrast) + brightness, 0, 1)

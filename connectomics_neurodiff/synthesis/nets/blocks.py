@@ -1,0 +1,119 @@
+"""Parts of the denoising U-Net: time embedding, residual block, resampling within sections.
+
+Glossary: b batch, c channels, z, y, x sections, rows, columns. Sections are few and thick, so z is never resampled.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+def time_embedding(t: Tensor, width: int, max_period: float = 1000.0) -> Tensor:
+    """Sinusoidal embedding of diffusion steps (Ho et al. 2020, after Vaswani et al. 2017).
+
+    Parameters
+    ----------
+    t : torch.Tensor
+        (b,) steps.
+    width : int
+        Even number of features: cosines, then sines.
+    max_period : float
+        Longest period in steps; 1000 as published.
+
+    Returns
+    -------
+    torch.Tensor
+        (b, width) float32 in [-1, 1].
+    """
+    half = width // 2
+    frequency = torch.exp(-math.log(max_period) / half * torch.arange(half, device=t.device, dtype=torch.float32))
+    angle = t.float()[:, None] * frequency
+    return torch.cat([angle.cos(), angle.sin()], dim=1)
+
+
+def group_norm(channels: int, groups: int) -> nn.GroupNorm:
+    """Group normalisation with at most `groups` groups: the largest number that divides both."""
+    return nn.GroupNorm(math.gcd(groups, channels), channels)
+
+
+def conv3(in_channels: int, out_channels: int, *, stride: tuple[int, int, int] = (1, 1, 1)) -> nn.Conv3d:
+    """3x3x3 convolution that keeps the shape (stride 1)."""
+    return nn.Conv3d(in_channels, out_channels, 3, padding=1, stride=stride)
+
+
+def zero_conv3(in_channels: int, out_channels: int) -> nn.Conv3d:
+    """3x3x3 convolution whose weights and bias start at zero, so that its branch starts as the identity."""
+    conv = conv3(in_channels, out_channels)
+    nn.init.zeros_(conv.weight)
+    nn.init.zeros_(conv.bias)
+    return conv
+
+
+class ResidualBlock(nn.Module):
+    """Two normalised convolutions around an added time embedding, and a skip connection.
+
+    Parameters
+    ----------
+    in_channels, out_channels : int
+        Channels; a 1x1x1 convolution adapts the skip connection where they differ.
+    time_channels : int
+        Width of the time embedding.
+    groups : int
+        Groups of the normalisation.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, time_channels: int, groups: int) -> None:
+        super().__init__()
+        self.norm_in = group_norm(in_channels, groups)
+        self.conv_in = conv3(in_channels, out_channels)
+        self.time = nn.Linear(time_channels, out_channels)
+        self.norm_out = group_norm(out_channels, groups)
+        self.conv_out = zero_conv3(out_channels, out_channels)
+        self.skip = nn.Identity() if in_channels == out_channels else nn.Conv3d(in_channels, out_channels, 1)
+
+    def forward(self, x: Tensor, time: Tensor) -> Tensor:
+        """Map (b, in, z, y, x) with the time embedding (b, time) to (b, out, z, y, x)."""
+        h = self.conv_in(F.silu(self.norm_in(x)))
+        h = h + self.time(F.silu(time))[:, :, None, None, None]
+        h = self.conv_out(F.silu(self.norm_out(h)))
+        return self.skip(x) + h
+
+
+class Downsample(nn.Conv3d):
+    """Halve y and x by a strided 3x3x3 convolution."""
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__(in_channels, out_channels, 3, padding=1, stride=(1, 2, 2))
+
+
+class Upsample(nn.Module):
+    """Double y and x by interpolation, then convolve."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = conv3(channels, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (b, c, z, y, x) to (b, c, z, 2y, 2x)."""
+        return self.conv(resize_sections(x, (2 * x.shape[3], 2 * x.shape[4])))
+
+
+def resize_sections(x: Tensor, size: tuple[int, int]) -> Tensor:
+    """Resize (b, c, z, y, x) to `size` (y, x) within sections: means when it shrinks, trilinear when it grows.
+
+    With z kept, trilinear is bilinear per section, which is several times faster on the CPU. `size` must be a whole
+    multiple or a whole fraction of the present one.
+    """
+    b, c, z, height, width = x.shape
+    if size == (height, width):
+        return x
+    sections = x.transpose(1, 2).reshape(b * z, c, height, width)
+    if size[0] < height:
+        sections = F.avg_pool2d(sections, (height // size[0], width // size[1]))
+    else:
+        sections = F.interpolate(sections, size=size, mode="bilinear", align_corners=False)
+    return sections.view(b, z, c, *size).transpose(1, 2)

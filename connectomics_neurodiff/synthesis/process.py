@@ -1,0 +1,120 @@
+"""The diffusion process: a noise schedule and what follows from it. No weights, no randomness.
+
+Glossary (Ho et al. 2020): beta_t variance added at step t, alpha_t = 1 - beta_t, alpha_bar_t their product up to t (the
+share of the variance that is still signal), x_0 clean image in [-1, 1], x_t noisy image, epsilon the noise in it.
+Steps count from 0 (least noisy) to T - 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import sqrt
+
+import numpy as np
+
+from ..errors import ValueRangeError
+
+#: No step may destroy more than this share of the variance (Nichol and Dhariwal 2021, section 3.2).
+MAX_BETA = 0.999
+
+
+def cosine_betas(steps: int, s: float = 0.008) -> np.ndarray:
+    """Cosine noise schedule (Nichol and Dhariwal 2021, eq. 17).
+
+    Parameters
+    ----------
+    steps : int
+        T >= 1; 250 as published by NeuroDiff.
+    s : float
+        Offset >= 0 that keeps the first steps from being too small.
+
+    Returns
+    -------
+    numpy.ndarray
+        (T,) float64 in (0, 0.999].
+
+    Raises
+    ------
+    ValueRangeError
+        If `steps` < 1 or `s` < 0.
+    """
+    if steps < 1 or not s >= 0:
+        raise ValueRangeError(f"A cosine schedule needs steps >= 1 and s >= 0. Got steps {steps}, s {s}.")
+    time = np.arange(steps + 1) / steps
+    alpha_bar = np.cos((time + s) / (1 + s) * np.pi / 2) ** 2
+    return np.minimum(1 - alpha_bar[1:] / alpha_bar[:-1], MAX_BETA)
+
+
+class DiffusionProcess:
+    """Forward process q and its posterior for a schedule of betas (paper eq. 1).
+
+    Parameters
+    ----------
+    betas : sequence of float
+        (T,) variances, each in (0, 1).
+
+    Attributes
+    ----------
+    betas : numpy.ndarray
+        (T,) float64.
+    signal : numpy.ndarray
+        (T,) float64: alpha_bar_t.
+
+    Raises
+    ------
+    ValueRangeError
+        If a beta is not in (0, 1), or there is none.
+    """
+
+    def __init__(self, betas: Sequence[float] | np.ndarray) -> None:
+        self.betas = np.array(betas, dtype=np.float64)
+        if self.betas.ndim != 1 or not self.betas.size or not ((self.betas > 0) & (self.betas < 1)).all():
+            raise ValueRangeError(f"Betas are one or more numbers in (0, 1). Got {betas}.")
+        self.signal = np.cumprod(1 - self.betas)
+
+    @property
+    def steps(self) -> int:
+        """T, the number of steps trained on."""
+        return int(self.betas.size)
+
+    def signal_at(self, t: int) -> float:
+        """alpha_bar_t, and 1 for t = -1: the step after the last is the clean image."""
+        return 1.0 if t < 0 else float(self.signal[t])
+
+    def timesteps(self, steps: int) -> list[int]:
+        """The steps t that a sampler visits, noisiest first: T - 1, then evenly spaced down.
+
+        Starting at T - 1 whatever the count makes x_T pure noise, as in training (Lin et al. 2024, "trailing").
+
+        Raises
+        ------
+        ValueRangeError
+            If `steps` is not in 1 .. T.
+        """
+        if not 1 <= steps <= self.steps:
+            raise ValueRangeError(f"A sampler takes 1 to {self.steps} steps from this process. Got {steps}.")
+        return [round(self.steps * (1 - i / steps)) - 1 for i in range(steps)]
+
+    def add_noise(self, clean: np.ndarray, t: int, noise: np.ndarray) -> np.ndarray:
+        """Sample of q(x_t | x_0) from standard normal noise (Ho et al. 2020, eq. 4), in the type of `clean`."""
+        signal = self.signal_at(t)
+        return sqrt(signal) * clean + sqrt(1 - signal) * noise
+
+    def predict_clean(self, x_t: np.ndarray, t: int, noise: np.ndarray) -> np.ndarray:
+        """Clean image that a noise prediction implies: eq. 4 solved for x_0; not clipped."""
+        signal = self.signal_at(t)
+        return (x_t - sqrt(1 - signal) * noise) / sqrt(signal)
+
+    def posterior(self, t: int, t_next: int) -> tuple[float, float, float]:
+        """Posterior q(x_s | x_t, x_0) of an earlier step s = `t_next` < t (Ho et al. 2020, eq. 6 and 7).
+
+        Returns
+        -------
+        of_clean, of_noisy, variance : float
+            The mean is of_clean x_0 + of_noisy x_t. Where steps are skipped, beta_t is that of all of them together.
+        """
+        now, after = self.signal_at(t), self.signal_at(t_next)
+        alpha = now / after
+        of_clean = sqrt(after) * (1 - alpha) / (1 - now)
+        of_noisy = sqrt(alpha) * (1 - after) / (1 - now)
+        return of_clean, of_noisy, (1 - after) / (1 - now) * (1 - alpha)

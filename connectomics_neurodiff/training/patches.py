@@ -1,0 +1,244 @@
+"""Training patches: image, affinities and weights, drawn from real and synthetic volumes in an exact ratio."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..affinities import affinities_from_labels
+from ..errors import LabelTypeError, MissingInput, ShapeMismatch, ValueRangeError
+from ..geometry import is_anisotropic
+from ..pairs import is_synthetic
+from ..seeding import rng_for
+from ..volume import Volume
+from .augmentation import AugmentOptions, augment
+from .pose import apply_pose, draw_pose, source_box
+
+#: Suits serial sections.
+DEFAULT_AUGMENTATION = AugmentOptions()
+
+
+@dataclass(frozen=True)
+class _Annotated:
+    """A volume ready for training: image float32 [0, 1] and label uint32, both (z, y, x) in memory."""
+
+    image: np.ndarray
+    label: np.ndarray
+
+
+class AffinityPatches:
+    """Endless training patches for affinities; item i is a pure function of (seed, i).
+
+    Parameters
+    ----------
+    real : sequence of Volume
+        Annotated volumes with image and label. All of the annotated area is used, up to the outermost voxel.
+    synthetic : sequence of Volume
+        Synthetic pairs; may be empty if `ratio` is 0.
+    patch : sequence of 3 ints
+        Shape of a patch, voxels (z, y, x); volumes may be smaller (the image is reflected, the rest has weight 0).
+    seed : int
+        Seed of the run.
+    ratio : float
+        Synthetic : real, exact over any stretch of samples (:func:`connectomics_neurodiff.pairs.is_synthetic`).
+    augment : AugmentOptions
+        Probabilities of the augmentations; the default is for serial sections.
+    label_erosion : int
+        Width in voxels of the band that neurons in contact lose on each side before affinities are taken, so that
+        affinities are 0 on a membrane, not only between two voxels. 0 for labels that leave the membrane free; 1 for
+        labels that fill all space. In the plane for sections at least twice as thick as a pixel, else in 3D. Processes
+        thinner than three voxels vanish from the target.
+    largest_weight : float
+        Bound on the class balancing weight; at least 1.
+
+    Raises
+    ------
+    MissingInput
+        If there is no real volume, or none synthetic though `ratio` > 0, or a volume lacks image or label.
+    ShapeMismatch, LabelTypeError, ValueRangeError
+        If a volume or an argument is not as described.
+
+    Notes
+    -----
+    A volume is drawn in proportion to its voxels, a position uniformly among all. Affinities are computed after
+    the augmentation: a flipped edge belongs to the other voxel, so flipping affinities would be wrong by one.
+    """
+
+    def __init__(
+        self,
+        real: Sequence[Volume],
+        synthetic: Sequence[Volume],
+        *,
+        patch: Sequence[int],
+        seed: int,
+        ratio: float,
+        augment: AugmentOptions = DEFAULT_AUGMENTATION,
+        label_erosion: int = 0,
+        largest_weight: float = 10.0,
+    ) -> None:
+        if len(patch) != 3 or min(patch) < 1:
+            raise ValueRangeError(f"A patch has three sizes >= 1, (z, y, x). Got {tuple(patch)}.")
+        if label_erosion < 0:
+            raise ValueRangeError(f"label_erosion must be >= 0 voxels. Got {label_erosion}.")
+        if largest_weight < 1:
+            raise ValueRangeError(f"largest_weight must be >= 1. Got {largest_weight}.")
+        if not real:
+            raise MissingInput("Training needs at least one real volume. Got none.")
+        is_synthetic(0, ratio)  # refuses a ratio that is not one
+        if ratio > 0 and not synthetic:
+            raise MissingInput(f"A ratio of {ratio:g} synthetic : real needs synthetic volumes. Got none.")
+        self.patch = (int(patch[0]), int(patch[1]), int(patch[2]))
+        self.seed = seed
+        self.ratio = ratio
+        self.augment = augment
+        self.largest_weight = largest_weight
+        self._real = [_prepare(volume, label_erosion) for volume in real]
+        self._synthetic = [_prepare(volume, label_erosion) for volume in synthetic] if ratio > 0 else []
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        """Sample `index` >= 0.
+
+        Returns
+        -------
+        dict
+            image (1, z, y, x) in [0, 1]; affinity (3, z, y, x), 0 or 1; weight (3, z, y, x) >= 0; all float32.
+        """
+        rng = rng_for(self.seed, "affinity patch", index)
+        volumes = self._synthetic if is_synthetic(index, self.ratio) else self._real
+        image, label, known = self._draw(volumes, rng)
+        image, label, known = augment(image, label, known, rng, self.augment)
+        # The plane in front of each axis was only there to know the first edges.
+        affinity = affinities_from_labels(label)[:, 1:, 1:, 1:].astype(np.float32)
+        weight = balanced_weights(affinity, known_edges(known)[:, 1:, 1:, 1:], self.largest_weight)
+        return {"image": np.array(image[None, 1:, 1:, 1:], order="C"), "affinity": affinity, "weight": weight}
+
+    def _draw(
+        self, volumes: Sequence[_Annotated], rng: np.random.Generator
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Image, label and known of a random place in a random pose, one plane larger than the patch in front."""
+        sizes = np.array([volume.image.size for volume in volumes], dtype=float)
+        volume = volumes[int(rng.choice(len(volumes), p=sizes / sizes.sum()))]
+        options = self.augment
+        pose = draw_pose(rng, flip=options.flip, transpose=options.transpose, rotate=options.rotate)
+        depth, height, width = self.patch
+        extent = (depth, width, height) if pose.exchange_yx else self.patch
+        z, y, x = (
+            int(rng.integers(min(0, n - e), max(0, n - e) + 1)) for n, e in zip(volume.image.shape, extent, strict=True)
+        )
+        crop = read_crop(volume.image, volume.label, *source_box((z, y, x), self.patch, pose))
+        image, label, known = (apply_pose(array, pose) for array in crop)
+        return image, label, known
+
+
+def read_crop(
+    image: np.ndarray, label: np.ndarray, start: Sequence[int], shape: Sequence[int]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """A box that may reach outside the volume.
+
+    Parameters
+    ----------
+    image, label : numpy.ndarray
+        (z, y, x).
+    start, shape : sequence of 3 ints
+        First voxel, possibly negative, and extent.
+
+    Returns
+    -------
+    image, label, known : numpy.ndarray
+        Of that shape. Outside the volume the image is reflected, the label 0 and `known` false.
+    """
+    stop = [s + n for s, n in zip(start, shape, strict=True)]
+    inside = tuple(slice(max(0, a), min(n, b)) for a, b, n in zip(start, stop, image.shape, strict=True))
+    margin = [(part.start - a, b - part.stop) for part, a, b in zip(inside, start, stop, strict=True)]
+    known = np.ones(image[inside].shape, dtype=bool)
+    if not any(low or high for low, high in margin):
+        return image[inside], label[inside], known
+    return np.pad(image[inside], margin, mode="reflect"), np.pad(label[inside], margin), np.pad(known, margin)
+
+
+def known_edges(known: np.ndarray) -> np.ndarray:
+    """Which edges have both ends annotated, bool (3, z, y, x); false on the first plane of each channel's axis."""
+    edges = np.zeros((3, *known.shape), dtype=bool)
+    edges[0, 1:] = known[1:] & known[:-1]
+    edges[1, :, 1:] = known[:, 1:] & known[:, :-1]
+    edges[2, :, :, 1:] = known[:, :, 1:] & known[:, :, :-1]
+    return edges
+
+
+def balanced_weights(affinity: np.ndarray, known: np.ndarray, largest: float) -> np.ndarray:
+    """Weights under which both classes of each channel count alike.
+
+    Parameters
+    ----------
+    affinity : numpy.ndarray
+        (3, z, y, x), 0 or 1.
+    known : numpy.ndarray
+        (3, z, y, x) bool; elsewhere the weight is 0.
+    largest : float
+        Bound on a weight.
+
+    Returns
+    -------
+    numpy.ndarray
+        (3, z, y, x) float32: 0.5 / share of the voxel's class among the known voxels of its channel, at most `largest`.
+    """
+    weight = np.zeros(affinity.shape, dtype=np.float32)
+    for channel in range(len(affinity)):
+        total = np.count_nonzero(known[channel])
+        positive = affinity[channel] > 0
+        count = np.count_nonzero(positive & known[channel])
+        by_class = [min(largest, 0.5 * total / n) if n else 0.0 for n in (total - count, count)]
+        weight[channel] = np.where(positive, np.float32(by_class[1]), np.float32(by_class[0])) * known[channel]
+    return weight
+
+
+def erode_contacts(label: np.ndarray, width: int, *, in_plane: bool) -> np.ndarray:
+    """Set voxels to background that lie within `width` voxels of another neuron.
+
+    Parameters
+    ----------
+    label : numpy.ndarray
+        (z, y, x) integers, 0 = background. A border to background loses nothing: the membrane is free already.
+    width : int
+        Voxels, >= 0, in a square (`in_plane`) or cubic neighbourhood.
+    in_plane : bool
+        Whether sections are treated one by one.
+
+    Returns
+    -------
+    numpy.ndarray
+        Label of the same type.
+    """
+    from scipy.ndimage import maximum_filter, minimum_filter
+
+    if width == 0:
+        return label
+    size = (1 if in_plane else 2 * width + 1, 2 * width + 1, 2 * width + 1)
+    highest = maximum_filter(label, size, mode="nearest")
+    # Background must not win the minimum.
+    lowest = minimum_filter(np.where(label == 0, np.iinfo(label.dtype).max, label), size, mode="nearest")
+    return np.where(lowest < highest, 0, label).astype(label.dtype)
+
+
+def _prepare(volume: Volume, label_erosion: int) -> _Annotated:
+    """Check a volume and bring it into memory."""
+    import fastremap
+
+    where = volume.path or "A volume"
+    if volume.image is None or volume.label is None:
+        raise MissingInput(f"{where}: training needs an image and a label. Got {', '.join(volume.arrays)}.")
+    image, label = np.asarray(volume.image), np.asarray(volume.label)
+    if image.shape != label.shape:
+        raise ShapeMismatch(f"{where}: image and label must agree. Got {image.shape} and {label.shape}.")
+    if not np.issubdtype(label.dtype, np.integer):
+        raise LabelTypeError(f"{where}: labels must be integers. Got {label.dtype}.")
+    image = image.astype(np.float32)
+    if not (image.min() >= 0 and image.max() <= 1):  # written so that NaN is refused too
+        raise ValueRangeError(f"{where}: the image must be finite and in [0, 1]. Got {image.min()} to {image.max()}.")
+    # Small consecutive ids: half the memory, and only equality matters here.
+    compact, _ = fastremap.renumber(label, preserve_zero=True, in_place=False)
+    compact = compact.astype(np.uint32)
+    eroded = erode_contacts(compact, label_erosion, in_plane=is_anisotropic(volume.voxel_nm))
+    return _Annotated(image, eroded)

@@ -1,0 +1,392 @@
+"""Placement and the whole remodelling: valid, plausible, as much as asked, and deterministic."""
+
+from __future__ import annotations
+
+import dataclasses
+import subprocess
+import sys
+from itertools import pairwise
+from pathlib import Path
+
+import cc3d
+import h5py
+import numpy as np
+import pytest
+from scipy import ndimage
+
+from connectomics_neurodiff.conditions import membrane_from_labels
+from connectomics_neurodiff.errors import LabelTypeError, ShapeMismatch, ValueRangeError
+from connectomics_neurodiff.remodel import (
+    RemodelledMask,
+    SignatureLibrary,
+    keep_inside,
+    place_mitochondria,
+    quality_report,
+    remodel,
+)
+from connectomics_neurodiff.remodel.ellipse import equivalent_ellipse
+from connectomics_neurodiff.remodel.room import Room, candidates_by_volume, depth_map
+from connectomics_neurodiff.seeding import rng_for
+
+VOXEL = (29.0, 6.0, 6.0)
+ISOTROPIC = (8.0, 8.0, 8.0)
+SHAPE = (12, 120, 160)
+IN_ORDER = (
+    "mito_outside_neuron_voxels",
+    "mito_on_membrane_voxels",
+    "mito_in_several_neurons",
+    "labels_lost",
+    "labels_torn",
+)
+
+
+def tissue(shape: tuple[int, int, int] = SHAPE, voxel: tuple[float, float, float] = VOXEL, ends: int = 3):
+    """Three large neurons over many small ones, all slanting, and ellipsoidal mitochondria in the large ones."""
+    z, y, x = np.ogrid[: shape[0], : shape[1], : shape[2]]
+    slanted = x + 0.5 * z + 4 * np.sin(y / 9)
+    label = np.where(y < 2 * shape[1] // 3, 1 + np.clip(3 * slanted // shape[2], 0, 2), 10 + slanted // 8)
+    label = label.astype(np.uint32)
+    mito = np.zeros(shape, dtype=np.uint8)
+    for i in range(3):
+        cy, cx, cz = shape[1] / 3 + 8 * (i - 1), shape[2] * (0.17 + 0.3 * i), shape[0] / 2 - 1 + i
+        dz, dy, dx = ((z - cz) * voxel[0], (y - cy) * voxel[1], (x - cx) * voxel[2])
+        inside = (dz / (ends * 29)) ** 2 + (dy / 110) ** 2 + (dx / 60) ** 2 <= 1
+        mito |= (inside & (label == 1 + i)).astype(np.uint8)
+    return label, mito
+
+
+@pytest.fixture(scope="module")
+def library() -> SignatureLibrary:
+    """Signatures of the phantom."""
+    return SignatureLibrary.from_masks(*tissue(), VOXEL)
+
+
+def assert_valid(mask: RemodelledMask) -> None:
+    """Independent check of the contract, component by component with scipy."""
+    assert (mask.label.dtype, mask.membrane.dtype, mask.mito.dtype) == (np.uint64, np.uint8, np.uint8)
+    assert set(np.unique(mask.membrane)) <= {0, 1}
+    assert set(np.unique(mask.mito)) <= {0, 1}
+    assert not (mask.mito & mask.membrane).any()
+    assert not mask.mito[mask.label == 0].any()
+    components, count = ndimage.label(mask.mito, np.ones((3, 3, 3)))
+    for i in range(1, count + 1):
+        assert len(np.unique(mask.label[components == i])) == 1
+
+
+@pytest.mark.parametrize("voxel", [VOXEL, ISOTROPIC])
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_new_mask_is_valid_and_holds_as_much_mitochondria(voxel, seed) -> None:
+    shape = SHAPE if voxel == VOXEL else (50, 70, 90)
+    label, mito = tissue(shape, voxel)
+    new = remodel(label, mito, voxel, rng_for(seed), candidate_fraction=0.3)
+    assert_valid(new)
+    report = quality_report(label, mito, new, voxel)
+    assert {name: report[name] for name in IN_ORDER} == dict.fromkeys(IN_ORDER, 0.0)
+    assert report["mito_fraction"] == pytest.approx(mito.mean(), rel=0.1)
+    assert report["mito_overlap"] < 0.8
+    assert 0.3 < report["label_overlap"] < 0.99
+
+
+@pytest.mark.parametrize("kept", [(True, True), (True, False), (False, True), (False, False)])
+def test_switches(kept: tuple[bool, bool]) -> None:
+    elastic, place = kept
+    label, mito = tissue()
+    new = remodel(label, mito, VOXEL, rng_for(3), elastic=elastic, place_mitochondria=place)
+    assert_valid(new)
+    assert np.array_equal(new.label, label) == (not elastic)
+    moved = 2 * (new.mito & mito).sum() / (int(new.mito.sum()) + int(mito.sum()))
+    # Mitochondria that only move along overlap the old ones; new ones are elsewhere.
+    assert (moved > 0.6) == (not place)
+    if not elastic and not place:
+        membrane = membrane_from_labels(label, VOXEL, 30.0)
+        assert np.array_equal(new.membrane, membrane)
+        assert np.array_equal(new.mito, mito & (membrane == 0))
+
+
+def test_same_state_same_bytes() -> None:
+    label, mito = tissue()
+    first, again, other = (remodel(label, mito, VOXEL, rng_for(s)) for s in (7, 7, 8))
+    for field in dataclasses.fields(RemodelledMask):
+        assert getattr(first, field.name).tobytes() == getattr(again, field.name).tobytes()
+        assert getattr(first, field.name).tobytes() != getattr(other, field.name).tobytes()
+
+
+def test_one_generator_gives_a_new_copy_every_time() -> None:
+    label, mito = tissue()
+    rng = rng_for(0)
+    assert (remodel(label, mito, VOXEL, rng).mito != remodel(label, mito, VOXEL, rng).mito).any()
+
+
+@pytest.mark.parametrize("mito", [None, np.zeros(SHAPE, dtype=np.uint8)])
+@pytest.mark.parametrize("place", [True, False])
+def test_without_mitochondria_membranes_alone(mito, place) -> None:
+    new = remodel(tissue()[0], mito, VOXEL, rng_for(0), place_mitochondria=place)
+    assert_valid(new)
+    assert not new.mito.any()
+    assert 0.02 < new.membrane.mean() < 0.6
+
+
+def test_mitochondria_outside_neurons_count_as_none() -> None:
+    label, mito = tissue()
+    label[label == 1] = 0
+    only_outside = ((mito > 0) & (label == 0)).astype(np.uint8)
+    assert only_outside.any()
+    for place in (True, False):
+        assert not remodel(label, only_outside, VOXEL, rng_for(0), place_mitochondria=place).mito.any()
+
+
+def test_library_of_another_voxel_size_serves_without_masks(library: SignatureLibrary) -> None:
+    label, _ = tissue((18, 150, 200), (20, 5, 5))
+    new = remodel(label, None, (20, 5, 5), rng_for(0), library=library, candidate_fraction=0.3)
+    assert_valid(new)
+    assert new.mito.mean() == pytest.approx(library.mito_fraction, rel=0.1)
+    # Sizes are in nm: heights of 174 nm in the library's 29 nm sections are about 9 sections of 20 nm.
+    heights = [b[0].stop - b[0].start for b in ndimage.find_objects(ndimage.label(new.mito, np.ones((3, 3, 3)))[0])]
+    assert 5 <= max(heights) <= 11
+
+
+@pytest.mark.parametrize("fraction", [0.0, 0.01, 0.03])
+def test_asked_fraction_is_met(library: SignatureLibrary, fraction: float) -> None:
+    new = remodel(tissue()[0], None, VOXEL, rng_for(1), library=library, mito_fraction=fraction, candidate_fraction=0.3)
+    assert new.mito.mean() == pytest.approx(fraction, rel=0.1)
+
+
+def test_impossible_fraction_ends_below_it_with_a_valid_mask(library: SignatureLibrary) -> None:
+    new = remodel(tissue()[0], None, VOXEL, rng_for(1), library=library, mito_fraction=0.9)
+    assert_valid(new)
+    assert 0.02 < new.mito.mean() < 0.6
+
+
+def test_candidates_are_the_largest_and_more_join_only_when_they_are_full(library: SignatureLibrary) -> None:
+    label, _ = tissue()
+    membrane = membrane_from_labels(label, VOXEL, 30.0)
+    largest = np.argsort(-np.bincount(label.ravel())[1:])[:2] + 1
+    options = {"candidate_fraction": 2 / len(np.unique(label)), "mito_fraction": 0.015}
+    few = place_mitochondria(label, membrane, VOXEL, library, rng_for(2), **options)
+    assert set(np.unique(label[few > 0])) <= set(largest)
+    many = place_mitochondria(label, membrane, VOXEL, library, rng_for(2), **{**options, "mito_fraction": 0.2})
+    assert set(np.unique(label[many > 0])) > set(largest)
+
+
+def test_mitochondria_stay_apart_and_keep_a_margin(library: SignatureLibrary) -> None:
+    label, _ = tissue()
+    membrane = membrane_from_labels(label, VOXEL, 30.0)
+    mito = place_mitochondria(label, membrane, VOXEL, library, rng_for(0), mito_fraction=0.06, margin_nm=15.0)
+    count = ndimage.label(mito, np.ones((3, 3, 3)))[1]
+    assert count >= 3
+    # 6-connected and 26-connected objects are the same ones: each is solid, and none touches another by a corner.
+    assert ndimage.label(mito)[1] == count
+    for z in range(SHAPE[0]):
+        wall = ndimage.distance_transform_edt((membrane[z] == 0) & (label[z] > 0), VOXEL[1:])
+        assert not mito[z].any() or wall[mito[z] > 0].min() > 15
+
+
+def test_mitochondria_look_like_the_library_s(library: SignatureLibrary) -> None:
+    """Size, aspect, height and tapered ends, not slivers."""
+    label, _ = tissue()
+    membrane = membrane_from_labels(label, VOXEL, 30.0)
+    mito = place_mitochondria(label, membrane, VOXEL, library, rng_for(4), mito_fraction=0.03, candidate_fraction=0.3)
+    components, _ = ndimage.label(mito, np.ones((3, 3, 3)))
+    ratios, tapers = [], []
+    for i, box in enumerate(ndimage.find_objects(components), start=1):
+        areas = (components[box] == i).sum(axis=(1, 2))
+        middle = equivalent_ellipse((components[box] == i)[areas.argmax()], VOXEL[1:])
+        ratios.append(middle.major_nm / middle.minor_nm)
+        assert 80 < middle.major_nm < 260
+        assert 2 <= len(areas) <= 7
+        inner = [areas[end] / areas.max() for end, z in ((0, box[0].start), (-1, box[0].stop)) if 0 < z < SHAPE[0]]
+        tapers.extend(inner)
+    assert 1.3 < np.median(ratios) < 2.2
+    assert np.median(tapers) < 0.75
+
+
+def test_orientation_follows_the_neuron() -> None:
+    """In a stripe of 30 degrees a mitochondrion lies at about 30 degrees."""
+    y, x = np.mgrid[:160, :200]
+    across = (y - 80) * np.cos(np.deg2rad(30)) - (x - 100) * np.sin(np.deg2rad(30))
+    label = np.where(np.abs(across) < 22, 1, np.where(across > 0, 2, 3)) * np.ones((8, 1, 1), dtype=np.uint32)
+    label = np.where(np.abs(across) < 40, label, 0).astype(np.uint32)
+    library = SignatureLibrary.from_masks(*tissue(), VOXEL)
+    membrane = membrane_from_labels(label, VOXEL, 30.0)
+    mito = place_mitochondria(label, membrane, VOXEL, library, rng_for(0), mito_fraction=0.02, candidate_fraction=0.1)
+    components, count = ndimage.label(mito, np.ones((3, 3, 3)))
+    found = []
+    for i in range(1, count + 1):
+        one = components == i
+        ellipse = equivalent_ellipse(one[one.sum(axis=(1, 2)).argmax()], VOXEL[1:])
+        if label[one][0] == 1 and ellipse.major_nm > 1.3 * ellipse.minor_nm:
+            found.append(np.rad2deg(ellipse.angle))
+    assert len(found) >= 2
+    assert np.median(found) == pytest.approx(30, abs=12)
+
+
+@pytest.mark.parametrize("voxel", [VOXEL, ISOTROPIC])
+def test_depth_agrees_with_scipy_label_by_label(voxel) -> None:
+    label = tissue((6, 30, 40))[0]
+    depth = depth_map(label, voxel)
+    for n in np.unique(label):
+        for z in range(6):
+            if voxel == VOXEL:
+                expected = ndimage.distance_transform_edt(label[z] == n, voxel[1:])
+                assert depth[z][label[z] == n] == pytest.approx(expected[label[z] == n], rel=1e-5)
+        if voxel == ISOTROPIC:
+            expected = ndimage.distance_transform_edt(label == n, voxel)
+            assert depth[label == n] == pytest.approx(expected[label == n], rel=1e-5)
+
+
+def test_depth_without_any_obstacle_is_finite() -> None:
+    depth = depth_map(np.ones((3, 10, 12), dtype=np.uint32), VOXEL)
+    assert np.isfinite(depth).all()
+    assert depth.min() > 0
+
+
+def test_placing_blocks_the_neighbours_and_lowers_the_depth() -> None:
+    label = np.ones((5, 30, 40), dtype=np.uint32)
+    room = Room.of(label, np.zeros_like(label), VOXEL, 10.0)
+    room.put(np.ones((1, 4, 4), dtype=bool), (slice(2, 3), slice(10, 14), slice(20, 24)))
+    expected = ndimage.binary_dilation(room.mito > 0, np.ones((3, 3, 3)))
+    assert np.array_equal(room.blocked, expected)
+    near = ndimage.distance_transform_edt(room.mito[2] == 0, VOXEL[1:])
+    assert room.depth[2] == pytest.approx(near, rel=1e-5)
+    assert room.depth[1].min() > 100
+
+
+def test_groups_of_candidates_fall_in_volume() -> None:
+    label, _ = tissue()
+    room = Room.of(label, np.zeros_like(label), VOXEL, 10.0)
+    groups = candidates_by_volume(room, 0.25, 12.0)
+    volumes = [[int((label == c.label).sum()) for c in group] for group in groups]
+    assert all(min(a) >= max(b) for a, b in pairwise(volumes))
+    assert len(groups[0]) == int(np.ceil(0.25 * (len(np.unique(label)))))
+
+
+def test_parts_in_two_neurons_are_separated() -> None:
+    label = np.ones((4, 12, 16), dtype=np.uint32)
+    label[2:, :, :] = 2
+    label[:, :, 12:] = 0
+    mito = np.zeros_like(label)
+    mito[1:, 3:9, 3:14] = 1
+    mito[1, 3:9, 3:5] = 0
+    membrane = np.zeros_like(label)
+    membrane[:, 5] = 1
+    kept = keep_inside(mito, label, membrane)
+    assert_valid(RemodelledMask(label.astype(np.uint64), membrane.astype(np.uint8), kept))
+    # The larger part, two sections in neuron 2, is whole; the one section in neuron 1 keeps what does not touch it.
+    assert np.array_equal(kept[2:], mito[2:] & (label[2:] > 0) & (membrane[2:] == 0))
+    assert not kept[1].any()
+
+
+def test_all_background() -> None:
+    new = remodel(np.zeros((5, 20, 30), dtype=np.uint8), np.ones((5, 20, 30)), VOXEL, rng_for(0))
+    assert_valid(new)
+    assert not new.label.any()
+    assert not new.mito.any()
+
+
+def test_one_neuron_only(library: SignatureLibrary) -> None:
+    label = np.full(SHAPE, 2**40 + 5, dtype=np.uint64)
+    new = remodel(label, None, VOXEL, rng_for(0), library=library, mito_fraction=0.02)
+    assert_valid(new)
+    assert (new.label == label).all()
+    assert new.mito.mean() == pytest.approx(0.02, rel=0.1)
+
+
+@pytest.mark.parametrize("voxel", [VOXEL, ISOTROPIC])
+@pytest.mark.parametrize("shape", [(1, 120, 160), (6, 20, 28), (2, 1, 5), (1, 1, 1)])
+def test_small_and_single_section_volumes(library: SignatureLibrary, voxel, shape) -> None:
+    label, mito = tissue(shape, voxel)
+    for source, place in ((mito, True), (mito, False), (None, True)):
+        new = remodel(label, source, voxel, rng_for(0), library=library, place_mitochondria=place)
+        assert_valid(new)
+        assert new.label.shape == shape
+
+
+def test_a_single_section_holds_its_share(library: SignatureLibrary) -> None:
+    label, _ = tissue((1, 240, 320))
+    new = remodel(label, None, VOXEL, rng_for(0), library=library, mito_fraction=0.05, candidate_fraction=0.3)
+    assert new.mito.mean() == pytest.approx(0.05, rel=0.1)
+
+
+def test_neurons_too_thin_for_any_template_stay_empty(library: SignatureLibrary) -> None:
+    label = (1 + np.arange(120)[None, :, None] // 4) * np.ones(SHAPE, dtype=np.uint32)
+    new = remodel(label, None, VOXEL, rng_for(0), library=library, mito_fraction=0.05)
+    assert not new.mito.any()
+
+
+@pytest.mark.parametrize(
+    ("change", "error"),
+    [
+        ({"label": np.ones(SHAPE, dtype=np.float64)}, LabelTypeError),
+        ({"label": -np.ones(SHAPE, dtype=np.int64)}, LabelTypeError),
+        ({"label": np.ones(SHAPE[1:], dtype=np.uint8)}, ShapeMismatch),
+        ({"mito": np.zeros((12, 120, 159))}, ShapeMismatch),
+        ({"mito": np.full(SHAPE, np.nan)}, ValueRangeError),
+        ({"voxel_nm": (29, 6)}, ValueRangeError),
+        ({"voxel_nm": (29, 6, 0)}, ValueRangeError),
+        ({"candidate_fraction": 0.0}, ValueRangeError),
+        ({"candidate_fraction": 1.5}, ValueRangeError),
+        ({"mito_fraction": -0.1}, ValueRangeError),
+        ({"mito_fraction": 1.1}, ValueRangeError),
+        ({"margin_nm": -1.0}, ValueRangeError),
+        ({"membrane_thickness_nm": 0.0}, ValueRangeError),
+        ({"elastic_sigma_nm": -1.0}, ValueRangeError),
+        ({"min_jacobian": 0.0}, ValueRangeError),
+        ({"library": SignatureLibrary((), 0.0, 0.0)}, ValueRangeError),
+    ],
+)
+def test_bad_input_is_refused_in_one_line(change, error) -> None:
+    label, mito = tissue()
+    arguments = {"label": label, "mito": mito, "voxel_nm": VOXEL, "rng": rng_for(0), **change}
+    with pytest.raises(error) as caught:
+        remodel(**arguments)
+    assert "\n" not in str(caught.value)
+
+
+def test_report_counts_by_hand() -> None:
+    """A 2-section mitochondrion on a membrane, one label lost, one torn."""
+    source = np.zeros((4, 10, 12), dtype=np.uint8)
+    source[:, :, :4], source[:, :, 4:8], source[:, :, 8:] = 1, 2, 3
+    label = source.astype(np.uint64)
+    label[source == 3] = 0
+    label[:, 5, :4] = 0
+    mito, membrane = np.zeros_like(source), np.zeros_like(source)
+    mito[1, 2:6, 4:6] = mito[2, 2:6, 4:7] = 1
+    membrane[:, :, 4] = 1
+    mito[3, 0, 11] = 1
+    report = quality_report(source, None, RemodelledMask(label, membrane, mito), VOXEL)
+    expected = {
+        "labels_lost": 1,
+        "labels_torn": 1,
+        "mito_count": 2,
+        "mito_mean_z_nm": 1.5 * 29,
+        "mito_outside_neuron_voxels": 1,
+        "mito_on_membrane_voxels": 8,
+        "mito_in_several_neurons": 0,
+        "mito_fraction": 21 / 480,
+        "membrane_fraction": 1 / 12,
+        "mito_section_iou": np.mean([0, 8 / 12, 0]),
+        "label_overlap": 1 - (160 + 16) / 480,
+        "source_mito_count": 0,
+        "mito_overlap": 0,
+    }
+    assert {name: report[name] for name in expected} == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(("name", "box"), [("vnc_sstem", (20, 400, 500)), ("fib_medulla", (80, 160, 160))])
+def test_real_volumes(real_data: Path, name: str, box: tuple[int, int, int]) -> None:
+    crop = tuple(slice(0, n) for n in box)
+    with h5py.File(real_data / f"{name}_train.h5") as file:
+        label, mito, voxel = file["label"][crop], file["mito"][crop], file.attrs["resolution_nm"]
+    label = cc3d.connected_components(label, connectivity=26)
+    new = remodel(label, mito, voxel, rng_for(0))
+    assert_valid(new)
+    report = quality_report(label, mito, new, voxel)
+    assert {name: report[name] for name in IN_ORDER} == dict.fromkeys(IN_ORDER, 0.0)
+    assert report["mito_fraction"] == pytest.approx(report["source_mito_fraction"], rel=0.1)
+    assert report["mito_section_iou"] == pytest.approx(report["source_mito_section_iou"], abs=0.2)
+
+
+def test_the_room_needs_neither_torch_nor_matplotlib() -> None:
+    code = "import sys, connectomics_neurodiff.remodel; print(sorted({'torch', 'matplotlib'} & sys.modules.keys()))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

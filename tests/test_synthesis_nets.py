@@ -1,0 +1,280 @@
+"""The denoiser: published size, identity at the start, any shape, physical coordinates, switches."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from connectomics_neurodiff.errors import ShapeMismatch, UnknownName, ValueRangeError
+from connectomics_neurodiff.registry import Registry
+from connectomics_neurodiff.synthesis import SYNTHESISERS, build_denoiser
+from connectomics_neurodiff.synthesis.nets import Mamba
+from connectomics_neurodiff.synthesis.nets.blocks import resize_sections, time_embedding
+from connectomics_neurodiff.synthesis.nets.rgm import physical_coordinates
+
+TINY: dict[str, Any] = {
+    "base_channels": 32,
+    "multipliers": (1, 1, 1),
+    "condition_channels": (32, 32),
+    "rgm_reductions": (4,),
+    "time_channels": 32,
+}
+
+
+def tiny(**options: Any) -> nn.Module:
+    torch.manual_seed(0)
+    return build_denoiser("neurodiff", preset="small", **(TINY | options))
+
+
+def awake(network: nn.Module) -> nn.Module:
+    """Replace the zero initialisations, so that every branch contributes."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            if not parameter.any():
+                parameter.copy_(0.05 * torch.randn(parameter.shape, generator=generator))
+    return network
+
+
+def inputs(shape: tuple[int, int, int] = (3, 12, 20), b: int = 2) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(2)
+    return {
+        "x_t": torch.randn(b, 1, *shape, generator=generator),
+        "t": torch.arange(b) * 7,
+        "condition": (torch.rand(b, 2, *shape, generator=generator) > 0.7).float(),
+        "voxel_nm": torch.tensor([[29.0, 6.0, 6.0]]).repeat(b, 1),
+    }
+
+
+def count(network: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in network.parameters())
+
+
+@pytest.mark.parametrize(
+    ("options", "parameters"),
+    [
+        ({}, 62_339_361),  # as published
+        ({"conditioning": "msc"}, 62_339_361 - 2 * 27 * 32),  # two channels less into the first convolution
+    ],
+)
+def test_the_paper_preset_has_the_published_size(options: dict[str, Any], parameters: int) -> None:
+    with torch.device("meta"):
+        assert count(build_denoiser("neurodiff", **options)) == parameters
+
+
+def test_the_paper_preset_has_ten_rgm_blocks_at_8_16_32_and_the_middle() -> None:
+    with torch.device("meta"):
+        network = build_denoiser("neurodiff")
+    blocks = [name for name, module in network.named_modules() if isinstance(module, Mamba)]
+    assert len(blocks) == 10
+    assert sum(name.startswith("middle") for name in blocks) == 1
+
+
+def test_the_paper_preset_runs_on_a_patch_smaller_than_its_strides() -> None:
+    network = build_denoiser("neurodiff")
+    with torch.no_grad():
+        noise = network(**inputs((1, 20, 33), b=1))
+    assert noise.shape == (1, 1, 1, 20, 33)
+
+
+def test_a_fresh_network_predicts_zero_and_its_first_gradient_reaches_the_output() -> None:
+    network = tiny()
+    noise = network(**inputs())
+    assert not noise.any()
+    (noise - 1).square().mean().backward()
+    assert network.out_conv.weight.grad.any()
+
+
+def test_every_parameter_learns_once_the_zero_convolutions_are_awake() -> None:
+    network = awake(tiny(scan_directions=2))
+    network(**inputs()).square().sum().backward()
+    still = [name for name, p in network.named_parameters() if p.grad is None or not p.grad.any()]
+    assert still == []
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (1, 4, 4), (5, 7, 9), (2, 33, 8), (6, 20, 28)])
+@pytest.mark.parametrize("conditioning", ["msc", "concat"])
+def test_any_shape_comes_back(shape: tuple[int, int, int], conditioning: str) -> None:
+    network = awake(tiny(conditioning=conditioning))
+    with torch.no_grad():
+        noise = network(**inputs(shape))
+    assert noise.shape == (2, 1, *shape)
+    assert torch.isfinite(noise).all()
+
+
+@pytest.mark.parametrize("conditioning", ["msc", "concat", "both", "none"])
+def test_cached_hints_change_nothing(conditioning: str) -> None:
+    network = awake(tiny(conditioning=conditioning))
+    batch = inputs((3, 13, 20))
+    with torch.no_grad():
+        hints = network.encode_condition_path(batch["condition"])
+        assert torch.equal(network(**batch, hints=hints), network(**batch))
+    assert len(hints) == (3 if conditioning in ("msc", "both") else 0)
+
+
+@pytest.mark.parametrize(
+    ("options", "changed", "matters"),
+    [
+        ({"conditioning": "msc"}, "condition", True),
+        ({"conditioning": "concat"}, "condition", True),
+        ({"conditioning": "none"}, "condition", False),
+        ({}, "voxel_nm", True),
+        ({"rpge": False}, "voxel_nm", False),
+        ({"rgm": False}, "voxel_nm", False),
+        ({"scan_directions": 2}, "voxel_nm", True),
+        ({}, "t", True),
+    ],
+)
+def test_what_an_input_changes(options: dict[str, Any], changed: str, matters: bool) -> None:
+    network = awake(tiny(**options))
+    batch = inputs()
+    other = batch | {changed: 1 - batch[changed] if changed == "condition" else batch[changed] * 2 + 1}
+    with torch.no_grad():
+        assert (not torch.equal(network(**batch), network(**other))) == matters
+
+
+def test_samples_of_a_batch_do_not_mix() -> None:
+    network = awake(tiny())
+    batch = inputs(b=2)
+    batch["voxel_nm"] = torch.tensor([[29.0, 6.0, 6.0], [8.0, 8.0, 8.0]])
+    with torch.no_grad():
+        together = network(**batch)
+        alone = torch.cat([network(**{k: v[i : i + 1] for k, v in batch.items()}) for i in range(2)])
+    torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-5)
+
+
+def test_bfloat16_autocast_is_close_to_float32() -> None:
+    network = awake(tiny())
+    batch = inputs()
+    with torch.no_grad():
+        exact = network(**batch)
+        with torch.autocast("cpu", torch.bfloat16):
+            rough = network(**batch).float()
+    assert float((rough - exact).square().mean().sqrt()) < 0.05 * float(exact.square().mean().sqrt())
+
+
+def test_coordinates_are_physical_centred_and_in_raster_order() -> None:
+    got = physical_coordinates((2, 1, 3), torch.tensor([[30.0, 48.0, 64.0]]))[0] * 1000
+    by_hand = [[-15, 0, -64], [-15, 0, 0], [-15, 0, 64], [15, 0, -64], [15, 0, 0], [15, 0, 64]]
+    np.testing.assert_allclose(got.numpy(), by_hand, atol=1e-4)
+
+
+def test_rgm_sees_the_pitch_of_its_level() -> None:
+    """At 4x down a voxel of 6 nm is 24 nm wide; z is never reduced."""
+    network = tiny()
+    seen = []
+    network.middle[0].rgm.register_forward_hook(lambda module, args, output: seen.append(args[1]))
+    with torch.no_grad():
+        network(**inputs(b=1))
+    assert seen[0].tolist() == [[29.0, 24.0, 24.0]]
+
+
+@pytest.mark.parametrize("scale", [0.02, 1.0, 50.0])
+def test_coordinates_do_not_drown_the_features(scale: float) -> None:
+    """Published code: the encoding is 400 times the features, and replacing all of them changes 0.8 to 10 %."""
+    rgm = tiny().middle[0].rgm
+    seen = []
+    rgm.mamba.register_forward_hook(lambda module, args, output: seen.append(args[0]))
+    pitch = torch.tensor([[29.0, 48.0, 48.0]])
+    with torch.no_grad():
+        for seed in (0, 1):
+            features = scale * torch.randn(1, 32, 8, 64, 64, generator=torch.Generator().manual_seed(seed))
+            rgm(features, pitch)
+    changed = (seen[0] - seen[1]).square().mean().sqrt() / seen[0].square().mean().sqrt()
+    assert changed > 1.0
+
+
+def test_mamba_has_the_parameters_of_mamba_ssm() -> None:
+    shapes = {name: tuple(p.shape) for name, p in Mamba(40).named_parameters()}
+    assert shapes == {
+        "A_log": (80, 16),
+        "D": (80,),
+        "in_proj.weight": (160, 40),
+        "conv1d.weight": (80, 1, 4),
+        "conv1d.bias": (80,),
+        "x_proj.weight": (3 + 32, 80),
+        "dt_proj.weight": (80, 3),
+        "dt_proj.bias": (80,),
+        "out_proj.weight": (40, 80),
+    }
+
+
+def test_mamba_starts_as_mamba_ssm_does() -> None:
+    torch.manual_seed(0)
+    mamba = Mamba(64)
+    steps = nn.functional.softplus(mamba.dt_proj.bias.detach())
+    assert 1e-3 * 0.99 <= float(steps.min()) < 3e-3
+    assert 3e-2 < float(steps.max()) <= 1e-1 * 1.01
+    torch.testing.assert_close(-torch.exp(mamba.A_log.detach()), -torch.arange(1.0, 17).repeat(128, 1))
+    assert float(mamba.dt_proj.weight.detach().abs().max()) <= 4**-0.5
+    assert (mamba.D == 1).all()
+
+
+@pytest.mark.parametrize(("directions", "looks_ahead"), [(1, False), (2, True)])
+def test_one_direction_is_causal(directions: int, looks_ahead: bool) -> None:
+    torch.manual_seed(0)
+    mamba = Mamba(8, directions=directions)
+    tokens = torch.randn(1, 30, 8)
+    later = tokens.clone()
+    later[:, 20:] += 1
+    with torch.no_grad():
+        difference = (mamba(tokens) - mamba(later)).abs().amax((0, 2))
+    assert bool(difference[:20].max() > 1e-6) == looks_ahead
+    assert difference[20:].max() > 1e-3
+
+
+@pytest.mark.parametrize(("size", "mode"), [((8, 12), "trilinear"), ((2, 3), "area")])
+def test_sections_are_resized_as_volumes_with_z_kept(size: tuple[int, int], mode: str) -> None:
+    x = torch.randn(2, 3, 5, 4, 6, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(resize_sections(x, size), nn.functional.interpolate(x, size=(5, *size), mode=mode))
+
+
+def test_time_embedding_by_hand() -> None:
+    got = time_embedding(torch.tensor([0, 3]), 4)
+    by_hand = [[1, 1, 0, 0], [np.cos(3), np.cos(3 / 1000**0.5), np.sin(3), np.sin(3 / 1000**0.5)]]
+    np.testing.assert_allclose(got.numpy(), by_hand, atol=1e-6)
+
+
+def test_options_survive_json_and_rebuild_the_network() -> None:
+    network = tiny(conditioning="msc", scan_directions=2)
+    again = build_denoiser("neurodiff", preset="paper", **json.loads(json.dumps(network.options)))
+    again.load_state_dict(network.state_dict())
+    assert again.options == network.options
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "error", "hint"),
+    [
+        ("neurodif", {}, UnknownName, "neurodiff"),
+        ("neurodiff", {"preset": "smal"}, UnknownName, "small"),
+        ("neurodiff", {"conditionig": "msc"}, UnknownName, "conditioning"),
+        ("neurodiff", {"conditioning": "concatt"}, UnknownName, "concat"),
+        ("neurodiff", {"scan_directions": 3}, ValueRangeError, "1 or 2"),
+        ("neurodiff", {"blocks": 0}, ValueRangeError, "positive"),
+        ("neurodiff", {"rgm_reductions": (3,)}, ValueRangeError, "rgm_reductions"),
+        ("neurodiff", {"time_features": 63}, ValueRangeError, "even"),
+        ("neurodiff", {"multipliers": ()}, ValueRangeError, "level"),
+    ],
+)
+def test_wrong_names_and_options(name: str, options: dict[str, Any], error: type[Exception], hint: str) -> None:
+    with pytest.raises(error, match=hint) as caught:
+        build_denoiser(name, **options)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("wrong", ["x_t", "t", "condition", "voxel_nm"])
+def test_inputs_that_do_not_belong_together(wrong: str) -> None:
+    batch = inputs()
+    batch[wrong] = batch[wrong][:1] if wrong != "x_t" else batch[wrong][:, 0]
+    with pytest.raises(ShapeMismatch, match="Got"):
+        tiny()(**batch)
+
+
+def test_the_registry_lists_neurodiff() -> None:
+    assert isinstance(SYNTHESISERS, Registry)
+    assert "neurodiff" in SYNTHESISERS.names()

@@ -1,0 +1,103 @@
+"""The noise schedule and the Gaussian algebra that follows from it."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDPMScheduler
+from torch import nn
+
+from connectomics_neurodiff.errors import ValueRangeError
+from connectomics_neurodiff.synthesis import DiffusionProcess, cosine_betas, noise_loss
+
+
+def test_cosine_schedule_matches_diffusers() -> None:
+    theirs = DDPMScheduler(num_train_timesteps=250, beta_schedule="squaredcos_cap_v2").betas.numpy()
+    np.testing.assert_allclose(cosine_betas(250), theirs, rtol=1e-4)
+
+
+def test_signal_follows_the_squared_cosine_until_the_cap() -> None:
+    process = DiffusionProcess(cosine_betas(250, 0.008))
+    expected = [math.cos((t / 250 + 0.008) / 1.008 * math.pi / 2) ** 2 for t in range(1, 250)]
+    np.testing.assert_allclose(process.signal[:-1], np.array(expected) / math.cos(0.008 / 1.008 * math.pi / 2) ** 2)
+    assert process.betas[-1] == 0.999
+
+
+@pytest.mark.parametrize(("steps", "s"), [(0, 0.008), (-3, 0.008), (10, -0.1), (10, float("nan"))])
+def test_schedules_that_are_refused(steps: int, s: float) -> None:
+    with pytest.raises(ValueRangeError, match="Got"):
+        cosine_betas(steps, s)
+
+
+@pytest.mark.parametrize("betas", [[], [0.0, 0.1], [0.1, 1.0], [float("nan")], [[0.1]]])
+def test_betas_that_are_refused(betas: list) -> None:
+    with pytest.raises(ValueRangeError, match="Got"):
+        DiffusionProcess(betas)
+
+
+@pytest.mark.parametrize("t", [0, 100, 249])
+def test_noise_added_step_by_step_has_the_moments_of_adding_it_at_once(t: int) -> None:
+    """Eq. 1 applied t + 1 times is eq. 4: mean and variance are tracked through the chain by hand."""
+    process = DiffusionProcess(cosine_betas(250))
+    mean, variance = 0.7, 0.0
+    for beta in process.betas[: t + 1]:
+        mean, variance = math.sqrt(1 - beta) * mean, (1 - beta) * variance + beta
+    clean, zero, one = np.full(3, 0.7), np.zeros(3), np.ones(3)
+    np.testing.assert_allclose(process.add_noise(clean, t, zero), mean, rtol=1e-9)
+    np.testing.assert_allclose(process.add_noise(zero, t, one), math.sqrt(variance), rtol=1e-9)
+
+
+@pytest.mark.parametrize("t", [0, 120, 240])
+def test_predict_clean_inverts_add_noise(t: int) -> None:
+    rng = np.random.default_rng(0)
+    process = DiffusionProcess(cosine_betas(250))
+    clean, noise = rng.uniform(-1, 1, (2, 3, 4)), rng.standard_normal((2, 3, 4))
+    np.testing.assert_allclose(process.predict_clean(process.add_noise(clean, t, noise), t, noise), clean, atol=1e-9)
+
+
+@pytest.mark.parametrize(("t", "t_next"), [(249, 248), (200, 150), (1, 0), (30, -1)])
+def test_posterior_is_bayes_rule(t: int, t_next: int) -> None:
+    """q(s | t, 0) from the product of the Gaussians q(s | 0) and q(t | s), worked out in precisions."""
+    process = DiffusionProcess(cosine_betas(250))
+    of_clean, of_noisy, variance = process.posterior(t, t_next)
+    if t_next < 0:
+        assert (of_clean, of_noisy, variance) == (1.0, 0.0, 0.0)
+        return
+    kept = float(np.prod(1 - process.betas[t_next + 1 : t + 1]))
+    prior, likelihood = 1 / (1 - process.signal[t_next]), kept / (1 - kept)
+    assert variance == pytest.approx(1 / (prior + likelihood), rel=1e-6)
+    assert of_clean == pytest.approx(variance * prior * math.sqrt(process.signal[t_next]), rel=1e-6)
+    assert of_noisy == pytest.approx(variance * likelihood / math.sqrt(kept), rel=1e-6)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 7, 20, 50, 249, 250])
+def test_timesteps_fall_strictly_from_the_noisiest(steps: int) -> None:
+    times = DiffusionProcess(cosine_betas(250)).timesteps(steps)
+    assert len(times) == steps
+    assert times[0] == 249
+    assert times[-1] >= 0
+    gaps = -np.diff(times)
+    assert (gaps >= 1).all()
+    assert steps == 1 or gaps.max() - gaps.min() <= 1
+    assert steps != 250 or times == list(range(249, -1, -1))
+
+
+@pytest.mark.parametrize("steps", [0, -1, 251])
+def test_more_steps_than_the_process_has(steps: int) -> None:
+    with pytest.raises(ValueRangeError, match="1 to 250"):
+        DiffusionProcess(cosine_betas(250)).timesteps(steps)
+
+
+def test_the_loss_is_the_mean_absolute_error_of_the_noise() -> None:
+    class Constant(nn.Module):
+        def forward(self, x_t: torch.Tensor, t: torch.Tensor, condition: torch.Tensor, voxel_nm: torch.Tensor) -> torch.Tensor:
+            return torch.full_like(x_t, 0.5)
+
+    noise = torch.tensor([1.0, -1.0, 0.5, 2.0]).view(1, 1, 1, 2, 2)
+    batch = {"noisy": noise, "noise": noise, "t": torch.zeros(1), "condition": noise, "voxel_nm": noise}
+    loss, parts = noise_loss(Constant(), batch)
+    assert float(loss) == pytest.approx((0.5 + 1.5 + 0 + 1.5) / 4)
+    assert float(parts["noise_l1"]) == float(loss)

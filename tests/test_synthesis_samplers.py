@@ -1,0 +1,166 @@
+"""Samplers against diffusers' schedulers, and against data whose perfect denoiser is known."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
+
+from connectomics_neurodiff.errors import UnknownName
+from connectomics_neurodiff.synthesis import (
+    SAMPLERS,
+    DiffusionProcess,
+    SamplerState,
+    cosine_betas,
+    sample_ddim,
+    sample_ddpm,
+    sample_dpmpp,
+)
+
+MEAN, DEVIATION = 0.1, 0.2
+PROCESS = DiffusionProcess(cosine_betas(250))
+
+
+def perfect_denoiser(process: DiffusionProcess) -> Callable[[np.ndarray, int], np.ndarray]:
+    """E[noise | x_t] for data N(MEAN, DEVIATION^2): x_t is normal too, and the regression is linear."""
+
+    def denoise(x: np.ndarray, t: int) -> np.ndarray:
+        signal = process.signal[t]
+        variance = signal * DEVIATION**2 + 1 - signal
+        return np.sqrt(1 - signal) / variance * (x - np.sqrt(signal) * MEAN)
+
+    return denoise
+
+
+def start(shape: tuple[int, ...] = (3, 5, 7)) -> np.ndarray:
+    return np.random.default_rng(3).standard_normal(shape)
+
+
+def noise_for(k: int, shape: tuple[int, ...] = (3, 5, 7)) -> np.ndarray:
+    return np.random.default_rng([9, k]).standard_normal(shape)
+
+
+def run(name: str, steps: int, **options: Any) -> np.ndarray:
+    return SAMPLERS.get(name)(perfect_denoiser(PROCESS), PROCESS, start(), PROCESS.timesteps(steps), noise_for, **options)
+
+
+def walk_diffusers(scheduler: Any, times: list[int], **options: Any) -> np.ndarray:
+    """Their loop with our denoiser."""
+    assert [int(t) for t in scheduler.timesteps] == times
+    denoise, x = perfect_denoiser(PROCESS), torch.from_numpy(start())
+    for t in times:
+        noise = torch.from_numpy(denoise(x.numpy(), t))
+        x = scheduler.step(noise, t, x, **options).prev_sample
+    return x.numpy()
+
+
+def shared(**options: Any) -> dict[str, Any]:
+    return {"num_train_timesteps": 250, "trained_betas": PROCESS.betas.astype(np.float32), **options}
+
+
+def test_ddpm_matches_diffusers(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = iter(range(250))
+    monkeypatch.setattr(
+        "diffusers.schedulers.scheduling_ddpm.randn_tensor",
+        lambda *args, **kwargs: torch.from_numpy(noise_for(next(drawn))),
+    )
+    scheduler = DDPMScheduler(**shared(variance_type="fixed_small", clip_sample=True))
+    scheduler.set_timesteps(250)
+    np.testing.assert_allclose(run("ddpm", 250), walk_diffusers(scheduler, PROCESS.timesteps(250)), atol=1e-4)
+
+
+@pytest.mark.parametrize("steps", [10, 25, 50, 250])
+def test_ddim_matches_diffusers(steps: int) -> None:
+    scheduler = DDIMScheduler(**shared(clip_sample=True, timestep_spacing="trailing"))
+    scheduler.set_timesteps(steps)
+    theirs = walk_diffusers(scheduler, PROCESS.timesteps(steps), use_clipped_model_output=True)
+    np.testing.assert_allclose(run("ddim", steps), theirs, atol=1e-4)
+
+
+@pytest.mark.parametrize("steps", [10, 25, 50])
+def test_dpmpp_matches_diffusers(steps: int) -> None:
+    scheduler = DPMSolverMultistepScheduler(
+        **shared(
+            algorithm_type="dpmsolver++",
+            solver_order=2,
+            solver_type="midpoint",
+            timestep_spacing="trailing",
+            final_sigmas_type="zero",
+        )
+    )
+    scheduler.set_timesteps(steps)
+    np.testing.assert_allclose(run("dpmpp", steps), walk_diffusers(scheduler, PROCESS.timesteps(steps)), atol=1e-4)
+
+
+@pytest.mark.parametrize(("name", "steps"), [("ddpm", 250), ("ddpm", 60), ("ddim", 100), ("dpmpp", 20), ("dpmpp", 100)])
+def test_gaussian_data_come_back(name: str, steps: int) -> None:
+    shape = (40_000,)
+    x = np.random.default_rng(0).standard_normal(shape)
+    sample = SAMPLERS.get(name)(
+        perfect_denoiser(PROCESS), PROCESS, x, PROCESS.timesteps(steps), lambda k: noise_for(k, shape)
+    )
+    assert sample.mean() == pytest.approx(MEAN, abs=0.01)
+    # Respaced ancestral sampling is known to lose some variance (Nichol and Dhariwal 2021, section 4).
+    assert sample.std() == pytest.approx(DEVIATION, rel=0.12 if name == "ddpm" else 0.06)
+
+
+def test_dpmpp_converges_faster_than_ddim() -> None:
+    """Second order: at 20 steps it must be much closer to the limit of many steps of the same ODE."""
+    limit = sample_ddim(perfect_denoiser(PROCESS), PROCESS, start(), PROCESS.timesteps(250), noise_for)
+    errors = {name: np.abs(run(name, 20) - limit).mean() for name in ("ddim", "dpmpp")}
+    assert errors["dpmpp"] < 0.5 * errors["ddim"]
+
+
+@pytest.mark.parametrize("name", SAMPLERS.names())
+class TestEverySampler:
+    def test_goes_on_from_any_state_to_the_same_result(self, name: str) -> None:
+        states: list[SamplerState] = []
+        result = run(name, 12, on_step=states.append)
+        assert [state.done for state in states] == list(range(1, 13))
+        for state in states:
+            np.testing.assert_array_equal(run(name, 12, state=state), result)
+
+    def test_does_not_modify_what_it_is_given(self, name: str) -> None:
+        x = start()
+        SAMPLERS.get(name)(perfect_denoiser(PROCESS), PROCESS, x, PROCESS.timesteps(4), noise_for)
+        np.testing.assert_array_equal(x, start())
+
+    def test_stays_within_the_range_of_images(self, name: str) -> None:
+        def wild(x: np.ndarray, t: int) -> np.ndarray:
+            return 30 * np.sin(50 * x)
+
+        x = SAMPLERS.get(name)(wild, PROCESS, start(), PROCESS.timesteps(9), noise_for)
+        assert np.abs(x).max() <= 1
+
+    def test_keeps_float32(self, name: str) -> None:
+        x = SAMPLERS.get(name)(
+            lambda x, t: 0.5 * x, PROCESS, start().astype(np.float32), PROCESS.timesteps(5),
+            lambda k: noise_for(k).astype(np.float32),
+        )  # fmt: skip
+        assert x.dtype == np.float32
+
+    def test_takes_a_single_step(self, name: str) -> None:
+        assert np.isfinite(run(name, 1)).all()
+
+
+def test_only_ddpm_asks_for_noise() -> None:
+    asked: list[int] = []
+
+    def note(k: int) -> np.ndarray:
+        asked.append(k)
+        return noise_for(k)
+
+    for sample in (sample_ddim, sample_dpmpp):
+        sample(perfect_denoiser(PROCESS), PROCESS, start(), PROCESS.timesteps(6), note)
+    assert asked == []
+    sample_ddpm(perfect_denoiser(PROCESS), PROCESS, start(), PROCESS.timesteps(6), note)
+    assert asked == [0, 1, 2, 3, 4]  # the last step ends at the mean
+
+
+def test_unknown_sampler() -> None:
+    with pytest.raises(UnknownName, match="Did you mean 'ddim'"):
+        SAMPLERS.get("dim")
