@@ -93,7 +93,9 @@ def test_more_steps_than_the_process_has(steps: int) -> None:
 
 def test_the_loss_is_the_mean_absolute_error_of_the_noise() -> None:
     class Constant(nn.Module):
-        def forward(self, x_t: torch.Tensor, t: torch.Tensor, condition: torch.Tensor, voxel_nm: torch.Tensor) -> torch.Tensor:
+        def forward(
+            self, x_t: torch.Tensor, t: torch.Tensor, condition: torch.Tensor, voxel_nm: torch.Tensor
+        ) -> torch.Tensor:
             return torch.full_like(x_t, 0.5)
 
     noise = torch.tensor([1.0, -1.0, 0.5, 2.0]).view(1, 1, 1, 2, 2)

@@ -45,7 +45,9 @@ def noise_for(k: int, shape: tuple[int, ...] = (3, 5, 7)) -> np.ndarray:
 
 
 def run(name: str, steps: int, **options: Any) -> np.ndarray:
-    return SAMPLERS.get(name)(perfect_denoiser(PROCESS), PROCESS, start(), PROCESS.timesteps(steps), noise_for, **options)
+    return SAMPLERS.get(name)(
+        perfect_denoiser(PROCESS), PROCESS, start(), PROCESS.timesteps(steps), noise_for, **options
+    )
 
 
 def walk_diffusers(scheduler: Any, times: list[int], **options: Any) -> np.ndarray:
@@ -96,23 +98,49 @@ def test_dpmpp_matches_diffusers(steps: int) -> None:
     np.testing.assert_allclose(run("dpmpp", steps), walk_diffusers(scheduler, PROCESS.timesteps(steps)), atol=1e-4)
 
 
-@pytest.mark.parametrize(("name", "steps"), [("ddpm", 250), ("ddpm", 60), ("ddim", 100), ("dpmpp", 20), ("dpmpp", 100)])
-def test_gaussian_data_come_back(name: str, steps: int) -> None:
+@pytest.mark.parametrize("steps", [250, 60])
+def test_ancestral_sampling_has_the_moments_of_its_chain(steps: int) -> None:
+    """For Gaussian data every step is linear, so mean and variance of the chain follow by a scalar recursion."""
+    times = PROCESS.timesteps(steps)
+    mean, variance = 0.0, 1.0
+    for t, t_next in zip(times, [*times[1:], -1], strict=True):
+        signal = PROCESS.signal[t]
+        gain = np.sqrt(signal) * DEVIATION**2 / (signal * DEVIATION**2 + 1 - signal)
+        of_clean, of_noisy, added = PROCESS.posterior(t, t_next)
+        mean = of_clean * (MEAN + gain * (mean - np.sqrt(signal) * MEAN)) + of_noisy * mean
+        variance = (of_clean * gain + of_noisy) ** 2 * variance + added
     shape = (40_000,)
     x = np.random.default_rng(0).standard_normal(shape)
-    sample = SAMPLERS.get(name)(
-        perfect_denoiser(PROCESS), PROCESS, x, PROCESS.timesteps(steps), lambda k: noise_for(k, shape)
-    )
-    assert sample.mean() == pytest.approx(MEAN, abs=0.01)
-    # Respaced ancestral sampling is known to lose some variance (Nichol and Dhariwal 2021, section 4).
-    assert sample.std() == pytest.approx(DEVIATION, rel=0.12 if name == "ddpm" else 0.06)
+    sample = sample_ddpm(perfect_denoiser(PROCESS), PROCESS, x, times, lambda k: noise_for(k, shape))
+    assert sample.mean() == pytest.approx(mean, abs=0.005)
+    assert sample.std() == pytest.approx(np.sqrt(variance), rel=0.015)  # 4 standard errors of 40,000 draws
+    assert mean == pytest.approx(MEAN, abs=0.005)
+    assert np.sqrt(variance) == pytest.approx(DEVIATION, rel=0.04 if steps == 250 else 0.12)
 
 
-def test_dpmpp_converges_faster_than_ddim() -> None:
-    """Second order: at 20 steps it must be much closer to the limit of many steps of the same ODE."""
-    limit = sample_ddim(perfect_denoiser(PROCESS), PROCESS, start(), PROCESS.timesteps(250), noise_for)
-    errors = {name: np.abs(run(name, 20) - limit).mean() for name in ("ddim", "dpmpp")}
-    assert errors["dpmpp"] < 0.5 * errors["ddim"]
+def exact_solution(x: np.ndarray) -> np.ndarray:
+    """Probability-flow ODE of Gaussian data: x_t keeps its standard score within the marginal of t."""
+    signal = PROCESS.signal[-1]
+    return MEAN + DEVIATION * (x - np.sqrt(signal) * MEAN) / np.sqrt(signal * DEVIATION**2 + 1 - signal)
+
+
+def error(name: str, steps: int) -> float:
+    return float(np.abs(run(name, steps) - exact_solution(start())).mean())
+
+
+@pytest.mark.parametrize("steps", [20, 40, 80])
+def test_ddim_is_of_first_order(steps: int) -> None:
+    assert error("ddim", 2 * steps) / error("ddim", steps) == pytest.approx(0.5, abs=0.1)
+
+
+def test_dpmpp_is_of_higher_order() -> None:
+    assert error("dpmpp", 40) < 0.3 * error("dpmpp", 20)
+    assert error("dpmpp", 250) < 0.001 * DEVIATION
+
+
+@pytest.mark.parametrize("steps", [10, 20, 50])
+def test_second_order_is_nearer_to_the_exact_solution(steps: int) -> None:
+    assert error("dpmpp", steps) < error("ddim", steps)
 
 
 @pytest.mark.parametrize("name", SAMPLERS.names())

@@ -22,7 +22,7 @@ MIN_SECTION_NM2 = 3600.0
 #: Height of a cut chain, relative to its width, from which it is used as a template.
 _LEAST_KNOWN = 0.75
 #: Volume from which an object is used as a template: a ball of 125 nm. Crops cut smaller corners off large objects.
-_LEAST_VOLUME_NM3 = 1.0e6
+LEAST_VOLUME_NM3 = 1.0e6
 #: Share of an object's sections that must be clear of the lateral border; otherwise the border cuts the object.
 _LEAST_WHOLE = 0.6
 _FORMAT = 1
@@ -134,20 +134,20 @@ class SignatureLibrary:
 
     @property
     def templates(self) -> tuple[Signature, ...]:
-        """Signatures fit for placement: whole outlines, and enough of the chain to know its shape.
+        """Signatures fit for placement: no specks, whole outlines, and enough of the chain to know its shape.
 
-        Left out are those that the lateral border cuts, specks, and those of which a cut left less than 3/4 of their
-        width in height: closed, they would be disks. In a small crop no signature may pass; then all but the first
-        demand is dropped, then that too: the straight sides are smoothed at placement.
+        Left out are specks, those that the lateral border cuts, and those of which a cut left less than 3/4 of their
+        width in height: closed, they would be disks. In a small crop no signature may pass; then the last demand is
+        dropped, then the one before it, and so on: straight sides are smoothed at placement.
         """
-        whole = tuple(s for s in self.signatures if not s.cut_lateral)
+        large = tuple(s for s in self.signatures if s.volume_nm3 >= LEAST_VOLUME_NM3)
+        whole = tuple(s for s in large if not s.cut_lateral)
         known = tuple(
             s
             for s in whole
-            if s.volume_nm3 >= _LEAST_VOLUME_NM3
-            and (not (s.cut_below or s.cut_above) or s.z_extent_nm >= _LEAST_KNOWN * float(s.axes[:, 1].max()))
+            if not (s.cut_below or s.cut_above) or s.z_extent_nm >= _LEAST_KNOWN * float(s.axes[:, 1].max())
         )
-        return known or whole or self.signatures
+        return known or whole or large or self.signatures
 
     @classmethod
     def from_masks(cls, label: np.ndarray, mito: np.ndarray, voxel_nm: Sequence[float]) -> SignatureLibrary:

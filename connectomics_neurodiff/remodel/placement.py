@@ -12,7 +12,7 @@ from ..geometry import voxel_size
 from .chain import Pose, grow_chain
 from .checks import binary_mask, compact_labels, positive
 from .ellipse import Ellipse, equivalent_ellipse, piece_at
-from .library import Signature, SignatureLibrary
+from .library import LEAST_VOLUME_NM3, Signature, SignatureLibrary
 from .room import Candidate, Room, candidates_by_volume
 
 #: Log-scale tolerance of the axis-length ratio. Published: .35 +- .05; here each template brings its own ratio.
@@ -20,8 +20,9 @@ _RATIO_SPREAD = 0.35
 #: Jitter of the orientation, published: +-5 degrees.
 _TURN_JITTER = np.deg2rad(5.0)
 _SCALE_JITTER = (0.92, 1.08)
-#: A template may be drawn down to this size to meet the volume wanted.
-_MIN_SCALE = 0.6
+#: A template may be drawn down to this size, and at last, where nothing else helps, to the second one, but then not
+#: below the volume of the smallest template.
+_MIN_SCALE, _LAST_SCALE = 0.6, 0.35
 #: Placement stops within this share of the volume wanted, and never goes beyond it by more.
 _TOLERANCE = 0.04
 #: Weight of a template that has made up its share of the volume.
@@ -48,12 +49,15 @@ class _Goal:
         Share of a template's sections that must find room.
     shares : bool
         Whether every template is to make up its own share of the volume.
+    scale : float
+        Smallest size at which a template may be drawn.
     """
 
     voxels: float
     groups: int
     complete: float
     shares: bool
+    scale: float
 
     def room_left(self, templates: _Templates) -> float:
         """Voxels that may still be placed."""
@@ -66,13 +70,15 @@ class _Goal:
 
 @dataclass(frozen=True, eq=False)
 class _Templates:
-    """Templates of a library with their numbers as arrays: volume and voxels placed so far, axes, ratio to the host."""
+    """Templates of a library, and per template: volume in voxels, axes in nm and ratio to the host of its widest
+    section, smallest sensible size, voxels placed so far."""
 
     signatures: tuple[Signature, ...]
     volume: np.ndarray
     major: np.ndarray
     minor: np.ndarray
     ratio: np.ndarray
+    least_scale: np.ndarray
     placed: np.ndarray
 
     @classmethod
@@ -86,13 +92,14 @@ class _Templates:
             axes[:, 0],
             axes[:, 1],
             np.array([s.host_ratios[i] for s, i in zip(signatures, widest, strict=True)]),
+            np.clip(np.cbrt([LEAST_VOLUME_NM3 / s.volume_nm3 for s in signatures]), _LAST_SCALE, _MIN_SCALE),
             np.zeros(len(signatures)),
         )
 
     @property
     def least_depth_nm(self) -> float:
         """Depth that the centre of the smallest template needs."""
-        return 0.8 * _MIN_SCALE * float(self.minor.min()) / 2
+        return 0.8 * float((self.least_scale * self.minor).min()) / 2
 
     def choose(
         self, host_major_nm: float, depth_nm: float, goal: _Goal, rng: np.random.Generator
@@ -101,8 +108,8 @@ class _Templates:
         scale = np.minimum(np.cbrt(goal.room_left(self) / self.volume), 1.0) * rng.uniform(*_SCALE_JITTER)
         if not goal.shares:
             # Rather a large one drawn smaller than a crowd of the smallest.
-            scale *= rng.uniform(_MIN_SCALE, 1.0)
-        fits = (scale >= _MIN_SCALE) & (0.8 * scale * self.minor / 2 <= depth_nm)
+            scale *= rng.uniform(goal.scale, 1.0)
+        fits = (scale >= np.maximum(self.least_scale, goal.scale)) & (0.8 * scale * self.minor / 2 <= depth_nm)
         if not fits.any():
             return None
         off = np.log(self.major * scale / host_major_nm / self.ratio) / _RATIO_SPREAD
@@ -178,8 +185,9 @@ def _fill(
     room: Room, groups: list[list[Candidate]], templates: _Templates, wanted: float, rng: np.random.Generator
 ) -> None:
     """Place mitochondria until the volume wanted is reached or no candidate takes another."""
-    goals = [_Goal(wanted, 1, _COMPLETE, True), _Goal(wanted, 1, _LESS_COMPLETE, True)]
-    goals += [_Goal(wanted, count, _LESS_COMPLETE, False) for count in range(1, len(groups) + 1)]
+    goals = [_Goal(wanted, 1, complete, True, _MIN_SCALE) for complete in (_COMPLETE, _LESS_COMPLETE)]
+    goals += [_Goal(wanted, 1, _LESS_COMPLETE, False, _MIN_SCALE)]
+    goals += [_Goal(wanted, count, _LESS_COMPLETE, False, _LAST_SCALE) for count in range(1, len(groups) + 1)]
     for goal in goals:
         candidates = [c for group in groups[: goal.groups] for c in group]
         # Between uniform (paper) and proportional to volume, which crowds the largest neuron.
@@ -209,11 +217,13 @@ def place_mitochondria(
     is drawn, an ellipse is fitted to its cross-section at a random place, a template is drawn by its axis-length ratio
     to that ellipse, aligned with it, led through the sections, refined, and kept if it is valid
     (:func:`.grow_chain`). Each template makes up its own share of the volume, so that small ones, which fit
-    everywhere, do not displace large ones. This goes on until the volume wanted is met within 4 %.
+    everywhere, do not displace large ones. This goes on until the volume wanted is met within 4 %
+    (a small volume may end further off: the smallest template is what it is).
 
     When one attempt per candidate (15 at least) fails in a row, less complete templates are taken, then shares are
-    dropped and templates drawn smaller, down to .6, then the next `candidate_fraction` of neurons joins, and so on: real tissue's share of mitochondria comes
-    before the top 10 %. When all neurons have joined and still refuse, placement ends below the volume wanted.
+    dropped and templates drawn smaller, down to .6, then to .35; then the next `candidate_fraction` of neurons joins,
+    and so on: real tissue's share of mitochondria comes before the top 10 %. When all neurons have joined and still
+    refuse, placement ends below the volume wanted.
 
     Published differently: one template per neuron, drawn anew on each section, up to 20 % of it outside the neuron.
 

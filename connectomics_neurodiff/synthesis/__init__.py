@@ -1,6 +1,6 @@
 """Room 4, synthesis: EM images painted onto masks by a conditional diffusion model.
 
-Process (:mod:`.process`), loss (:mod:`.losses`), samplers (:mod:`.samplers`) and networks (:mod:`.nets`) know nothing of
+Process (:mod:`.process`), loss (:mod:`.losses`), samplers (:mod:`.samplers`) and networks (:mod:`.nets`) do not know
 each other; :mod:`.crops` feeds the training, :mod:`.synthesise` paints volumes of any size.
 """
 

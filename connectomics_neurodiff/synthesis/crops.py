@@ -86,7 +86,7 @@ class DiffusionCrops:
         corner = [int(rng.integers(n - p + 1)) for n, p in zip(image.shape, self.patch, strict=True)]
         cut = tuple(slice(c, c + p) for c, p in zip(corner, self.patch, strict=True))
         stack = np.concatenate([image[cut][None], condition[(slice(None), *cut)]]).astype(np.float32)
-        stack = self._reoriented(stack, rng)
+        stack, voxel_nm = self._reoriented(stack, self._voxel_nm[which], rng)
         clean = 2 * self._jittered(stack[:1], rng) - 1
         t = int(rng.integers(self.process.steps))
         noise = rng.standard_normal(clean.shape, dtype=np.float32)
@@ -96,15 +96,18 @@ class DiffusionCrops:
             "noise": noise,
             "t": np.asarray(t, np.int64),
             "condition": np.ascontiguousarray(stack[1:]),
-            "voxel_nm": self._voxel_nm[which],
+            "voxel_nm": voxel_nm,
         }
 
-    def _reoriented(self, stack: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    def _reoriented(
+        self, stack: np.ndarray, voxel_nm: np.ndarray, rng: np.random.Generator
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Mirrored and transposed (c, z, y, x), and the voxel size along its axes."""
         if self.flips:
-            stack = np.flip(stack, [axis for axis in (1, 2, 3) if rng.random() < 0.5])
+            stack = np.flip(stack, tuple(axis for axis in (1, 2, 3) if rng.random() < 0.5))
         if self.transpose and self.patch[1] == self.patch[2] and rng.random() < 0.5:
-            stack = stack.swapaxes(2, 3)
-        return stack
+            stack, voxel_nm = stack.swapaxes(2, 3), voxel_nm[[0, 2, 1]]
+        return stack, voxel_nm
 
     def _jittered(self, image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         contrast, brightness = rng.uniform(-self.intensity_jitter, self.intensity_jitter, 2).astype(np.float32)

@@ -1,8 +1,11 @@
 """Samplers: functions of a callable that predicts noise. No network and no generator inside.
 
-All share one signature. `denoise(x, t)` predicts the noise in `x` at step t; `noise_for(k)` is the standard normal noise
-that the k-th sampler step may add. After every step `on_step` gets a :class:`SamplerState`; a sampler that is given one
-as `state` goes on from there to the same result.
+All share one signature. `denoise(x, t)` predicts the noise in `x` at step t; `noise_for(k)` is the standard normal
+noise that the k-th sampler step may add. After every step `on_step` gets a :class:`SamplerState`; a sampler that is
+given one as `state` goes on from there to the same result.
+
+A denoiser that is hardly trained does better with ``ddpm``: the noise it adds lets later steps correct the early
+guesses, which the deterministic samplers carry to the end as excess contrast.
 """
 
 from __future__ import annotations

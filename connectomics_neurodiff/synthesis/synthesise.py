@@ -11,6 +11,7 @@ import json
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import cast
 from zipfile import BadZipFile
 
 import numpy as np
@@ -108,10 +109,7 @@ def synthesise(
     UnknownName
         If there is no such sampler.
     """
-    if mito is not None and mito.shape != membrane.shape:
-        raise ShapeMismatch(f"membrane and mito must have one shape. Got {membrane.shape} and {mito.shape}.")
-    if any(o >= t for o, t in zip(overlap, tile, strict=True)):
-        raise ValueRangeError(f"Tiles must be larger than their overlap. Got tile {tuple(tile)}, overlap {tuple(overlap)}.")
+    _check(membrane, mito, tile, overlap)
     sample = SAMPLERS.get(sampler)
     timesteps = process.timesteps(steps)
     shape = membrane.shape
@@ -123,7 +121,8 @@ def synthesise(
     def noise_for(position: int) -> np.ndarray:
         return rng_for(seed, "noise", position).standard_normal(shape, dtype=np.float32)
 
-    with progress_bar(label=label, total=len(timesteps) * len(boxes), initial=(state.done if state else 0) * len(boxes)) as bar:
+    done = 0 if state is None else state.done
+    with progress_bar(label=label, total=steps * len(boxes), initial=done * len(boxes)) as bar:
         denoise = _tiled_denoiser(
             network,
             encode_condition(membrane, mito),
@@ -146,6 +145,15 @@ def synthesise(
     return np.clip((x + 1) / 2, 0, 1)
 
 
+def _check(membrane: np.ndarray, mito: np.ndarray | None, tile: Sequence[int], overlap: Sequence[int]) -> None:
+    if mito is not None and mito.shape != membrane.shape:
+        raise ShapeMismatch(f"membrane and mito must have one shape. Got {membrane.shape} and {mito.shape}.")
+    if len(tile) != 3 or len(overlap) != 3 or any(o >= t for o, t in zip(overlap, tile, strict=True)):
+        raise ValueRangeError(
+            f"Tile and overlap are three sizes each, the tile larger. Got {tuple(tile)} and {tuple(overlap)}."
+        )
+
+
 def _tiled_denoiser(
     network: nn.Module,
     condition: np.ndarray,
@@ -159,6 +167,7 @@ def _tiled_denoiser(
     """Function (x, t) -> noise over the whole volume, blended from tiles."""
     device = torch.device(device)
     network = network.to(device).eval()
+    encode = cast("Callable[[torch.Tensor], list[torch.Tensor]]", network.encode_condition_path)
     autocast = resolve_precision(precision, device)
     size = torch.tensor([list(voxel_nm)], dtype=torch.float32, device=device)
     window = blend_window(boxes[0].shape)
@@ -177,7 +186,7 @@ def _tiled_denoiser(
             # The condition path depends neither on x_t nor on t: once per sample is enough.
             hints = cached.get(box)
             if hints is None:
-                hints = network.encode_condition_path(part)
+                hints = encode(part)
                 needed = sum(hint.nbytes for hint in hints)
                 if needed <= free:
                     cached[box], free = hints, free - needed
@@ -201,7 +210,9 @@ def _content_of(network: nn.Module, process: DiffusionProcess, membrane: np.ndar
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     for mask in (membrane, mito):
-        digest.update(b"none" if mask is None else f"{mask.shape} {mask.dtype}".encode() + np.ascontiguousarray(mask).tobytes())
+        digest.update(
+            b"none" if mask is None else f"{mask.shape} {mask.dtype}".encode() + np.ascontiguousarray(mask).tobytes()
+        )
     return digest.hexdigest()
 
 
@@ -225,9 +236,11 @@ def _read_snapshot(path: Path | None, key: str) -> SamplerState | None:
     if path is None or not path.exists():
         return None
     try:
-        with np.load(path, allow_pickle=False) as saved:
+        with open(path, "rb") as handle, np.load(handle, allow_pickle=False) as saved:
             if json.loads(str(saved["key"])) == key:
                 return SamplerState(int(saved["done"]), saved["x"], saved["clean"])
     except (BadZipFile, ValueError, KeyError, OSError) as error:
-        raise CheckpointMismatch(f"{path} is damaged ({type(error).__name__}); remove it to start the volume anew.") from error
+        raise CheckpointMismatch(
+            f"{path} is damaged ({type(error).__name__}); remove it to start the volume anew."
+        ) from error
     return None

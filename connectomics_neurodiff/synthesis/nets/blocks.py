@@ -48,8 +48,8 @@ def conv3(in_channels: int, out_channels: int, *, stride: tuple[int, int, int] =
 def zero_conv3(in_channels: int, out_channels: int) -> nn.Conv3d:
     """3x3x3 convolution whose weights and bias start at zero, so that its branch starts as the identity."""
     conv = conv3(in_channels, out_channels)
-    nn.init.zeros_(conv.weight)
-    nn.init.zeros_(conv.bias)
+    for parameter in conv.parameters():
+        nn.init.zeros_(parameter)
     return conv
 
 

@@ -5,7 +5,7 @@ Glossary: b batch, c channels, z, y, x sections, rows, columns, t diffusion step
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -169,11 +169,9 @@ class NeuroDiffDenoiser(nn.Module):
         noise = self.out_conv(F.silu(self.out_norm(h)))
         return noise[..., : x_t.shape[3], : x_t.shape[4]]
 
-    def _encode(
-        self, h: Tensor, time: Tensor, voxel_nm: Tensor, hints: list[Tensor]
-    ) -> tuple[Tensor, list[Tensor]]:
+    def _encode(self, h: Tensor, time: Tensor, voxel_nm: Tensor, hints: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
         skips = [h]
-        for level, stages in enumerate(self.encoder):
+        for level, stages in enumerate(cast("list[nn.ModuleList]", self.encoder)):
             for index, stage in enumerate(stages):
                 last = index == len(stages) - 1
                 h = stage(h, time, voxel_nm, hints[level] if hints and last else None)
@@ -184,7 +182,7 @@ class NeuroDiffDenoiser(nn.Module):
         return h, skips
 
     def _decode(self, h: Tensor, skips: list[Tensor], time: Tensor, voxel_nm: Tensor) -> Tensor:
-        for level, stages in enumerate(self.decoder):
+        for level, stages in enumerate(cast("list[nn.ModuleList]", self.decoder)):
             for stage in stages:
                 h = stage(torch.cat([h, skips.pop()], dim=1), time, voxel_nm)
             if level < len(self.upsamples):

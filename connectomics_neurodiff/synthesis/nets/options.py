@@ -130,7 +130,9 @@ def options_from(preset: str, overrides: Mapping[str, Any]) -> DenoiserOptions:
     for name in overrides:
         if name not in known:
             raise UnknownName(f"No denoiser option '{name}'.{did_you_mean(name, known)} Known: {', '.join(known)}.")
-    values = {name: tuple(value) if isinstance(value, list) else value for name, value in overrides.items()}
+    values: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in overrides.items()
+    }
     return replace(PRESETS[preset], **values)
 
 

@@ -140,10 +140,24 @@ def _scan_on_cuda(
     delta_softplus: bool,
 ) -> Tensor:
     """The kernel wants the per-token tensors in one type and the parameters in float32."""
-    tokenwise = [t if t is None else t.to(u.dtype).contiguous() for t in (u, delta, B, C, z)]
-    u, delta, B, C, z = tokenwise
-    A, D, delta_bias = (t if t is None else t.float() for t in (A, D, delta_bias))
-    return kernel(u, delta, A, B, C, D, z=z, delta_bias=delta_bias, delta_softplus=delta_softplus)
+
+    def tokenwise(tensor: Tensor | None) -> Tensor | None:
+        return None if tensor is None else tensor.to(u.dtype).contiguous()
+
+    def parameter(tensor: Tensor | None) -> Tensor | None:
+        return None if tensor is None else tensor.float()
+
+    return kernel(
+        tokenwise(u),
+        tokenwise(delta),
+        parameter(A),
+        tokenwise(B),
+        tokenwise(C),
+        parameter(D),
+        z=tokenwise(z),
+        delta_bias=parameter(delta_bias),
+        delta_softplus=delta_softplus,
+    )
 
 
 class _BlockedScan(torch.autograd.Function):
@@ -178,9 +192,7 @@ class _BlockedScan(torch.autograd.Function):
         with torch.autocast(u.device.type, enabled=False):
             for index in reversed(range(len(starts))):
                 part = slice(index * ctx.block, (index + 1) * ctx.block)
-                grads = _block_gradients(
-                    u[part], delta[part], A, B[part], C[part], starts[index], grad_y[part], later
-                )
+                grads = _block_gradients(u[part], delta[part], A, B[part], C[part], starts[index], grad_y[part], later)
                 du[part], ddelta[part], dB[part], dC[part], block_dA, later = grads
                 dA += block_dA
         du, ddelta, dB, dC = (_channels_first(t, ctx.tokens) for t in (du, ddelta, dB, dC))
@@ -194,7 +206,7 @@ def _block_length(tokens: int, numbers_per_token: int) -> int:
 
 
 def _tokens_first(tensor: Tensor) -> Tensor:
-    """(b, k, l) -> contiguous (l', b, k), with zeros up to a multiple of `CHUNK`: a zero step leaves the state alone."""
+    """(b, k, l) -> contiguous (l', b, k), padded to a multiple of `CHUNK` by zeros: a zero step keeps the state."""
     padded = F.pad(tensor, (0, -tensor.shape[2] % CHUNK))
     return padded.permute(2, 0, 1).contiguous()
 
