@@ -110,7 +110,7 @@ def _add_synthesis_commands(commands: Any) -> None:
     remodel.add_argument("--seed", type=int, default=0, help="default: 0")
     remodel.add_argument("--no-mito", action="store_true", help="leave the mitochondria where they are")
     remodel.add_argument("--no-elastic", action="store_true", help="leave the membranes where they are")
-    remodel.add_argument("--membrane-nm", type=float, default=18.0, help="membrane width in nm (default: 18)")
+    remodel.add_argument("--membrane-nm", type=float, default=25.0, help="membrane width in nm (default: 25)")
     _add_voxel_size(remodel)
 
     sample = _add_command(

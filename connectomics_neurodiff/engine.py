@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from .convolution import keep_weight_gradients_in_float32
 from .errors import CheckpointMismatch, StaleArtifactError, UnknownName, ValueRangeError, did_you_mean
 from .progress import progress_bar
 from .provenance import atomic_write
@@ -356,9 +357,11 @@ def fit(
     resume_point = folder / "last.ckpt"
     first_step = _step_of_resume_point(resume_point, key)
     network.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]  # twice as fast on the CPU
-    module = _make_module(network, loss, settings)
     device = resolve_device(settings.devices)
     autocast = resolve_precision(settings.precision, device)
+    if device.type == "cpu" and autocast == torch.bfloat16:
+        keep_weight_gradients_in_float32(network)
+    module = _make_module(network, loss, settings)
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     with warnings.catch_warnings():
         # Few workers are a choice here: sample i costs milliseconds, and two cores have none to spare.

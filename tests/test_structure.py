@@ -17,7 +17,8 @@ ROOMS = [
     "metrics", "report",
 ]  # fmt: skip
 FOUNDATIONS = {
-    "_version", "errors", "geometry", "affinities", "registry", "seeding", "provenance", "progress", "checkpoints", "engine",
+    "_version", "errors", "geometry", "affinities", "registry", "seeding", "provenance", "progress", "checkpoints", "convolution",
+    "engine",
 }  # fmt: skip
 
 

@@ -5,6 +5,12 @@ measures real mitochondria, :mod:`.room`, :mod:`.chain` and :mod:`.placement` pu
 :mod:`.quality` measures the result.
 """
 
+from __future__ import annotations
+
+import sys
+from types import ModuleType
+from typing import Any
+
 from .elastic import Deformation, elastic_deform
 from .field import DisplacementField, jacobian_minimum
 from .inside import keep_inside
@@ -26,3 +32,14 @@ __all__ = [
     "quality_report",
     "remodel",
 ]
+
+
+class _CallableRoom(ModuleType):
+    """The room and its main function share a name; called, the room does what the function does."""
+
+    def __call__(self, *args: Any, **options: Any) -> RemodelledMask:
+        """See :func:`connectomics_neurodiff.remodel.remodel.remodel`."""
+        return remodel(*args, **options)
+
+
+sys.modules[__name__].__class__ = _CallableRoom

@@ -49,7 +49,7 @@ def remodel(
     elastic_sigma_nm: float = 24.0,
     elastic_spacing_nm: float = 300.0,
     min_jacobian: float = 0.2,
-    membrane_thickness_nm: float = 30.0,
+    membrane_thickness_nm: float = 25.0,
     candidate_fraction: float = 0.10,
     margin_nm: float = 10.0,
 ) -> RemodelledMask:
