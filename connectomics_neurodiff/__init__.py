@@ -2,11 +2,12 @@
 
 The data's way, one sub-package each; each imports only the foundations and earlier ones:
 
-    volume -> conditions -> remodel -> synthesis -> pairs -> segmenters -> training -> predict -> agglomerate -> metrics
-    -> report
+    volume -> conditions -> remodel -> synthesis -> pairs -> segmenters -> training -> predict -> agglomerate
+    -> metrics -> report
 
 Foundations: errors, geometry, affinities, registry, seeding, provenance, progress, checkpoints, engine, config.
-:mod:`~connectomics_neurodiff.pipeline` runs the stages in order, :mod:`~connectomics_neurodiff.cli` is the command line.
+:mod:`~connectomics_neurodiff.pipeline` runs the stages in order, :mod:`~connectomics_neurodiff.cli` is the command
+line.
 
 The names below are loaded on first use, so that importing the package stays light.
 """

@@ -84,7 +84,9 @@ def load_checkpoint(path: str | os.PathLike[str], *, kind: str) -> Checkpoint:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises a different class for each way a file can be broken
         reason = str(error).strip().splitlines()[0]
-        raise CheckpointMismatch(f"{path} cannot be read as a checkpoint ({type(error).__name__}: {reason}).") from error
+        raise CheckpointMismatch(
+            f"{path} cannot be read as a checkpoint ({type(error).__name__}: {reason})."
+        ) from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise CheckpointMismatch(f"{path} is not a checkpoint of this package (expected format '{FORMAT}').")
     if content["kind"] != kind:
@@ -108,7 +110,8 @@ def load_weights(network: torch.nn.Module, checkpoint: Checkpoint) -> torch.nn.M
         stored = tuple(checkpoint.state_dict[name].shape) if name in checkpoint.state_dict else "absent"
         if mine != stored:
             raise CheckpointMismatch(
-                f"The checkpoint does not fit {checkpoint.architecture}: {name} is {stored} in it, {mine} in the network."
+                f"The checkpoint does not fit {checkpoint.architecture}: {name} is {stored} in it, "
+                f"{mine} in the network."
             )
     network.load_state_dict(checkpoint.state_dict)
     return network

@@ -60,10 +60,8 @@ def _add_run(commands: Any) -> None:
     run.add_argument("--stages", metavar="A,B", help="only these stages, separated by commas")
     run.add_argument("--inference", action="store_true", help="only the stages after training")
     run.add_argument("--checkpoint", metavar="FILE", help="segmenter to use in place of the run's own")
-    run.add_argument(
-        "--engine", choices=("auto", "native", "host"), default="auto", help="who trains (default: auto)"
-    )
-    run.add_argument("--dry-run", action="store_true", help="print config, stages, sizes and missing inputs; do nothing")
+    run.add_argument("--engine", choices=("auto", "native", "host"), default="auto", help="who trains (default: auto)")
+    run.add_argument("--dry-run", action="store_true", help="print config, stages, sizes, missing inputs; do nothing")
     run.add_argument("--force", action="store_true", help="make again what was made with other settings")
     run.add_argument("settings", nargs="*", metavar="KEY VALUE", help=CONFIG_HELP)
 
@@ -85,7 +83,13 @@ def _add_volume_commands(commands: Any) -> None:
     )
     convert.add_argument("input", metavar="IN", help="file, file.h5::dataset, or folder of sections")
     convert.add_argument("output", metavar="OUT.h5", help="new file, or one that lacks this dataset")
-    convert.add_argument("--as", dest="role", choices=("auto", "image", "label", "mito"), default="auto", help="default: told by name and type")
+    convert.add_argument(
+        "--as",
+        dest="role",
+        choices=("auto", "image", "label", "mito"),
+        default="auto",
+        help="default: told by name and type",
+    )
     _add_voxel_size(convert)
 
     info = _add_command(commands, "info", "shape, type, voxel size, labels, provenance", "neurodiff info cells.h5")
@@ -106,7 +110,9 @@ def _add_synthesis_commands(commands: Any) -> None:
     )
     remodel.add_argument("volume", metavar="VOLUME.h5", help="needs labels; mitochondria are optional")
     _add_output(remodel)
-    remodel.add_argument("--copies", type=int, default=1, help="more than one: OUT_000.h5, OUT_001.h5, ... (default: 1)")
+    remodel.add_argument(
+        "--copies", type=int, default=1, help="more than one: OUT_000.h5, OUT_001.h5, ... (default: 1)"
+    )
     remodel.add_argument("--seed", type=int, default=0, help="default: 0")
     remodel.add_argument("--no-mito", action="store_true", help="leave the mitochondria where they are")
     remodel.add_argument("--no-elastic", action="store_true", help="leave the membranes where they are")
@@ -117,7 +123,7 @@ def _add_synthesis_commands(commands: Any) -> None:
         commands,
         "sample",
         "paint EM onto masks",
-        "neurodiff sample masks.h5 pairs.h5 --checkpoint outputs/demo/diffusion/checkpoint.pt --sampler ddim --steps 25",
+        "neurodiff sample masks.h5 pairs.h5 --checkpoint outputs/demo/diffusion/checkpoint.pt --steps 40",
     )
     sample.add_argument("masks", metavar="MASKS.h5", help="label, membrane, mito")
     _add_output(sample)

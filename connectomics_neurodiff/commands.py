@@ -1,4 +1,4 @@
-"""What the commands of :mod:`~connectomics_neurodiff.cli` do. Heavy imports stay inside, so that each pays only for its own."""
+"""What the commands of :mod:`~connectomics_neurodiff.cli` do. Each imports only what it needs itself."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def run(options: argparse.Namespace) -> None:
     cfg = load_config(options.config_file, base=options.config_base, overrides=options.settings)
     if options.engine == "host":
         raise MissingInput(
-            "--engine host needs pytorch_connectomics' trainer, which this version does not drive yet; use --engine native."
+            "--engine host needs pytorch_connectomics' trainer, which this version does not drive yet; use native."
         )
     stages = choose_stages(cfg, options.stages.split(",") if options.stages else (), inference=options.inference)
     if options.dry_run:
@@ -115,11 +115,8 @@ def remodel(options: argparse.Namespace) -> None:
     outputs = [first] + [first.with_name(f"{first.stem}_{i:03d}{first.suffix}") for i in range(1, options.copies)]
     for output in outputs:
         _require_free(str(output), force=options.force)
-    volume = open_volume(options.volume, voxel_nm=_voxel_size(options))
-    if volume.label is None:
-        raise MissingInput(f"{options.volume} has no dataset 'label' to remodel.")
-    label = volume.load().label
-    mito = volume.load().mito
+    volume = open_volume(options.volume, voxel_nm=_voxel_size(options)).load()
+    label, mito = volume.array("label"), volume.mito_array
     place = not options.no_mito
     library = SignatureLibrary.from_masks(label, mito, volume.voxel_nm) if place and mito is not None else None
     for copy, output in enumerate(progress(outputs, label="remodel")):
@@ -152,10 +149,9 @@ def sample(options: argparse.Namespace) -> None:
     _require_free(options.output, force=options.force)
     checkpoint = load_checkpoint(options.checkpoint, kind="denoiser")
     volume = open_volume(options.masks, voxel_nm=_voxel_size(options)).load()
-    if volume.label is None:
-        raise MissingInput(f"{options.masks} has no dataset 'label'; make masks with neurodiff remodel.")
+    label, mito = volume.array("label"), volume.mito_array
     membrane = np.asarray(open_array(options.masks, ("membrane",)))
-    check_masks(volume.label, membrane, volume.mito)
+    check_masks(label, membrane, mito)
     network, process = denoiser_from_checkpoint(checkpoint)
     tile = tuple(options.tile or checkpoint.extra["patch"])
     steps = options.steps or (process.steps if options.sampler == "ddpm" else min(50, process.steps))
@@ -163,7 +159,7 @@ def sample(options: argparse.Namespace) -> None:
         network,
         process,
         membrane,
-        volume.mito,
+        mito,
         volume.voxel_nm,
         seed=options.seed,
         sampler=options.sampler,
@@ -175,11 +171,13 @@ def sample(options: argparse.Namespace) -> None:
         label="synthesis",
     )
     attributes = {"seed": options.seed, "sampler": options.sampler, "steps": steps}
-    write_pair(options.output, image, Masks(volume.label, membrane, volume.mito), volume.voxel_nm, attributes)
+    write_pair(options.output, image, Masks(label, membrane, mito), volume.voxel_nm, attributes)
 
 
 def predict(options: argparse.Namespace) -> None:
     """``neurodiff predict``"""
+    import numpy as np
+
     from .affinities import CONVENTION
     from .checkpoints import load_checkpoint
     from .engine import resolve_device
@@ -203,7 +201,7 @@ def predict(options: argparse.Namespace) -> None:
         flip_augmentation=options.flip_augmentation,
         label="affinities",
     )
-    write_volume(options.output, {"affinity": affinities}, volume.voxel_nm, {"convention": CONVENTION})
+    write_volume(options.output, {"affinity": np.asarray(affinities)}, volume.voxel_nm, {"convention": CONVENTION})
 
 
 def segment(options: argparse.Namespace) -> None:

@@ -52,7 +52,7 @@ def _forward(convolution: nn.Conv3d, x: Tensor, weight: Tensor, bias: Tensor | N
     if convolution.padding_mode != "zeros":
         x = torch.nn.functional.pad(x, convolution._reversed_padding_repeated_twice, mode=convolution.padding_mode)
     padding = convolution.padding if convolution.padding_mode == "zeros" else (0, 0, 0)
-    geometry = (convolution.stride, padding, convolution.dilation, convolution.groups)
+    geometry: Any = (convolution.stride, padding, convolution.dilation, convolution.groups)
     if torch.is_autocast_enabled("cpu") and x.device.type == "cpu":
         result: Tensor = _MixedConvolution.apply(x, weight, bias, *geometry)
         return result

@@ -125,7 +125,7 @@ def resolve_device(gpus: int) -> torch.device:
     """First GPU if `gpus` is not 0 and there is one (-1: all there are), else the CPU."""
     if gpus > torch.cuda.device_count():
         raise ValueRangeError(
-            f"SYSTEM.NUM_GPUS may be at most {torch.cuda.device_count()} on this machine (0 = CPU, -1 = all). Got {gpus}."
+            f"SYSTEM.NUM_GPUS may be at most {torch.cuda.device_count()} here (0: CPU, -1: all). Got {gpus}."
         )
     return torch.device("cuda" if gpus != 0 and torch.cuda.is_available() else "cpu")
 
@@ -219,7 +219,7 @@ class LossCurve:
 
 
 def read_loss_curve(path: Path) -> list[tuple[int, float, float]]:
-    """Rows (step, loss, learning rate) of a loss curve; none if the file is not there; half-written rows are left out."""
+    """Rows (step, loss, learning rate) of a loss curve; none without a file; a half-written row is left out."""
     if not path.exists():
         return []
     rows = []
@@ -264,7 +264,7 @@ def _make_callbacks(settings: FitSettings, folder: Path, key: str, label: str, f
             self.count = 0
             if not math.isfinite(mean):
                 raise ValueRangeError(
-                    f"The {label} loss is {mean} around step {step}: the training has diverged. Lower the learning rate."
+                    f"The {label} loss is {mean} around step {step}: it has diverged. Lower the learning rate."
                 )
             if trainer.is_global_zero:
                 rate = trainer.optimizers[0].param_groups[0]["lr"]
@@ -301,10 +301,12 @@ def _step_of_resume_point(path: Path, key: str) -> int:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises a different class for each way a file can be broken
-        raise CheckpointMismatch(f"{path} cannot be read ({type(error).__name__}); remove it, or use --force.") from error
+        raise CheckpointMismatch(
+            f"{path} cannot be read ({type(error).__name__}); remove it, or use --force."
+        ) from error
     if content.get("neurodiff_key") != key:
         raise StaleArtifactError(
-            f"{path} belongs to a training with other settings. Choose another DATASET.OUTPUT_PATH, or --force to start anew."
+            f"{path} belongs to a training with other settings. Choose another DATASET.OUTPUT_PATH, or --force."
         )
     return int(content["global_step"])
 
@@ -390,7 +392,7 @@ def fit(
         numbers = _SampleNumbers(
             first_step * settings.accumulate, settings.batch_size, trainer.global_rank, trainer.world_size
         )
-        loader = torch.utils.data.DataLoader(
+        loader: torch.utils.data.DataLoader[Batch] = torch.utils.data.DataLoader(
             dataset,  # type: ignore[arg-type]
             batch_sampler=numbers,
             num_workers=settings.workers,
@@ -403,5 +405,6 @@ def fit(
         else:
             module.load_state_dict(torch.load(resume_point, map_location="cpu", weights_only=True)["state_dict"])
     if module.averaged is not None:
-        network.load_state_dict(module.averaged.module.state_dict())
+        averaged: Any = module.averaged
+        network.load_state_dict(averaged.module.state_dict())
     return network.cpu().eval()

@@ -73,9 +73,7 @@ class Box:
 
     def overlaps(self, other: Box) -> bool:
         """Whether the two boxes share a voxel."""
-        return all(
-            a < d and c < b for a, b, c, d in zip(self.start, self.stop, other.start, other.stop, strict=True)
-        )
+        return all(a < d and c < b for a, b, c, d in zip(self.start, self.stop, other.start, other.stop, strict=True))
 
     def within(self, shape: Sequence[int]) -> bool:
         """Whether the box lies inside an array of that shape."""

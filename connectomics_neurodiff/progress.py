@@ -12,7 +12,7 @@ Item = TypeVar("Item")
 
 
 def progress_bar(*, label: str, total: int, initial: int = 0) -> tqdm:
-    """A bar on stderr that is advanced by hand; in a file it writes a line every ten seconds, on a screen ten a second."""
+    """A bar on stderr that is advanced by hand; redirected to a file, it writes a line every ten seconds."""
     return tqdm(
         desc=label,
         total=total,

@@ -42,7 +42,9 @@ def atomic_write(path: str | os.PathLike[str], *, overwrite: bool = True) -> Ite
         os.replace(temporary, target)
     except OSError as error:
         if error.errno == errno.ENOSPC or "No space left" in str(error):
-            raise NotEnoughSpace(f"No space left on the disk while writing {target}; nothing was overwritten.") from error
+            raise NotEnoughSpace(
+                f"No space left on the disk while writing {target}; nothing was overwritten."
+            ) from error
         raise
     finally:
         temporary.unlink(missing_ok=True)

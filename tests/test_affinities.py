@@ -9,7 +9,9 @@ from hypothesis.extra import numpy as hnp
 
 from connectomics_neurodiff.affinities import OFFSETS, affinities_from_labels
 
-LABELS = hnp.arrays(np.uint32, st.tuples(st.integers(1, 3), st.integers(1, 4), st.integers(1, 5)), elements=st.integers(0, 3))
+LABELS = hnp.arrays(
+    np.uint32, st.tuples(st.integers(1, 3), st.integers(1, 4), st.integers(1, 5)), elements=st.integers(0, 3)
+)
 
 
 @given(label=LABELS)

@@ -30,7 +30,10 @@ def test_both_forms_of_the_synthetic_flag(tmp_path: Path, text: str) -> None:
 
 def test_pairs_may_be_one_path_or_several() -> None:
     assert load_config(overrides=["AUGMENTOR.SYNTHETIC.PAIRS", "a.h5"]).AUGMENTOR.SYNTHETIC.PAIRS == ["a.h5"]
-    assert load_config(overrides=["AUGMENTOR.SYNTHETIC.PAIRS", "['a.h5', 'b.h5']"]).AUGMENTOR.SYNTHETIC.PAIRS == ["a.h5", "b.h5"]
+    assert load_config(overrides=["AUGMENTOR.SYNTHETIC.PAIRS", "['a.h5', 'b.h5']"]).AUGMENTOR.SYNTHETIC.PAIRS == [
+        "a.h5",
+        "b.h5",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -64,7 +67,12 @@ def test_bad_settings_are_named_in_one_line(overrides: list[str], message: str) 
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("SOLVER: [1", "not valid YAML"), ("- 1", "must hold keys"), ("_BASE_: a.yaml", "names itself"), ("_BASE_: no.yaml", "No config file")],
+    [
+        ("SOLVER: [1", "not valid YAML"),
+        ("- 1", "must hold keys"),
+        ("_BASE_: a.yaml", "names itself"),
+        ("_BASE_: no.yaml", "No config file"),
+    ],
 )
 def test_bad_files_are_named_in_one_line(tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / "a.yaml").write_text(text)
@@ -80,7 +88,7 @@ def test_code_in_yaml_is_never_executed(tmp_path: Path) -> None:
 
 
 def test_a_missing_file_is_missing_input() -> None:
-    with pytest.raises(MissingInput, match="No config file at nowhere.yaml"):
+    with pytest.raises(MissingInput, match=r"No config file at nowhere\.yaml"):
         load_config("nowhere.yaml")
 
 

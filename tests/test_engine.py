@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,13 @@ from torch import nn
 
 from connectomics_neurodiff.checkpoints import load_checkpoint, load_weights, save_checkpoint
 from connectomics_neurodiff.engine import FitSettings, fit, learning_rate_factor, read_loss_curve
-from connectomics_neurodiff.errors import CheckpointMismatch, MissingInput, StaleArtifactError, UnknownName, ValueRangeError
+from connectomics_neurodiff.errors import (
+    CheckpointMismatch,
+    MissingInput,
+    StaleArtifactError,
+    UnknownName,
+    ValueRangeError,
+)
 
 
 class Samples:
@@ -113,7 +120,7 @@ def test_the_learning_rate_warms_up_and_falls() -> None:
     factors = [learning_rate_factor(step, chosen) for step in range(104)]
     assert factors[:4] == [0.25, 0.5, 0.75, 1.0]
     assert factors[4] == pytest.approx(1.0)
-    assert all(a >= b for a, b in zip(factors[4:], factors[5:], strict=False))
+    assert all(a >= b for a, b in pairwise(factors[4:]))
     assert factors[-1] == pytest.approx(0.01, abs=1e-3)
 
 
@@ -132,7 +139,12 @@ def test_bad_settings_are_refused(changes: dict, error: type[Exception], message
 
 def saved(path: Path) -> Path:
     save_checkpoint(
-        path, kind="segmenter", architecture="toy", options={"a": 1}, state_dict=network().state_dict(), extra={"patch": [1, 2, 3]}
+        path,
+        kind="segmenter",
+        architecture="toy",
+        options={"a": 1},
+        state_dict=network().state_dict(),
+        extra={"patch": [1, 2, 3]},
     )
     return path
 

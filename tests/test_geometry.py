@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -22,7 +24,7 @@ def test_tiles_cover_an_axis_and_overlap_enough(size: int, tile: int, data: st.D
     assert starts[0] == 0
     if size > tile:
         assert starts[-1] + tile == size
-        assert all(b - a <= tile - overlap for a, b in zip(starts, starts[1:], strict=False))
+        assert all(b - a <= tile - overlap for a, b in pairwise(starts))
 
 
 @given(

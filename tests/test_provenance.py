@@ -13,12 +13,17 @@ from connectomics_neurodiff.provenance import Provenance, atomic_write, hash_of,
 MADE = Provenance("masks", {"SIGMA_NM": 24.0, "BOX": (1, 2)}, {"train": "abc"}, seed=3)
 
 
+def write_half(target: Path, error: Exception) -> None:
+    with atomic_write(target) as temporary:
+        temporary.write_text("half of the new")
+        raise error
+
+
 def test_a_failing_writer_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
     target = tmp_path / "a.txt"
     target.write_text("old")
-    with pytest.raises(RuntimeError), atomic_write(target) as temporary:
-        temporary.write_text("half of the new")
-        raise RuntimeError
+    with pytest.raises(RuntimeError):
+        write_half(target, RuntimeError())
     assert target.read_text() == "old"
     assert [p.name for p in tmp_path.iterdir()] == ["a.txt"]
 
@@ -34,9 +39,8 @@ def test_an_existing_file_is_not_overwritten_unless_asked(tmp_path: Path) -> Non
 
 
 def test_a_full_disk_is_said_in_one_line(tmp_path: Path) -> None:
-    with pytest.raises(NotEnoughSpace, match="No space left"), atomic_write(tmp_path / "a.bin") as temporary:
-        temporary.write_bytes(b"part")
-        raise OSError(28, "No space left on device")
+    with pytest.raises(NotEnoughSpace, match="No space left"):
+        write_half(tmp_path / "a.bin", OSError(28, "No space left on device"))
     assert not list(tmp_path.iterdir())
 
 

@@ -17,8 +17,8 @@ ROOMS = [
     "metrics", "report",
 ]  # fmt: skip
 FOUNDATIONS = {
-    "_version", "errors", "geometry", "affinities", "registry", "seeding", "provenance", "progress", "checkpoints", "convolution",
-    "engine",
+    "_version", "errors", "geometry", "affinities", "registry", "seeding", "provenance", "progress", "checkpoints",
+    "convolution", "engine",
 }  # fmt: skip
 
 
@@ -55,14 +55,20 @@ def test_foundations_import_no_room(foundation: str) -> None:
 
 @pytest.mark.parametrize("module", ["connectomics_neurodiff", "connectomics_neurodiff.cli"])
 def test_light_imports(module: str) -> None:
-    code = f"import {module}, sys; print([m for m in ('torch', 'matplotlib', 'lightning', 'scipy') if m in sys.modules])"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    code = (
+        f"import {module}, sys; print([m for m in ('torch', 'matplotlib', 'lightning', 'scipy') if m in sys.modules])"
+    )
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    )
 
 
 @pytest.mark.parametrize("room", ["volume", "conditions", "remodel", "agglomerate", "metrics"])
 def test_rooms_without_networks_do_not_load_torch(room: str) -> None:
     code = f"import connectomics_neurodiff.{room}, sys; print([m for m in ('torch', 'matplotlib') if m in sys.modules])"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    )
 
 
 def test_help_answers_within_a_second() -> None:
@@ -88,7 +94,9 @@ def test_names_of_the_package_load_on_first_use() -> None:
 def test_a_wheel_holds_the_package_and_nothing_else(tmp_path: Path) -> None:
     copy = tmp_path / "source"
     copy.mkdir()
-    files = subprocess.run(["git", "ls-files"], cwd=REPOSITORY, capture_output=True, text=True, check=True).stdout.split("\n")
+    files = subprocess.run(
+        ["git", "ls-files"], cwd=REPOSITORY, capture_output=True, text=True, check=True
+    ).stdout.split("\n")
     for name in filter(None, files):
         (copy / name).parent.mkdir(parents=True, exist_ok=True)
         (copy / name).write_bytes((REPOSITORY / name).read_bytes())

@@ -104,7 +104,9 @@ def merge(cfg: CfgNode, content: Mapping[str, Any], *, source: str, prefix: str 
     for name, value in content.items():
         key = f"{prefix}{name}"
         if name not in cfg:
-            raise ConfigError(f"Unknown key {key} in {source}.{did_you_mean(str(name), cfg)} Known here: {', '.join(cfg)}.")
+            raise ConfigError(
+                f"Unknown key {key} in {source}.{did_you_mean(str(name), cfg)} Known here: {', '.join(cfg)}."
+            )
         if key == "AUGMENTOR.SYNTHETIC" and isinstance(value, bool):
             value = {"ENABLED": value}
         if key == "AUGMENTOR.SYNTHETIC.PAIRS" and isinstance(value, str):
@@ -128,7 +130,9 @@ def _as_type_of(default: Any, value: Any, key: str, source: str) -> Any:
     if isinstance(default, list) and isinstance(value, tuple):
         value = list(value)
     if type(value) is not type(default):
-        raise ConfigError(f"{key} in {source} must be of type {type(default).__name__}, like {default!r}. Got {value!r}.")
+        raise ConfigError(
+            f"{key} in {source} must be of type {type(default).__name__}, like {default!r}. Got {value!r}."
+        )
     return value
 
 

@@ -85,14 +85,19 @@ def _validate_geometry(cfg: CfgNode) -> None:
     ):
         _require_size(key, size)
     strides = all(s <= t for s, t in zip(cfg.INFERENCE.STRIDE, cfg.INFERENCE.INPUT_SIZE, strict=True))
-    _require(strides, "INFERENCE.STRIDE", f"at most INFERENCE.INPUT_SIZE {cfg.INFERENCE.INPUT_SIZE}", cfg.INFERENCE.STRIDE)
+    _require(
+        strides, "INFERENCE.STRIDE", f"at most INFERENCE.INPUT_SIZE {cfg.INFERENCE.INPUT_SIZE}", cfg.INFERENCE.STRIDE
+    )
     overlap = len(diffusion.OVERLAP) == 3 and all(
         isinstance(o, int) and 0 <= o < t for o, t in zip(diffusion.OVERLAP, diffusion.TILE, strict=True)
     )
     _require(
         overlap, "NEURODIFF.DIFFUSION.OVERLAP", f"three whole numbers below TILE {diffusion.TILE}", diffusion.OVERLAP
     )
-    for key, voxel in (("NEURODIFF.VOXEL_NM", cfg.NEURODIFF.VOXEL_NM or [1, 1, 1]), ("NEURODIFF.PHANTOM.VOXEL_NM", phantom.VOXEL_NM)):
+    for key, voxel in (
+        ("NEURODIFF.VOXEL_NM", cfg.NEURODIFF.VOXEL_NM or [1, 1, 1]),
+        ("NEURODIFF.PHANTOM.VOXEL_NM", phantom.VOXEL_NM),
+    ):
         sizes = len(voxel) == 3 and all(isinstance(v, int | float) and v > 0 for v in voxel)
         _require(sizes, key, "three numbers > 0 in nm, (z, y, x)", voxel)
     for name, part in cfg.NEURODIFF.SPLIT.items():
@@ -110,11 +115,15 @@ def _validate_names(cfg: CfgNode) -> None:
     _require_choice("NEURODIFF.DIFFUSION.SCHEDULE", diffusion.SCHEDULE, ("constant", "cosine"))
     _require_choice("NEURODIFF.DIFFUSION.SAMPLER", diffusion.SAMPLER, ("ddpm", "ddim", "dpmpp"))
     _require_choice("NEURODIFF.DIFFUSION.CONDITIONING", diffusion.CONDITIONING, ("msc", "concat", "both", "none"))
-    _require(diffusion.SCAN_DIRECTIONS in (1, 2), "NEURODIFF.DIFFUSION.SCAN_DIRECTIONS", "1 or 2", diffusion.SCAN_DIRECTIONS)
+    _require(
+        diffusion.SCAN_DIRECTIONS in (1, 2), "NEURODIFF.DIFFUSION.SCAN_DIRECTIONS", "1 or 2", diffusion.SCAN_DIRECTIONS
+    )
     _require_choice("MODEL.NORM_MODE", cfg.MODEL.NORM_MODE, ("batch", "group", "instance", "none"))
     _require(cfg.MODEL.TARGET_OPT == ["2"], "MODEL.TARGET_OPT", "['2'] (affinity z, y, x)", cfg.MODEL.TARGET_OPT)
     _require(cfg.MODEL.OUT_PLANES == 3, "MODEL.OUT_PLANES", "3 (affinity z, y, x)", cfg.MODEL.OUT_PLANES)
-    _require(bool(segment.METHODS), "NEURODIFF.SEGMENT.METHODS", "a list with waterz, multicut or both", segment.METHODS)
+    _require(
+        bool(segment.METHODS), "NEURODIFF.SEGMENT.METHODS", "a list with waterz, multicut or both", segment.METHODS
+    )
     for method in segment.METHODS:
         _require_choice("NEURODIFF.SEGMENT.METHODS", method, ("waterz", "multicut"))
         key = f"{method.upper()}_THRESHOLDS"

@@ -1,4 +1,4 @@
-"""The main job: stages in the data's order, each skipped if it is done, from a labelled volume to scored segmentations."""
+"""The main job: stages in the data's order, from a labelled volume to scored segmentations; done ones are skipped."""
 
 from __future__ import annotations
 

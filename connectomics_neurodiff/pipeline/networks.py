@@ -96,7 +96,7 @@ def segmenter_options(cfg: CfgNode) -> dict[str, Any]:
 
 
 def augment_probabilities(cfg: CfgNode) -> dict[str, float]:
-    """Keyword arguments of :class:`~connectomics_neurodiff.training.AugmentOptions`; all 0 where augmentation is off."""
+    """Keyword arguments of :class:`~connectomics_neurodiff.training.AugmentOptions`, 0 where off."""
     names = {
         "SECTIONGRAYSCALE": "section_grayscale",
         "MISSINGSECTION": "missing_section",

@@ -110,7 +110,9 @@ def _open_source(cfg: CfgNode, name: str, opened: dict[str, tuple[Volume, str]])
     source = str(Path(paths[0].split("::")[0]).resolve())
     key = "|".join(paths)
     if key not in opened:
-        volume = _open_volume(paths, tuple(cfg.NEURODIFF.VOXEL_NM), with_mito=bool(cfg.NEURODIFF.MITO_NAME) and name == "train")
+        volume = _open_volume(
+            paths, tuple(cfg.NEURODIFF.VOXEL_NM), with_mito=bool(cfg.NEURODIFF.MITO_NAME) and name == "train"
+        )
         check_training_volume(volume)
         opened[key] = (volume, hash_of([hash_of_source(path) for path in paths]))
     return source, *opened[key]
@@ -144,5 +146,6 @@ def hash_of_source(path: str) -> str:
     file, *dataset = path.split("::")
     root = Path(file)
     files = [root] if root.is_file() else sorted(p for p in root.rglob("*") if p.is_file())
-    return hash_of([[(p.relative_to(root.parent).as_posix() if root.is_dir() else "", hash_of_file(p)) for p in files], dataset])
-
+    return hash_of(
+        [[(p.relative_to(root.parent).as_posix() if root.is_dir() else "", hash_of_file(p)) for p in files], dataset]
+    )

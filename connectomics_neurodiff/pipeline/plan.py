@@ -33,7 +33,9 @@ def artefacts_of(cfg: CfgNode, stage: str) -> list[Path]:
         "pairs": [f"pairs/{name}" for name in copies],
         "segmenter": [f"segmenter/{arm}/checkpoint.pt" for arm in arms],
         "predictions": [f"predictions/{arm}_{part}.h5" for arm in arms for part in ("tune", "test")],
-        "segmentations": [f"segmentations/{arm}_{method}.h5" for arm in arms for method in cfg.NEURODIFF.SEGMENT.METHODS],
+        "segmentations": [
+            f"segmentations/{arm}_{method}.h5" for arm in arms for method in cfg.NEURODIFF.SEGMENT.METHODS
+        ],
         "metrics": ["metrics.json"],
         "report": ["report.html"],
     }
@@ -142,7 +144,7 @@ def _operations_per_second(cfg: CfgNode) -> float:
     import torch
 
     device, precision = networks.device_and_precision(cfg)
-    convolution = torch.nn.Conv3d(32, 32, 3, padding=1).to(device, memory_format=torch.channels_last_3d)
+    convolution = torch.nn.Conv3d(32, 32, 3, padding=1).to(device)
     image = torch.zeros(1, 32, 16, 64, 64, device=device).contiguous(memory_format=torch.channels_last_3d)
     repeats = 4
     with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):

@@ -89,12 +89,12 @@ def _draw_synthesis(run: Run, path: Path) -> bool:
     sections = sections_to_show(depth)
     synthesis_figure(
         path,
-        np.asarray(train.image),
-        np.asarray(train.label),
-        np.asarray(pair[1].label),
+        train.array("image"),
+        train.array("label"),
+        pair[1].array("label"),
         membrane,
-        None if pair[1].mito is None else np.asarray(pair[1].mito),
-        np.asarray(pair[1].image),
+        pair[1].mito_array,
+        pair[1].array("image"),
         sections,
         train.voxel_nm,
     )
@@ -104,8 +104,8 @@ def _draw_synthesis(run: Run, path: Path) -> bool:
 def _draw_grey_values(run: Run, path: Path) -> bool:
     paths = pair_paths(run) if len(run.arms) > 1 else []
     if paths:
-        synthetic = {pair.stem: np.asarray(open_volume(pair).load().image) for pair in paths[:4]}
-        grey_value_figure(path, np.asarray(run.parts["train"].load().image), synthetic)
+        synthetic = {pair.stem: open_volume(pair).array("image") for pair in paths[:4]}
+        grey_value_figure(path, run.parts["train"].load().array("image"), synthetic)
     return bool(paths)
 
 
@@ -148,5 +148,5 @@ def _draw_segmentations(run: Run, path: Path) -> bool:
     if labels:
         test = run.parts["test"].load()
         section = sections_to_show(test.shape[0], 1)[0]
-        segmentation_figure(path, np.asarray(test.image), np.asarray(test.label), labels, section, test.voxel_nm)
+        segmentation_figure(path, test.array("image"), test.array("label"), labels, section, test.voxel_nm)
     return bool(labels)

@@ -1,4 +1,4 @@
-"""The stages, in the data's order. Each makes its artefacts from those of earlier stages, or finds them made already."""
+"""The stages, in the data's order. Each makes its artefacts from those of earlier ones, or finds them made already."""
 
 from __future__ import annotations
 
@@ -85,11 +85,11 @@ def make_masks(run: Run) -> None:
             continue
         if train is None:
             train = run.parts["train"].load()
-            if node.MITOCHONDRIA and train.mito is not None:
-                library = SignatureLibrary.from_masks(train.label, train.mito, train.voxel_nm)
+            if node.MITOCHONDRIA and train.mito_array is not None:
+                library = SignatureLibrary.from_masks(train.array("label"), train.mito_array, train.voxel_nm)
         mask = remodel(
-            train.label,
-            train.mito,
+            train.array("label"),
+            train.mito_array,
             train.voxel_nm,
             rng_for(run.cfg.NEURODIFF.SEED, "remodel", copy),
             elastic=node.ELASTIC,
@@ -148,7 +148,7 @@ def _make_painter(run: Run) -> Callable[[Volume, np.ndarray, Path, str, int], np
             network,
             process,
             membrane,
-            masks.mito,
+            masks.mito_array,
             masks.voxel_nm,
             seed=int(rng_for(run.cfg.NEURODIFF.SEED, "pairs", copy).integers(2**31)),
             sampler=node.SAMPLER,
@@ -179,7 +179,7 @@ def _make_pair(
     target.parent.mkdir(parents=True, exist_ok=True)
     snapshot = target.with_name(f".{target.stem}.snapshot.npz")
     image = paint(masks, membrane, snapshot, provenance.key, copy)
-    real = np.asarray(run.parts["train"].load().image)
+    real = run.parts["train"].load().array("image")
     raw = grey_value_gate(image, real, limit=1.0)
     if run.cfg.NEURODIFF.PAIRS.MATCH_GREY and raw.passed:
         image = match_grey_values(image, real)
@@ -294,7 +294,7 @@ def make_predictions(run: Run) -> None:
             volume = part.load()
             affinities = predict_affinities(
                 network,
-                volume.image,
+                volume.array("image"),
                 tile=tuple(node.INPUT_SIZE),
                 overlap=tuple(overlap),
                 precision=precision,
@@ -303,7 +303,7 @@ def make_predictions(run: Run) -> None:
                 flip_augmentation=node.FLIP_AUGMENTATION,
                 label=f"affinities, {arm}, {name}",
             )
-            write_volume(target, {"affinity": affinities}, volume.voxel_nm, {"convention": CONVENTION})
+            write_volume(target, {"affinity": np.asarray(affinities)}, volume.voxel_nm, {"convention": CONVENTION})
             run.finish(target, provenance)
 
 
@@ -315,12 +315,16 @@ def _load_segmenter(path: str) -> torch.nn.Module:
 
 
 def make_segmentations(run: Run) -> None:
-    """Tune the threshold on the tune part, segment the test part -> segmentations/{arm}_{method}.h5 and .tuning.json."""
+    """Tune on the tune part, segment the test part -> segmentations/{arm}_{method}.h5 and .tuning.json."""
     node = run.cfg.NEURODIFF.SEGMENT
     for arm in run.arms:
         pending = []
         for method in node.METHODS:
-            settings = {"METHOD": method, "CRITERION": node.CRITERION, "THRESHOLDS": node[f"{method.upper()}_THRESHOLDS"]}
+            settings = {
+                "METHOD": method,
+                "CRITERION": node.CRITERION,
+                "THRESHOLDS": node[f"{method.upper()}_THRESHOLDS"],
+            }
             parents = {name: run.hash_of(f"predictions/{arm}_{name}.h5") for name in ("tune", "test")}
             provenance = run.provenance("segmentations", settings, truth=run.parts["tune"].identity, **parents)
             target = run.folder / "segmentations" / f"{arm}_{method}.h5"
@@ -332,7 +336,7 @@ def make_segmentations(run: Run) -> None:
 
 def _segment_arm(run: Run, arm: str, pending: list[tuple[str, Path, Provenance]]) -> None:
     voxel_nm = run.parts["test"].volume.voxel_nm
-    truth = np.asarray(run.parts["tune"].load().label)
+    truth = run.parts["tune"].load().array("label")
     affinities = {
         name: np.asarray(open_array(run.folder / "predictions" / f"{arm}_{name}.h5", ("affinity",)))
         for name in ("tune", "test")
@@ -357,7 +361,7 @@ def _segment_arm(run: Run, arm: str, pending: list[tuple[str, Path, Provenance]]
 
 def make_metrics(run: Run) -> None:
     """Score every segmentation against the test part -> metrics.json."""
-    truth = np.asarray(run.parts["test"].load().label)
+    truth = run.parts["test"].load().array("label")
     metrics: dict[str, Any] = {}
     thresholds: dict[str, Any] = {}
     for arm in run.arms:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from ..errors import ShapeMismatch, ValueRangeError, VolumeFormatError
+from ..errors import MissingInput, ShapeMismatch, ValueRangeError, VolumeFormatError
 from ..geometry import ZYX, Box, voxel_size
 from .arrays import ArrayLike
 from .roles import Scaling
@@ -74,6 +74,28 @@ class Volume:
         """Extent in voxels, (z, y, x)."""
         z, y, x = next(iter(self.arrays.values())).shape
         return z, y, x
+
+    def array(self, role: str) -> np.ndarray:
+        """One array of the volume in memory.
+
+        Parameters
+        ----------
+        role : str
+            ``"image"``, ``"label"`` or ``"mito"``.
+
+        Raises
+        ------
+        MissingInput
+            If the volume has none.
+        """
+        if role not in self.arrays:
+            raise MissingInput(f"{self.path or 'The volume'} has no {role}. It has: {', '.join(self.arrays)}.")
+        return np.asarray(self.arrays[role])
+
+    @property
+    def mito_array(self) -> np.ndarray | None:
+        """Mitochondria in memory, None if there are no masks of them."""
+        return None if self.mito is None else np.asarray(self.mito)
 
     def crop(self, box: Box) -> Volume:
         """The part inside `box`, as numpy arrays in memory.

@@ -1,0 +1,220 @@
+"""Every command as a user types it: what it writes, what it prints, and one line with exit code 2 when they err."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+import torch
+from tiny import neurodiff, settings
+
+from connectomics_neurodiff.affinities import affinities_from_labels
+from connectomics_neurodiff.checkpoints import save_checkpoint
+from connectomics_neurodiff.segmenters import build_segmenter
+from connectomics_neurodiff.synthesis import build_denoiser
+
+
+@pytest.fixture(scope="module")
+def cells(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("cells") / "cells.h5"
+    result = neurodiff("phantom", str(path), "--shape", "8", "48", "60", "--voxel-nm", "29", "6", "6", "--seed", "3")
+    assert result.returncode == 0, result.stderr
+    return path
+
+
+@pytest.fixture(scope="module")
+def denoiser(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("denoiser") / "checkpoint.pt"
+    extra = {"process": {"steps": 250, "cosine_offset": 0.008}, "patch": [4, 32, 32], "voxel_nm": [[29, 6, 6]]}
+    network = build_denoiser("neurodiff", preset="small")
+    save_checkpoint(
+        path,
+        kind="denoiser",
+        architecture="neurodiff",
+        options={"preset": "small"},
+        state_dict=network.state_dict(),
+        extra=extra,
+    )
+    return path
+
+
+@pytest.fixture(scope="module")
+def segmenter(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("segmenter") / "checkpoint.pt"
+    options = {"filters": [8, 12], "z_pool": [False]}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        network = build_segmenter("superhuman", **options)
+    save_checkpoint(
+        path,
+        kind="segmenter",
+        architecture="superhuman",
+        options=options,
+        state_dict=network.state_dict(),
+        extra={"patch": [6, 32, 32]},
+    )
+    return path
+
+
+def done(*arguments: str) -> str:
+    result = neurodiff(*arguments)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def refused(message: str, *arguments: str) -> None:
+    result = neurodiff(*arguments)
+    assert result.returncode == 2, (result.returncode, result.stderr)
+    lines = [line for line in result.stderr.strip().splitlines() if line.startswith("neurodiff")]
+    assert len(lines) == 1
+    assert result.stderr.strip().splitlines()[-1] == lines[0]
+    assert message in lines[0], lines[0]
+
+
+def test_phantom_is_seeded_and_labelled(cells: Path, tmp_path: Path) -> None:
+    done("phantom", str(tmp_path / "same.h5"), "--shape", "8", "48", "60", "--voxel-nm", "29", "6", "6", "--seed", "3")
+    done("phantom", str(tmp_path / "other.h5"), "--shape", "8", "48", "60", "--voxel-nm", "29", "6", "6", "--seed", "4")
+    assert (tmp_path / "same.h5").read_bytes() == cells.read_bytes()
+    assert (tmp_path / "other.h5").read_bytes() != cells.read_bytes()
+    with h5py.File(cells) as file:
+        assert file["image"].dtype == np.uint8
+        assert file["label"].shape == (8, 48, 60)
+        assert file.attrs["resolution_nm"].tolist() == [29, 6, 6]
+
+
+def test_info_is_json(cells: Path) -> None:
+    found = json.loads(done("info", str(cells)))
+    assert found["shape"] == [8, 48, 60]
+    assert found["voxel_nm"] == [29, 6, 6]
+    assert found["labels"] > 1
+
+
+def test_remodel_then_sample_gives_a_pair(cells: Path, denoiser: Path, tmp_path: Path) -> None:
+    masks, pair = tmp_path / "masks.h5", tmp_path / "pair.h5"
+    done("remodel", str(cells), str(masks), "--copies", "2", "--seed", "1")
+    with h5py.File(masks) as first, h5py.File(tmp_path / "masks_001.h5") as second:
+        assert set(first) == {"label", "membrane", "mito"}
+        assert (first["label"][:] != second["label"][:]).any()
+    arguments = ["--checkpoint", str(denoiser), "--steps", "2", "--seed", "5", "--gpus", "0"]
+    for sampler in ("ddpm", "ddim", "dpmpp"):
+        done("sample", str(masks), str(tmp_path / f"{sampler}.h5"), "--sampler", sampler, *arguments)
+        with h5py.File(tmp_path / f"{sampler}.h5") as file:
+            assert set(file) == {"image", "label", "membrane", "mito"}
+            assert file["image"].dtype == np.uint8
+    done("sample", str(masks), str(pair), "--sampler", "ddpm", *arguments)
+    assert pair.read_bytes() == (tmp_path / "ddpm.h5").read_bytes()
+
+
+def test_predict_writes_affinities(cells: Path, segmenter: Path, tmp_path: Path) -> None:
+    done("predict", str(cells), str(tmp_path / "a.h5"), "--checkpoint", str(segmenter), "--gpus", "0")
+    with h5py.File(tmp_path / "a.h5") as file:
+        assert file["affinity"].shape == (3, 8, 48, 60)
+        assert file["affinity"].dtype == np.float16
+        assert 0 <= file["affinity"][:].min() <= file["affinity"][:].max() <= 1
+
+
+@pytest.mark.parametrize("method", ["waterz", "multicut"])
+@pytest.mark.parametrize("kind", [np.float16, np.float32, np.uint8])
+def test_perfect_affinities_are_segmented_perfectly(cells: Path, tmp_path: Path, method: str, kind: type) -> None:
+    with h5py.File(cells) as file:
+        affinity = affinities_from_labels(file["label"][:]) * (255 if kind is np.uint8 else 1)
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        file["affinity"] = affinity.astype(kind)
+        file.attrs["resolution_nm"] = (29, 6, 6)
+    done("segment", str(tmp_path / "a.h5"), str(tmp_path / "s.h5"), "--method", method)
+    scores = json.loads(done("evaluate", str(tmp_path / "s.h5"), "--truth", str(cells), "--json"))
+    assert set(scores) == {"voi_split", "voi_merge", "voi", "arand"}
+    assert scores["arand"] < 0.02
+
+
+def test_datasets_are_named_with_two_colons(cells: Path) -> None:
+    scores = json.loads(done("evaluate", f"{cells}::label", "--truth", f"{cells}::label", "--json"))
+    assert scores == {"voi_split": 0.0, "voi_merge": 0.0, "voi": 0.0, "arand": pytest.approx(0, abs=1e-12)}
+
+
+def test_published_scores_of_third_party_segmentations(real_data: Path) -> None:
+    volume = real_data / "checks" / "gala_test_voi.h5"
+    for name in ("seg1", "seg4", "watershed"):
+        with h5py.File(volume) as file:
+            published = {k: float(file[name].attrs[f"third_party_{k}_bits"]) for k in ("voi_split", "voi_merge")}
+        scores = json.loads(done("evaluate", f"{volume}::{name}", "--truth", str(volume), "--json"))
+        assert scores["voi_split"] == pytest.approx(published["voi_split"], abs=1e-5)
+        assert scores["voi_merge"] == pytest.approx(published["voi_merge"], abs=1e-5)
+
+
+def test_a_dry_run_says_what_would_be_done(tmp_path: Path) -> None:
+    text = done("run", "--dry-run", *settings(tmp_path / "run"))
+    for expected in ("SEED: 0", "embedded phantom", "masks: 1 to make", "parameters", "GiB", "min"):
+        assert expected in text
+    assert not (tmp_path / "run").exists()
+    missing = done("run", "--dry-run", *settings(tmp_path / "run", DATASET__IMAGE_NAME="nowhere.h5"))
+    assert "missing: nowhere.h5" in missing.replace("./", "")
+
+
+@pytest.mark.parametrize(
+    ("message", "arguments"),
+    [
+        ("Did you mean 'SOLVER'", ["run", "SOLVR.BASE_LR", "1"]),
+        ("No config file at nowhere.yaml", ["run", "--config-file", "nowhere.yaml"]),
+        ("Missing input", ["run", "DATASET.IMAGE_NAME", "nowhere.h5"]),
+        ("Did you mean 'masks'", ["run", "--stages", "maks"]),
+        ("Did you mean 'evaluate'", ["evalute", "a.h5"]),
+        ("does not exist", ["evaluate", "nowhere.h5", "--truth", "nowhere.h5"]),
+        ("Did you mean 'waterz'", ["segment", "a.h5", "b.h5", "--method", "watrez"]),
+        ("native", ["run", "--engine", "host"]),
+    ],
+)
+def test_slips_are_told_in_one_line(message: str, arguments: list[str]) -> None:
+    refused(message, *arguments)
+
+
+def test_nothing_a_user_made_is_overwritten(cells: Path, tmp_path: Path) -> None:
+    kept = tmp_path / "kept.h5"
+    kept.write_bytes(b"precious")
+    for arguments in (
+        ["phantom", str(kept)],
+        ["remodel", str(cells), str(kept)],
+        ["predict", str(cells), str(kept), "--checkpoint", "c.pt"],
+        ["segment", str(cells), str(kept), "--method", "waterz"],
+        ["sample", str(cells), str(kept), "--checkpoint", "c.pt"],
+    ):
+        refused("nothing was overwritten", *arguments)
+    assert kept.read_bytes() == b"precious"
+
+
+def test_checkpoints_of_another_kind_are_refused(cells: Path, segmenter: Path, denoiser: Path, tmp_path: Path) -> None:
+    out = str(tmp_path / "out.h5")
+    refused("holds a denoiser", "predict", str(cells), out, "--checkpoint", str(denoiser))
+    refused("holds a segmenter", "sample", str(cells), out, "--checkpoint", str(segmenter))
+    refused("No checkpoint at", "predict", str(cells), out, "--checkpoint", "nowhere.pt")
+
+
+def test_bad_volumes_are_refused(cells: Path, denoiser: Path, tmp_path: Path) -> None:
+    out = str(tmp_path / "out.h5")
+    with h5py.File(tmp_path / "bare.h5", "w") as file:
+        file["main"] = np.ones((4, 20, 28), np.uint32)
+    refused("--voxel-nm", "remodel", str(tmp_path / "bare.h5"), out)
+    done("remodel", str(tmp_path / "bare.h5"), out, "--voxel-nm", "29", "6", "6", "--no-mito")
+    with h5py.File(tmp_path / "float.h5", "w") as file:
+        file["label"] = np.ones((4, 20, 28), np.float32)
+        file.attrs["resolution_nm"] = (29, 6, 6)
+    refused("integer", "remodel", str(tmp_path / "float.h5"), str(tmp_path / "o2.h5"))
+    refused("shape", "evaluate", str(tmp_path / "bare.h5"), "--truth", str(cells))
+    refused(
+        "250",
+        "sample",
+        out,
+        str(tmp_path / "o3.h5"),
+        "--checkpoint",
+        str(denoiser),
+        "--sampler",
+        "ddim",
+        "--steps",
+        "251",
+    )
+    truncated = tmp_path / "short.h5"
+    truncated.write_bytes(cells.read_bytes()[:3000])
+    refused("short.h5", "info", str(truncated))

@@ -1,0 +1,243 @@
+"""The main job: what it leaves, what it reuses, what it refuses, and that a kill changes nothing."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+from conftest import REPOSITORY
+from tiny import command, settings
+
+from connectomics_neurodiff.config import load_config
+from connectomics_neurodiff.errors import ConfigError, MissingInput, OutputExists, StaleArtifactError, UserError
+from connectomics_neurodiff.pipeline import choose_stages, run_pipeline
+
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
+
+
+def digest(folder: Path, pattern: str) -> dict[str, str]:
+    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(folder.glob(pattern))}
+
+
+def scores(folder: Path) -> dict:
+    metrics = json.loads((folder / "metrics.json").read_text())
+    return {arm: metrics[arm] for arm in ("real", "mixed")}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "undisturbed"
+    result = subprocess.run(command(folder), capture_output=True, text=True, env=ENVIRONMENT, check=False)
+    assert result.returncode == 0, result.stderr
+    assert "arand" in result.stdout
+    assert str(folder / "report.html") in result.stdout
+    return folder
+
+
+def test_a_run_leaves_what_the_design_says(undisturbed: Path) -> None:
+    for name in (
+        "config.yaml", "diffusion/checkpoint.pt", "masks/copy_000.h5", "pairs/copy_000.h5",
+        "segmenter/real/checkpoint.pt", "segmenter/mixed/checkpoint.pt", "predictions/real_test.h5",
+        "segmentations/mixed_multicut.h5", "metrics.json", "report.html", "figures/synthesis.png", "run.log",
+    ):  # fmt: skip
+        assert (undisturbed / name).stat().st_size > 0, name
+    metrics = json.loads((undisturbed / "metrics.json").read_text())
+    assert set(metrics) == {"real", "mixed", "synthesis", "seconds", "provenance"}
+    for arm in ("real", "mixed"):
+        for method in ("waterz", "multicut"):
+            assert set(metrics[arm][method]) == {"voi_split", "voi_merge", "voi", "arand"}
+            assert all(math.isfinite(v) for v in metrics[arm][method].values())
+    assert "http" not in (undisturbed / "report.html").read_text().split("</style>")[1].split("<details")[0]
+
+
+def test_pair_files_have_the_documented_layout(undisturbed: Path) -> None:
+    with h5py.File(undisturbed / "pairs" / "copy_000.h5") as file:
+        assert {name: file[name].dtype.kind + str(file[name].dtype.itemsize) for name in file} == {
+            "image": "u1", "label": "u8", "membrane": "u1", "mito": "u1",
+        }  # fmt: skip
+        assert file["image"].shape == (8, 72, 88)
+        assert file.attrs["resolution_nm"].tolist() == [29, 6, 6]
+
+
+def wait_for(condition: Callable[[], bool], process: subprocess.Popen) -> None:
+    end = time.monotonic() + 120
+    while not condition():
+        assert process.poll() is None, "the run ended before it could be killed"
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+def test_kill_9_in_every_long_stage_changes_nothing(undisturbed: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "killed"
+    moments: list[Callable[[], bool]] = [
+        lambda: (folder / "diffusion" / "last.ckpt").exists(),
+        lambda: (folder / "pairs").exists(),
+        lambda: (folder / "segmenter" / "mixed" / "last.ckpt").exists(),
+    ]
+    for moment in moments:
+        process = subprocess.Popen(
+            command(folder), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=ENVIRONMENT
+        )
+        wait_for(moment, process)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        assert not (folder / "metrics.json").exists()
+    assert subprocess.run(command(folder), capture_output=True, env=ENVIRONMENT, check=False).returncode == 0
+    assert scores(folder) == scores(undisturbed)
+    assert digest(folder / "pairs", "*.h5") == digest(undisturbed / "pairs", "*.h5")
+
+
+def run(folder: Path, **changes: str) -> dict:
+    options = {key: changes.pop(key) for key in ("stages", "force") if key in changes}
+    return run_pipeline(load_config(overrides=settings(folder, **changes)), **options)  # type: ignore[arg-type]
+
+
+def test_one_seed_gives_the_same_masks_and_two_seeds_others(tmp_path: Path, undisturbed: Path) -> None:
+    for name, seed in (("same", "0"), ("other", "1")):
+        run(tmp_path / name, NEURODIFF__SEED=seed, stages=["masks"])
+    assert digest(tmp_path / "same" / "masks", "*.h5") == digest(undisturbed / "masks", "*.h5")
+    assert digest(tmp_path / "other" / "masks", "*.h5") != digest(undisturbed / "masks", "*.h5")
+
+
+def test_a_second_run_makes_nothing_anew(undisturbed: Path) -> None:
+    before = {p: p.stat().st_mtime_ns for p in undisturbed.rglob("*.provenance.json")}
+    metrics = run(undisturbed)
+    assert {p: p.stat().st_mtime_ns for p in undisturbed.rglob("*.provenance.json")} == before
+    assert {arm: metrics[arm] for arm in ("real", "mixed")} == scores(undisturbed)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"NEURODIFF__REMODEL__SIGMA_NM": "30.0"}, "SIGMA_NM: 24.0 -> 30.0"),
+        ({"NEURODIFF__SEED": "5"}, "seed: 0 -> 5"),
+        ({"NEURODIFF__DIFFUSION__LEARNING_RATE": "2e-4"}, "LEARNING_RATE"),
+    ],
+)
+def test_changed_settings_stop_the_run_and_are_named(undisturbed: Path, change: dict, named: str) -> None:
+    config = (undisturbed / "config.yaml").read_text()
+    with pytest.raises(StaleArtifactError, match=named):
+        run(undisturbed, **change)
+    assert (undisturbed / "config.yaml").read_text() == config
+
+
+def test_force_makes_stale_artefacts_anew(tmp_path: Path) -> None:
+    run(tmp_path / "run", stages=["masks"])
+    old = digest(tmp_path / "run" / "masks", "*.h5")
+    run(tmp_path / "run", NEURODIFF__REMODEL__SIGMA_NM="40.0", stages=["masks"], force=True)
+    assert digest(tmp_path / "run" / "masks", "*.h5") != old
+
+
+def test_pairs_made_before_are_used_as_they_are(undisturbed: Path, tmp_path: Path) -> None:
+    pair = str(undisturbed / "pairs" / "copy_000.h5")
+    run(
+        tmp_path / "run",
+        AUGMENTOR__SYNTHETIC__PAIRS=pair,
+        AUGMENTOR__SYNTHETIC__ENABLED="True",
+        SOLVER__ITERATION_TOTAL="2",
+    )
+    assert not (tmp_path / "run" / "diffusion").exists()
+    assert (tmp_path / "run" / "segmenter" / "mixed" / "checkpoint.pt").exists()
+
+
+def test_without_synthetic_pairs_there_is_one_arm(tmp_path: Path) -> None:
+    metrics = run(tmp_path / "run", AUGMENTOR__SYNTHETIC="False", SOLVER__ITERATION_TOTAL="2")
+    assert "real" in metrics
+    assert "mixed" not in metrics
+    assert "no synthetic pairs" in (tmp_path / "run" / "report.html").read_text()
+
+
+def test_another_checkpoint_can_be_used_for_inference(undisturbed: Path, tmp_path: Path) -> None:
+    cfg = load_config(overrides=settings(tmp_path / "run", AUGMENTOR__SYNTHETIC="False"))
+    metrics = run_pipeline(cfg, inference=True, checkpoint=str(undisturbed / "segmenter" / "mixed" / "checkpoint.pt"))
+    assert metrics["real"] == scores(undisturbed)["mixed"]
+
+
+def test_stages_are_chosen_in_order_and_misspelt_ones_refused() -> None:
+    cfg = load_config(overrides=["AUGMENTOR.SYNTHETIC", "True"])
+    assert choose_stages(cfg, ["report", "masks"]) == ["masks", "report"]
+    assert choose_stages(cfg, inference=True) == ["predictions", "segmentations", "metrics", "report"]
+    assert "diffusion" not in choose_stages(load_config())
+    with pytest.raises(UserError, match="Did you mean 'masks'"):
+        choose_stages(cfg, ["maskss"])
+
+
+def write_volume(path: Path, **changes: object) -> str:
+    rng = np.random.default_rng(0)
+    arrays = {"image": rng.integers(0, 255, (12, 40, 44), dtype=np.uint8), "label": np.ones((12, 40, 44), np.uint32)}
+    arrays.update(changes)  # type: ignore[arg-type]
+    with h5py.File(path, "w") as file:
+        for name, array in arrays.items():
+            if array is not None:
+                file[name] = array
+        file.attrs["resolution_nm"] = (29, 6, 6)
+    return path.name
+
+
+NAN = np.full((12, 40, 44), np.nan, np.float32)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"image": NAN}, "finite|NaN"),
+        ({"label": np.ones((12, 40, 45), np.uint32)}, "shape"),
+        ({"label": np.ones((12, 40, 44), np.float32)}, "integer"),
+        ({"label": np.full((12, 40, 44), -1, np.int32)}, "negative"),
+        ({"label": None}, "label"),
+    ],
+)
+def test_bad_volumes_are_refused_before_any_work(tmp_path: Path, changes: dict, message: str) -> None:
+    name = write_volume(tmp_path / "v.h5", **changes)
+    with pytest.raises(UserError, match=message) as caught:
+        run(tmp_path / "out", DATASET__INPUT_PATH=str(tmp_path), DATASET__IMAGE_NAME=name)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_truncated_file_is_refused(tmp_path: Path) -> None:
+    name = write_volume(tmp_path / "v.h5")
+    content = (tmp_path / "v.h5").read_bytes()
+    (tmp_path / "v.h5").write_bytes(content[: len(content) // 2])
+    with pytest.raises(UserError, match=r"v\.h5"):
+        run(tmp_path / "out", DATASET__INPUT_PATH=str(tmp_path), DATASET__IMAGE_NAME=name)
+
+
+def test_missing_files_are_listed(tmp_path: Path) -> None:
+    with pytest.raises(MissingInput, match=r"nowhere\.h5"):
+        run(tmp_path / "out", DATASET__IMAGE_NAME="nowhere.h5")
+
+
+def test_overlapping_splits_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="tune and test must not share voxels"):
+        run(tmp_path / "out", NEURODIFF__SPLIT__TUNE__BOX="[8, 0, 0, 14, 72, 88]")
+
+
+def test_a_folder_that_is_not_a_run_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("mine")
+    with pytest.raises(OutputExists, match="not a run's folder"):
+        run(tmp_path, stages=["masks"])
+    assert [p.name for p in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def test_two_runs_in_one_folder_exclude_each_other(tmp_path: Path) -> None:
+    process = subprocess.Popen(
+        command(tmp_path / "run"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=ENVIRONMENT
+    )
+    try:
+        wait_for(lambda: (tmp_path / "run" / "config.yaml").exists(), process)
+        with pytest.raises(UserError, match="Another run is working"):
+            run(tmp_path / "run", stages=["masks"])
+    finally:
+        process.kill()
+        process.wait()
