@@ -63,7 +63,7 @@ def test_a_run_leaves_what_the_design_says(undisturbed: Path) -> None:
 def test_pair_files_have_the_documented_layout(undisturbed: Path) -> None:
     with h5py.File(undisturbed / "pairs" / "copy_000.h5") as file:
         assert {name: file[name].dtype.kind + str(file[name].dtype.itemsize) for name in file} == {
-            "image": "u1", "label": "u8", "membrane": "u1", "mito": "u1",
+            "image": "u1", "label": "u4", "membrane": "u1", "mito": "u1",
         }  # fmt: skip
         assert file["image"].shape == (8, 72, 88)
         assert file.attrs["resolution_nm"].tolist() == [29, 6, 6]

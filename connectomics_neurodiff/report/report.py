@@ -79,7 +79,11 @@ _SECTIONS: Mapping[str, tuple[str, str]] = {
     "segmentation": ("Segmentation", "No segmentation was made in this run."),
 }
 
-_SYNTHESIS_NAMES: Mapping[str, str] = {"fid3d": "3D-FID, lower is better"}
+_SYNTHESIS_NAMES: Mapping[str, str] = {
+    "fid3d": "3D-FID, lower is better",
+    "grey_value_distance": "Distance of grey values, synthetic to real",
+    "pairs": "Synthetic volumes that entered training",
+}
 
 
 def write_report(
@@ -210,8 +214,14 @@ def _flatten(content: Mapping[str, Any], prefix: str = "") -> list[tuple[str, st
         if isinstance(value, Mapping):
             rows += _flatten(value, f"{prefix}{name}.")
         else:
-            rows.append((f"{prefix}{name}", f"{value:.4g}" if isinstance(value, float) else str(value)))
+            rows.append((f"{prefix}{name}", _text_of(value)))
     return rows
+
+
+def _text_of(value: Any) -> str:
+    if value is None:
+        return "not computed"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def duration_text(seconds: float) -> str:
