@@ -13,7 +13,15 @@ from hypothesis import strategies as st
 from scipy.stats import wasserstein_distance
 
 from connectomics_neurodiff.errors import LabelTypeError, MissingInput, ShapeMismatch, ValueRangeError
-from connectomics_neurodiff.pairs import grey_value_gate, is_synthetic, match_grey_values, open_pairs, write_pair
+from connectomics_neurodiff.pairs import (
+    grey_value_gate,
+    is_synthetic,
+    match_grey_values,
+    membrane_contrast,
+    membrane_gate,
+    open_pairs,
+    write_pair,
+)
 from connectomics_neurodiff.volume import Volume, open_volume, write_volume
 
 SHAPE = (5, 18, 26)
@@ -151,3 +159,21 @@ def test_two_halves_of_a_real_volume_pass_the_default_gate(real_data, name) -> N
     half = image.shape[1] // 2
     assert grey_value_gate(image[:, :half], image[:, half:]).passed
     assert not grey_value_gate(image[:, :half] * 0.5, image[:, half:]).passed
+
+
+def test_the_membrane_gate_sees_what_grey_values_cannot() -> None:
+    membrane = np.zeros((4, 20, 28), np.uint8)
+    membrane[:, 10:12] = 1
+    noise = np.random.default_rng(0).normal(0, 0.02, membrane.shape)
+    image = np.clip(0.7 - 0.4 * membrane + noise, 0, 1)
+    real = membrane_contrast(image, membrane)
+    assert real == pytest.approx(0.4 / image.std(), rel=0.02)
+    assert membrane_gate(real, real, least=0.4) == ""
+    shuffled = np.random.default_rng(1).permutation(image.ravel()).reshape(image.shape)  # the same grey values
+    for wrong in (1 - image, shuffled):
+        assert "does not follow its mask" in membrane_gate(membrane_contrast(wrong, membrane), real, least=0.4)
+
+
+@pytest.mark.parametrize("membrane", [np.zeros((2, 3, 4)), np.ones((2, 3, 4))])
+def test_without_membranes_there_is_no_contrast(membrane: np.ndarray) -> None:
+    assert membrane_contrast(np.linspace(0, 1, 24).reshape(2, 3, 4), membrane) == 0

@@ -56,7 +56,7 @@ def _validate_numbers(cfg: CfgNode) -> None:
     )
     _require_numbers(cfg, not_negative.split(), 0)
     _require_numbers(cfg, ["SYSTEM.NUM_GPUS"], -1)
-    fractions = "NEURODIFF.REMODEL.CANDIDATE_FRACTION NEURODIFF.PAIRS.GREY_LIMIT"
+    fractions = "NEURODIFF.REMODEL.CANDIDATE_FRACTION NEURODIFF.PAIRS.GREY_LIMIT NEURODIFF.PAIRS.LEAST_CONTRAST"
     _require_numbers(cfg, fractions.split(), 0, 1)
     _require_numbers(cfg, ["SOLVER.EMA_DECAY", "NEURODIFF.DIFFUSION.EMA_DECAY"], 0, 0.999999)
     positive = "SOLVER.BASE_LR NEURODIFF.DIFFUSION.LEARNING_RATE NEURODIFF.MEMBRANE_NM NEURODIFF.REMODEL.SPACING_NM"

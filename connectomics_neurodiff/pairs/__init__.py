@@ -1,7 +1,16 @@
 """Room 5, pairs: synthetic images and masks on disk, the check of their grey values, the mixing with real ones."""
 
-from .gate import GateReport, grey_value_gate, match_grey_values
+from .gate import GateReport, grey_value_gate, match_grey_values, membrane_contrast, membrane_gate
 from .mixing import is_synthetic
 from .store import open_pairs, write_pair
 
-__all__ = ["GateReport", "grey_value_gate", "is_synthetic", "match_grey_values", "open_pairs", "write_pair"]
+__all__ = [
+    "GateReport",
+    "grey_value_gate",
+    "is_synthetic",
+    "match_grey_values",
+    "membrane_contrast",
+    "membrane_gate",
+    "open_pairs",
+    "write_pair",
+]

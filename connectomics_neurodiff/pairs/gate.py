@@ -137,3 +137,47 @@ def match_grey_values(synthetic: ArrayLike, real: ArrayLike) -> np.ndarray:
     gain = reference.std(dtype=np.float64) / std
     offset = reference.mean(dtype=np.float64) - gain * image.mean(dtype=np.float64)
     return np.clip(image * np.float32(gain) + np.float32(offset), 0.0, 1.0)
+
+
+def membrane_contrast(image: ArrayLike, membrane: ArrayLike) -> float:
+    """How much brighter an image is off the membranes than on them.
+
+    Parameters
+    ----------
+    image : array_like
+        Values in [0, 1].
+    membrane : array_like
+        Same shape, non-zero on membranes.
+
+    Returns
+    -------
+    float
+        Difference of the two means in standard deviations of the image; 0 if there is no membrane, nothing else, or no
+        variation.
+    """
+    grey, on = np.asarray(image, dtype=np.float32), np.asarray(membrane) > 0
+    spread = float(grey.std(dtype=np.float64))
+    if not on.any() or on.all() or spread == 0:
+        return 0.0
+    return float(grey[~on].mean(dtype=np.float64) - grey[on].mean(dtype=np.float64)) / spread
+
+
+def membrane_gate(synthetic: float, real: float, *, least: float) -> str:
+    """Why a synthetic volume does not show the membranes it was painted on, or an empty string.
+
+    Grey values alone cannot tell: an inverted image, or noise with the right histogram, may have those of the real one.
+
+    Parameters
+    ----------
+    synthetic, real : float
+        :func:`membrane_contrast` of the synthetic volume on its mask, and of the real one on its own.
+    least : float
+        Smallest share of the real contrast that passes, [0, 1].
+    """
+    share = synthetic / real if real else 1.0
+    if share >= least:
+        return ""
+    return (
+        f"The image does not follow its mask: membranes have {100 * share:.0f} % of the real contrast, "
+        f"at least {100 * least:.0f} % is needed."
+    )

@@ -12,10 +12,18 @@ import numpy as np
 
 from ..affinities import CONVENTION
 from ..agglomerate import fragments_from_affinities, segment_sweep
+from ..conditions import membrane_from_labels
 from ..config import as_dict
 from ..errors import UserError
 from ..metrics import evaluate, tune_threshold
-from ..pairs import grey_value_gate, match_grey_values, open_pairs, write_pair
+from ..pairs import (
+    grey_value_gate,
+    match_grey_values,
+    membrane_contrast,
+    membrane_gate,
+    open_pairs,
+    write_pair,
+)
 from ..provenance import Provenance, hash_of, hash_of_file, write_json
 from ..remodel import SignatureLibrary, remodel
 from ..seeding import rng_for
@@ -127,8 +135,8 @@ def make_pairs(run: Run) -> None:
     if not passed:
         reason = json.loads(report.read_text())["reason"]
         raise UserError(
-            f"No synthetic volume passed the grey-value gate ({reason}) Train the denoiser longer, or raise "
-            "NEURODIFF.PAIRS.GREY_LIMIT."
+            f"No synthetic volume passed the gate. {reason} Train the denoiser longer, or loosen "
+            "NEURODIFF.PAIRS.GREY_LIMIT and LEAST_CONTRAST."
         )
 
 
@@ -179,14 +187,19 @@ def _make_pair(
     target.parent.mkdir(parents=True, exist_ok=True)
     snapshot = target.with_name(f".{target.stem}.snapshot.npz")
     image = paint(masks, membrane, snapshot, provenance.key, copy)
-    real = run.parts["train"].load().array("image")
+    node, train = run.cfg.NEURODIFF.PAIRS, run.parts["train"].load()
+    real = train.array("image")
     raw = grey_value_gate(image, real, limit=1.0)
-    if run.cfg.NEURODIFF.PAIRS.MATCH_GREY and raw.passed:
+    if node.MATCH_GREY and raw.passed:
         image = match_grey_values(image, real)
-    gate = grey_value_gate(image, real, limit=run.cfg.NEURODIFF.PAIRS.GREY_LIMIT)
-    write_json(report, {**gate.__dict__, "distance_before_matching": raw.distance})
-    if not gate.passed:
-        logger.warning("%s does not enter training: %s", target.name, gate.reason)
+    gate = grey_value_gate(image, real, limit=node.GREY_LIMIT)
+    real_membrane = membrane_from_labels(train.array("label"), train.voxel_nm, run.cfg.NEURODIFF.MEMBRANE_NM)
+    contrast = {"real": membrane_contrast(real, real_membrane), "synthetic": membrane_contrast(image, membrane)}
+    reason = gate.reason or membrane_gate(contrast["synthetic"], contrast["real"], least=node.LEAST_CONTRAST)
+    verdict = {"passed": not reason, "reason": reason, "membrane_contrast": contrast}
+    write_json(report, {**gate.__dict__, **verdict, "distance_before_matching": raw.distance})
+    if reason:
+        logger.warning("%s does not enter training: %s", target.name, reason)
     write_pair(target, np.clip(image, 0, 1), Masks(masks.label, membrane, masks.mito), masks.voxel_nm, {"copy": copy})
     run.finish(target, provenance)
     snapshot.unlink(missing_ok=True)
