@@ -28,6 +28,11 @@ def test_both_forms_of_the_synthetic_flag(tmp_path: Path, text: str) -> None:
         assert cfg.AUGMENTOR.SYNTHETIC.RATIO == 1.0
 
 
+def test_the_short_form_and_single_keys_go_together() -> None:
+    cfg = load_config(overrides=["AUGMENTOR.SYNTHETIC", "true", "AUGMENTOR.SYNTHETIC.RATIO", "2"])
+    assert (cfg.AUGMENTOR.SYNTHETIC.ENABLED, cfg.AUGMENTOR.SYNTHETIC.RATIO) == (True, 2.0)
+
+
 def test_pairs_may_be_one_path_or_several() -> None:
     assert load_config(overrides=["AUGMENTOR.SYNTHETIC.PAIRS", "a.h5"]).AUGMENTOR.SYNTHETIC.PAIRS == ["a.h5"]
     assert load_config(overrides=["AUGMENTOR.SYNTHETIC.PAIRS", "['a.h5', 'b.h5']"]).AUGMENTOR.SYNTHETIC.PAIRS == [

@@ -227,7 +227,7 @@ def _add_pairs(node: CfgNode) -> None:
     node.PAIRS = CfgNode()
     # Largest Wasserstein distance between the grey values of a synthetic volume and the real one, in [0, 1] units.
     node.PAIRS.GREY_LIMIT = 0.08
-    # Least contrast of its membranes, as a share of the real membranes', 0..1: an image must follow its mask. [ours]
+    # Least contrast of its membranes, as a share of the real membranes', 0..1; 0: not checked. [ours]
     node.PAIRS.LEAST_CONTRAST = 0.4
     # Shift and scale the grey values of a synthetic volume to the real mean and spread, one line per volume. [ours]
     node.PAIRS.MATCH_GREY = True

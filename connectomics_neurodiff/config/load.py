@@ -50,7 +50,8 @@ def load_config(
         if path is not None:
             for content, source in _with_bases(Path(path), seen=()):
                 merge(cfg, content, source=str(source))
-    merge(cfg, _parse_overrides(overrides), source="the command line")
+    for content in _parse_overrides(overrides):
+        merge(cfg, content, source="the command line")
     validate(cfg)
     cfg.freeze()
     return cfg
@@ -73,24 +74,18 @@ def _with_bases(path: Path, seen: tuple[Path, ...]) -> Iterator[tuple[dict[str, 
     yield content, path
 
 
-def _parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
+def _parse_overrides(overrides: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """KEY VALUE pairs as nested keys, one by one: a later pair goes before an earlier one."""
     if len(overrides) % 2:
         raise ConfigError(f"Settings on the command line are KEY VALUE pairs. '{overrides[-1]}' has no value.")
-    tree: dict[str, Any] = {}
     for key, text in zip(overrides[::2], overrides[1::2], strict=True):
         try:
             value = ast.literal_eval(text)
         except (ValueError, SyntaxError):
-            value = yaml.safe_load(text) if text.lower() in ("true", "false") else text
-        node = tree
-        *parents, leaf = key.split(".")
-        for name in parents:
-            node = node.setdefault(name, {})
-        if isinstance(node.get(leaf), dict) and isinstance(value, dict):
-            node[leaf].update(value)
-        else:
-            node[leaf] = value
-    return tree
+            value = text.lower() == "true" if text.lower() in ("true", "false") else text
+        for name in reversed(key.split(".")):
+            value = {name: value}
+        yield value
 
 
 def merge(cfg: CfgNode, content: Mapping[str, Any], *, source: str, prefix: str = "") -> None:

@@ -172,10 +172,10 @@ def membrane_gate(synthetic: float, real: float, *, least: float) -> str:
     synthetic, real : float
         :func:`membrane_contrast` of the synthetic volume on its mask, and of the real one on its own.
     least : float
-        Smallest share of the real contrast that passes, [0, 1].
+        Smallest share of the real contrast that passes, [0, 1]; 0 lets everything pass.
     """
     share = synthetic / real if real else 1.0
-    if share >= least:
+    if not least or share >= least:
         return ""
     return (
         f"The image does not follow its mask: membranes have {100 * share:.0f} % of the real contrast, "

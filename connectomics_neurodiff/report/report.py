@@ -197,7 +197,11 @@ def _sections(pictures: Sequence[dict[str, Any]], metrics: Mapping[str, Any]) ->
     """Sections in order, each with its figures in the order of :data:`FIGURES` and what to say where it is empty."""
     order = list(FIGURES)
     ranked = sorted(pictures, key=lambda p: order.index(p["name"]) if p["name"] in order else len(order))
-    has_content = {"scores": bool(methods_of(metrics)), "synthesis": bool(metrics.get("synthesis"))}
+    synthesis = metrics.get("synthesis") or {}
+    has_content = {
+        "scores": bool(methods_of(metrics)),
+        "synthesis": any(value is not None for value in synthesis.values()),
+    }
     sections = []
     for name, (heading, missing) in {**_SECTIONS, "more": ("Further figures", "")}.items():
         own = [picture for picture in ranked if picture["section"] == name]

@@ -13,6 +13,7 @@ underflow to the right answer, zero, instead of overflowing.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from itertools import pairwise
 from typing import Any
@@ -82,7 +83,7 @@ def selective_scan(
         if kernel is not None:
             return _scan_on_cuda(kernel, u, delta, A, B, C, D, z, delta_bias, delta_softplus)
     state = torch.promote_types(u.dtype, torch.float32)
-    with torch.autocast(u.device.type, enabled=False):
+    with _full_precision(u.device.type):
         step = delta.to(state)
         if delta_bias is not None:
             step = step + delta_bias.to(state)[:, None]
@@ -95,6 +96,12 @@ def selective_scan(
         if z is not None:
             y = y * F.silu(z.to(state))
     return y.to(u.dtype)
+
+
+def _full_precision(device_type: str) -> AbstractContextManager[object]:
+    """Autocast off; nothing to do on devices without it, such as "meta"."""
+    available = torch.amp.is_autocast_available(device_type)
+    return torch.autocast(device_type, enabled=False) if available else nullcontext()
 
 
 def _check_shapes(
