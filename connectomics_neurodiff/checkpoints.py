@@ -5,6 +5,7 @@ Read with ``weights_only=True``: no pickled code from disk is ever executed.
 
 from __future__ import annotations
 
+import io
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -64,8 +65,11 @@ def save_checkpoint(
         "state_dict": {name: tensor.detach().cpu() for name, tensor in state_dict.items()},
         "extra": dict(extra),
     }
+    # By way of memory: torch's own file writer reports a full disk as an internal error of its archive format.
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
     with atomic_write(path) as temporary:
-        torch.save(content, temporary)
+        temporary.write_bytes(buffer.getbuffer())
 
 
 def load_checkpoint(path: str | os.PathLike[str], *, kind: str) -> Checkpoint:
