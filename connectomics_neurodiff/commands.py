@@ -154,7 +154,7 @@ def sample(options: argparse.Namespace) -> None:
     check_masks(label, membrane, mito)
     network, process = denoiser_from_checkpoint(checkpoint)
     tile = tuple(options.tile or checkpoint.extra["patch"])
-    steps = options.steps or (process.steps if options.sampler == "ddpm" else min(50, process.steps))
+    steps = options.steps or min(50, process.steps)
     image = synthesise(
         network,
         process,
