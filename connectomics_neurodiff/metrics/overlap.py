@@ -215,8 +215,8 @@ def evaluate(segmentation: np.ndarray, truth: np.ndarray) -> Scores:
 
     voi_split = H(S|T) = -sum n_ij/N log2(n_ij / n_i.),  voi_merge = H(T|S) = -sum n_ij/N log2(n_ij / n_.j),
     arand = 1 - 2 sum n_ij (n_ij - 1) / (sum n_i. (n_i. - 1) + sum n_.j (n_.j - 1)): SNEMI3D's, restricted to the
-    foreground and over pairs of different voxels, as scikit-image computes it; pairs of a voxel with itself would change
-    it by about 1e-5 on real volumes (:func:`rand_scores`).
+    foreground and over pairs of different voxels, as scikit-image computes it; pairs of a voxel with itself would
+    change it by about 1e-5 on real volumes (:func:`rand_scores`).
 
     Parameters
     ----------
