@@ -1,66 +1,100 @@
-"""bfloat16 convolutions on the CPU whose weight gradient is computed in float32.
+"""bfloat16 convolutions on the CPU with a sound weight gradient.
 
 oneDNN 3.12 (torch 2.13) writes past its buffers in the bfloat16 weight gradient of convolutions on processors with AMX:
 layers of 32 channels or fewer, images 64 voxels wide or wider; the process dies later in malloc, or worse, does not.
-Forward pass and input gradient are sound and three to four times faster than float32, so only the weight gradient is
-taken back to float32.
+Forward pass and input gradient are sound. The weight gradient is computed here tap by tap, each a matrix product: as
+fast as the library's float32 gradient at the sizes it likes, five to fifteen times faster at those it does not (rows
+of 96 voxels, 1x1x1 kernels).
 """
 
 from __future__ import annotations
 
+from itertools import product
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 
-class _MixedConvolution(torch.autograd.Function):
-    """conv3d in bfloat16; the gradient of weight and bias in float32."""
+def weight_gradient(
+    gradient: Tensor, x: Tensor, kernel: tuple[int, int, int], stride: tuple[int, ...], padding: tuple[int, ...]
+) -> Tensor:
+    """Weight gradient of an undilated, ungrouped conv3d: dL/dw[o, i, k] = sum over p of g[o, p] x[i, stride p + k].
+
+    Parameters
+    ----------
+    gradient : torch.Tensor
+        (b, o, z, y, x) gradient of the output.
+    x : torch.Tensor
+        (b, i, z', y', x') input, of the same type.
+    kernel, stride, padding : tuple of 3 ints
+        Geometry of the convolution, zero padding.
+
+    Returns
+    -------
+    torch.Tensor
+        (o, i, *kernel) float32; every product is accumulated in float32 and rounded to the type of its operands.
+    """
+    outputs, inputs = gradient.shape[1], x.shape[1]
+    by_output = gradient.permute(0, 2, 3, 4, 1).reshape(-1, outputs).t()  # (o, p)
+    last = x.permute(0, 2, 3, 4, 1)
+    padded = F.pad(last, (0, 0, *(p for pad in reversed(padding) for p in (pad, pad)))) if any(padding) else last
+    found = torch.empty(outputs, inputs, *kernel)
+    index: Any
+    for tap in product(*(range(size) for size in kernel)):
+        cut = tuple(
+            slice(k, k + step * (n - 1) + 1, step) for k, step, n in zip(tap, stride, gradient.shape[2:], strict=True)
+        )
+        index = (slice(None), slice(None), *tap)
+        found[index] = by_output @ padded[(slice(None), *cut)].reshape(-1, inputs)
+    return found
+
+
+class _SoundConvolution(torch.autograd.Function):
+    """conv3d in bfloat16, its weight gradient by :func:`weight_gradient`."""
 
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, stride: Any, padding: Any, dilation: Any, groups: int
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, stride: Any, padding: Any
     ) -> Tensor:
         low = x.to(torch.bfloat16), weight.to(torch.bfloat16)
         ctx.save_for_backward(*low)
-        ctx.geometry = (stride, padding, dilation, groups)
-        ctx.has_bias, ctx.input_type = bias is not None, x.dtype
+        ctx.stride, ctx.padding, ctx.has_bias, ctx.input_type = stride, padding, bias is not None, x.dtype
         with torch.autocast("cpu", enabled=False):
-            low_bias = None if bias is None else bias.to(torch.bfloat16)
-            return torch.nn.functional.conv3d(*low, low_bias, stride, padding, dilation, groups)
+            return F.conv3d(*low, None if bias is None else bias.to(torch.bfloat16), stride, padding)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x, weight = ctx.saved_tensors
-        stride, padding, dilation, groups = ctx.geometry
-
-        def backward_of(kind: torch.dtype, wanted: list[bool]) -> tuple[Tensor | None, ...]:
-            return torch.ops.aten.convolution_backward(
-                gradient.to(kind), x.to(kind), weight.to(kind), [weight.shape[0]] if ctx.has_bias else None,
-                stride, padding, dilation, False, [0, 0, 0], groups, wanted,
-            )  # fmt: skip
-
+        low = gradient.to(torch.bfloat16)
         of_x = None
         if ctx.needs_input_grad[0]:
-            of_x = backward_of(torch.bfloat16, [True, False, False])[0]
-            of_x = of_x.to(ctx.input_type) if of_x is not None else None
-        _, of_weight, of_bias = backward_of(torch.float32, [False, ctx.needs_input_grad[1], ctx.has_bias])
-        return of_x, of_weight, of_bias, None, None, None, None
+            geometry = (ctx.stride, ctx.padding, [1, 1, 1], False, [0, 0, 0], 1)
+            of_x = torch.ops.aten.convolution_backward(low, x, weight, None, *geometry, [True, False, False])[0]
+            of_x = of_x.to(ctx.input_type)
+        of_weight = weight_gradient(low, x, weight.shape[2:], ctx.stride, ctx.padding)
+        of_bias = gradient.sum((0, 2, 3, 4), dtype=torch.float32) if ctx.has_bias else None
+        return of_x, of_weight, of_bias, None, None
 
 
 def _forward(convolution: nn.Conv3d, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    plain = convolution.groups == 1 and set(convolution.dilation) == {1} and not isinstance(convolution.padding, str)
+    if not (torch.is_autocast_enabled("cpu") and x.device.type == "cpu"):
+        return nn.Conv3d._conv_forward(convolution, x, weight, bias)
+    if not plain:  # none of our networks has one; float32 is sound
+        with torch.autocast("cpu", enabled=False):
+            return nn.Conv3d._conv_forward(convolution, x.float(), weight, bias).to(torch.bfloat16)
+    padding: Any = convolution.padding
     if convolution.padding_mode != "zeros":
-        x = torch.nn.functional.pad(x, convolution._reversed_padding_repeated_twice, mode=convolution.padding_mode)
-    padding = convolution.padding if convolution.padding_mode == "zeros" else (0, 0, 0)
-    geometry: Any = (convolution.stride, padding, convolution.dilation, convolution.groups)
-    if torch.is_autocast_enabled("cpu") and x.device.type == "cpu":
-        result: Tensor = _MixedConvolution.apply(x, weight, bias, *geometry)
-        return result
-    return torch.nn.functional.conv3d(x, weight, bias, *geometry)
+        x = F.pad(x, convolution._reversed_padding_repeated_twice, mode=convolution.padding_mode)
+        padding = (0, 0, 0)
+    result: Tensor = _SoundConvolution.apply(x, weight, bias, convolution.stride, padding)
+    return result
 
 
-def keep_weight_gradients_in_float32(network: nn.Module) -> None:
-    """Let every 3D convolution of a network compute its weight gradient in float32 under CPU autocast.
+def use_sound_weight_gradients(network: nn.Module) -> None:
+    """Let every 3D convolution of a network compute its weight gradient soundly under CPU autocast.
 
     Parameters
     ----------

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from .convolution import keep_weight_gradients_in_float32
+from .convolution import use_sound_weight_gradients
 from .errors import CheckpointMismatch, StaleArtifactError, UnknownName, ValueRangeError, did_you_mean
 from .progress import progress_bar
 from .provenance import atomic_write
@@ -362,7 +362,7 @@ def fit(
     device = resolve_device(settings.devices)
     autocast = resolve_precision(settings.precision, device)
     if device.type == "cpu" and autocast == torch.bfloat16:
-        keep_weight_gradients_in_float32(network)
+        use_sound_weight_gradients(network)
     module = _make_module(network, loss, settings)
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     with warnings.catch_warnings():

@@ -1,4 +1,4 @@
-"""bf16 convolutions on the CPU: their weight gradient is the float32 one, the rest is bf16, names stay."""
+"""bf16 convolutions on the CPU: gradients against those of float32, names stay."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ import copy
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 
-from connectomics_neurodiff.convolution import keep_weight_gradients_in_float32
+from connectomics_neurodiff.convolution import use_sound_weight_gradients, weight_gradient
 
 
 def rounded(x: torch.Tensor) -> torch.Tensor:
@@ -24,7 +26,7 @@ def rounded(x: torch.Tensor) -> torch.Tensor:
         lambda: nn.Conv3d(3, 4, 3, padding=1, padding_mode="replicate"),
     ],
 )
-def test_the_weight_gradient_is_the_float32_one(convolution: object) -> None:
+def test_gradients_agree_with_float32(convolution: object) -> None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         mixed = convolution()  # type: ignore[operator]
@@ -32,7 +34,7 @@ def test_the_weight_gradient_is_the_float32_one(convolution: object) -> None:
     reference = copy.deepcopy(mixed)
     with torch.no_grad():
         reference.weight.copy_(rounded(reference.weight))
-    keep_weight_gradients_in_float32(mixed)
+    use_sound_weight_gradients(mixed)
     x_mixed, x_reference = x.clone().requires_grad_(), rounded(x).requires_grad_()
     with torch.autocast("cpu", torch.bfloat16):
         y = mixed(x_mixed)
@@ -42,7 +44,7 @@ def test_the_weight_gradient_is_the_float32_one(convolution: object) -> None:
     direction = rounded(torch.linspace(-1, 1, y.numel())).reshape(y.shape)
     (y.float() * direction).sum().backward()
     (y_reference * direction).sum().backward()
-    torch.testing.assert_close(mixed.weight.grad, reference.weight.grad, rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(mixed.weight.grad, reference.weight.grad, rtol=2e-2, atol=5e-2)
     torch.testing.assert_close(x_mixed.grad, x_reference.grad, rtol=3e-2, atol=3e-2)
     if mixed.bias is not None:
         torch.testing.assert_close(mixed.bias.grad, reference.bias.grad, rtol=1e-4, atol=1e-3)
@@ -51,7 +53,26 @@ def test_the_weight_gradient_is_the_float32_one(convolution: object) -> None:
 def test_without_autocast_nothing_changes() -> None:
     plain = nn.Conv3d(2, 3, 3, padding=1)
     guarded = copy.deepcopy(plain)
-    keep_weight_gradients_in_float32(guarded)
+    use_sound_weight_gradients(guarded)
     x = torch.linspace(-1, 1, 2 * 2 * 4 * 6 * 8).reshape(2, 2, 4, 6, 8)
     assert torch.equal(plain(x), guarded(x))
     assert list(plain.state_dict()) == list(guarded.state_dict())
+
+
+@given(
+    kernel=st.tuples(*[st.sampled_from([1, 3, 5])] * 3),
+    stride=st.tuples(*[st.sampled_from([1, 2])] * 3),
+    shape=st.tuples(st.integers(5, 7), st.integers(5, 9), st.integers(5, 11)),
+    padded=st.booleans(),
+)
+@settings(max_examples=40, deadline=None)
+def test_the_weight_gradient_is_that_of_autograd(kernel: tuple, stride: tuple, shape: tuple, padded: bool) -> None:
+    padding = tuple(k // 2 if padded else 0 for k in kernel)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 3, *shape, generator=generator, dtype=torch.float64)
+    weight = torch.zeros(4, 3, *kernel, dtype=torch.float64, requires_grad=True)
+    y = torch.nn.functional.conv3d(x, weight, None, stride, padding)
+    gradient = torch.randn(y.shape, generator=generator, dtype=torch.float64)
+    y.backward(gradient)
+    found = weight_gradient(gradient, x, kernel, stride, padding)
+    torch.testing.assert_close(found.double(), weight.grad, rtol=1e-5, atol=1e-5)
