@@ -98,7 +98,7 @@ def test_switches(kept: tuple[bool, bool]) -> None:
     # Mitochondria that only move along overlap the old ones; new ones are elsewhere.
     assert (moved > 0.6) == (not place)
     if not elastic and not place:
-        membrane = membrane_from_labels(label, VOXEL, 30.0)
+        membrane = membrane_from_labels(label, VOXEL)
         assert np.array_equal(new.membrane, membrane)
         assert np.array_equal(new.mito, mito & (membrane == 0))
 
