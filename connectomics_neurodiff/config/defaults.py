@@ -245,7 +245,7 @@ def _add_agglomeration(node: CfgNode) -> None:
     # Agglomerations to run, by registered name.
     node.SEGMENT.METHODS = ["waterz", "multicut"]
     # Thresholds tried on the tune split, 0..1: waterz merges below it; multicut's is beta. [published] .30 and .25.
-    node.SEGMENT.WATERZ_THRESHOLDS = [0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9]
+    node.SEGMENT.WATERZ_THRESHOLDS = [0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9]
     node.SEGMENT.MULTICUT_THRESHOLDS = [0.1, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9]
     # What the tuning minimises: "voi" or "arand".
     node.SEGMENT.CRITERION = "arand"
