@@ -6,6 +6,8 @@ Only the parser lives here, so that ``--help`` answers at once; the work is in :
 from __future__ import annotations
 
 import argparse
+import errno
+import os
 import sys
 import traceback
 from collections.abc import Sequence
@@ -28,8 +30,29 @@ class _Parser(argparse.ArgumentParser):
         elif message.startswith("unrecognized arguments:"):
             got = message.split()[2]
             message += did_you_mean(got, [o for a in self._actions for o in a.option_strings])
-        print(f"{self.prog}: error: {message} (see {self.prog} --help)", file=sys.stderr)
+        print(f"neurodiff: error: {_one_line(message)} (see {self.prog} --help)", file=sys.stderr)
         raise SystemExit(2)
+
+    def parser_of(self, command: str) -> argparse.ArgumentParser:
+        """The parser of one of the commands."""
+        found: argparse.ArgumentParser = next(a.choices[command] for a in self._actions if isinstance(a.choices, dict))
+        return found
+
+
+def _one_line(message: object) -> str:
+    """Text without line breaks: whoever reads our errors with a script counts on one line."""
+    return " ".join(str(message).split())
+
+
+def _seed(text: str) -> int:
+    """A seed from the command line."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"a seed is a whole number >= 0. Got '{text}'")
+    return int(text)
+
+
+def _add_seed(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--seed", type=_seed, default=0, metavar="N", help="whole number >= 0 (default: 0)")
 
 
 def _add_voxel_size(parser: argparse.ArgumentParser) -> None:
@@ -72,7 +95,7 @@ def _add_volume_commands(commands: Any) -> None:
     )
     _add_output(phantom)
     phantom.add_argument("--shape", nargs=3, type=int, default=(32, 160, 160), metavar=("Z", "Y", "X"), help="voxels")
-    phantom.add_argument("--seed", type=int, default=0, help="default: 0")
+    _add_seed(phantom)
     _add_voxel_size(phantom)
 
     convert = _add_command(
@@ -113,7 +136,7 @@ def _add_synthesis_commands(commands: Any) -> None:
     remodel.add_argument(
         "--copies", type=int, default=1, help="more than one: OUT_000.h5, OUT_001.h5, ... (default: 1)"
     )
-    remodel.add_argument("--seed", type=int, default=0, help="default: 0")
+    _add_seed(remodel)
     remodel.add_argument("--no-mito", action="store_true", help="leave the mitochondria where they are")
     remodel.add_argument("--no-elastic", action="store_true", help="leave the membranes where they are")
     remodel.add_argument("--membrane-nm", type=float, default=25.0, help="membrane width in nm (default: 25)")
@@ -130,7 +153,7 @@ def _add_synthesis_commands(commands: Any) -> None:
     sample.add_argument("--checkpoint", required=True, metavar="C", help="trained denoiser")
     sample.add_argument("--sampler", choices=("ddpm", "ddim", "dpmpp"), default="ddpm", help="default: ddpm")
     sample.add_argument("--steps", type=int, default=0, metavar="N", help="default: 50, at most as many as trained")
-    sample.add_argument("--seed", type=int, default=0, help="default: 0")
+    _add_seed(sample)
     sample.add_argument("--tile", nargs=3, type=int, metavar=("Z", "Y", "X"), help="voxels (default: as trained)")
     sample.add_argument("--overlap", nargs=3, type=int, metavar=("Z", "Y", "X"), help="default: an eighth of the tile")
     _add_voxel_size(sample)
@@ -182,7 +205,7 @@ def _add_command(commands: Any, name: str, what: str, example: str) -> argparse.
     return parser
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> _Parser:
     """The parser of all commands."""
     parser = _Parser(
         prog="neurodiff",
@@ -206,21 +229,51 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.command == "run" and not any(text.startswith("-") for text in extra[::2]):
             options.settings += extra
         else:
-            build_parser().error(f"unrecognized arguments: {' '.join(extra)}")
+            build_parser().parser_of(options.command).error(f"unrecognized arguments: {' '.join(extra)}")
     from . import commands
 
     try:
         commands.COMMANDS[options.command](options)
+        sys.stdout.flush()  # a full disk behind stdout shows here, not when Python ends
     except UserError as error:
-        print(f"neurodiff: error: {error}", file=sys.stderr)
-        return 2
+        return _refuse(error)
     except KeyboardInterrupt:
         print("neurodiff: interrupted; the same command goes on where it stopped", file=sys.stderr)
         return 130
     except BrokenPipeError:
+        _drop_stdout()
         return 0
+    except MemoryError as error:
+        return _refuse(f"not enough memory: {error}")
+    except OSError as error:
+        if error.errno not in _USERS_ERRNOS:
+            return _confess()
+        _drop_stdout()
+        where = f": {error.filename}" if error.filename else ""
+        return _refuse(f"{error.strerror}{where}")
     except Exception:
-        traceback.print_exc()
-        print("neurodiff: this is our fault; please report it with the traceback above", file=sys.stderr)
-        return 1
+        return _confess()
     return 0
+
+
+#: What the operating system refuses for reasons that lie with files and disks, not with this package.
+_USERS_ERRNOS = (
+    errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ENOTDIR,
+    errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP,
+)  # fmt: skip
+
+
+def _refuse(reason: object) -> int:
+    print(f"neurodiff: error: {_one_line(reason)}", file=sys.stderr)
+    return 2
+
+
+def _confess() -> int:
+    traceback.print_exc()
+    print("neurodiff: this is our fault; please report it with the traceback above", file=sys.stderr)
+    return 1
+
+
+def _drop_stdout() -> None:
+    """What stdout still holds cannot be written; Python would try again at exit, and complain in its own words."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -10,11 +10,17 @@ from pathlib import Path
 from typing import Any
 
 from .errors import MissingInput, OutputExists, ValueRangeError
+from .provenance import require_writable
 
 
 def _require_free(path: str, *, force: bool) -> None:
+    """Refuse, before any work, an output that is there already or cannot be written."""
+    from .volume import require_hdf5_name
+
+    require_hdf5_name(path)
     if Path(path).exists() and not force:
         raise OutputExists(f"{path} exists; nothing was overwritten. Name another output, or use --force.")
+    require_writable(path)
 
 
 def _voxel_size(options: argparse.Namespace) -> tuple[float, ...] | None:

@@ -64,6 +64,10 @@ class OutputExists(UserError):
     """A command would overwrite a file that it did not make."""
 
 
+class NotWritable(UserError):
+    """An output cannot be written where it was asked for."""
+
+
 class MissingDependency(UserError):
     """An optional package is not installed; the message names the extra to install."""
 

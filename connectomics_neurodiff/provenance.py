@@ -7,13 +7,34 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ._version import __version__
-from .errors import NotEnoughSpace, OutputExists, StaleArtifactError
+from .errors import NotEnoughSpace, NotWritable, OutputExists, StaleArtifactError
+
+#: What a disk, a quota or a limit that is exhausted calls itself; HDF5 hides the error number in its message.
+_FULL = ("No space left", "Disk quota exceeded", "File too large")
+
+
+def require_writable(path: str | os.PathLike[str]) -> None:
+    """Refuse a path where no file can be made; asked before any long work, not after it.
+
+    Raises
+    ------
+    NotWritable
+        If it is a folder or a device, lies below a file, or in a folder without permission to write.
+    """
+    target = Path(path)
+    if target.exists() and not target.is_file():
+        raise NotWritable(f"{target} is not a file but a folder or a device; nothing was written. Name a file.")
+    folder = next(parent for parent in target.absolute().parents if parent.exists())
+    if not folder.is_dir():
+        raise NotWritable(f"{target} cannot be made: {folder} is a file, not a folder.")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise NotWritable(f"{target} cannot be made: there is no permission to write in {folder}.")
 
 
 @contextmanager
@@ -28,26 +49,33 @@ def atomic_write(path: str | os.PathLike[str], *, overwrite: bool = True) -> Ite
         If `path` exists and `overwrite` is false.
     NotEnoughSpace
         If the disk is full; the temporary file is removed.
+    NotWritable
+        If no file can be made there.
     """
+    require_writable(path)
     target = Path(path)
     if target.exists() and not overwrite:
         raise OutputExists(f"{target} exists; nothing was overwritten. Name another output, or remove it first.")
-    target.parent.mkdir(parents=True, exist_ok=True)
     # The suffix stays last: writers choose the format by it.
     temporary = target.with_name(f".{target.stem}.{os.getpid()}.part{target.suffix}")
     try:
+        target.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
         with open(temporary, "rb") as handle:
             os.fsync(handle.fileno())
         os.replace(temporary, target)
-    except OSError as error:
-        if error.errno == errno.ENOSPC or "No space left" in str(error):
+    except (OSError, RuntimeError) as error:
+        if getattr(error, "errno", 0) == errno.ENOSPC or any(text in str(error) for text in _FULL):
             raise NotEnoughSpace(
                 f"No space left on the disk while writing {target}; nothing was overwritten."
             ) from error
+        if isinstance(error, OSError) and (error.errno in (errno.EACCES, errno.EROFS) or temporary.name in str(error)):
+            reason = os.strerror(error.errno) if error.errno else str(error)
+            raise NotWritable(f"{target} cannot be written: {reason}.") from error
         raise
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink()
 
 
 def write_json(path: str | os.PathLike[str], content: Mapping[str, Any]) -> None:

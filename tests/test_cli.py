@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import h5py
 import numpy as np
 import pytest
 import torch
+from conftest import REPOSITORY
 from tiny import neurodiff, settings
 
 from connectomics_neurodiff.affinities import affinities_from_labels
@@ -68,7 +71,7 @@ def done(*arguments: str) -> str:
 def refused(message: str, *arguments: str) -> None:
     result = neurodiff(*arguments)
     assert result.returncode == 2, (result.returncode, result.stderr)
-    lines = [line for line in result.stderr.strip().splitlines() if line.startswith("neurodiff")]
+    lines = [line for line in result.stderr.strip().splitlines() if line.startswith("neurodiff: error: ")]
     assert len(lines) == 1
     assert result.stderr.strip().splitlines()[-1] == lines[0]
     assert message in lines[0], lines[0]
@@ -165,6 +168,11 @@ def test_a_dry_run_says_what_would_be_done(tmp_path: Path) -> None:
         ("does not exist", ["evaluate", "nowhere.h5", "--truth", "nowhere.h5"]),
         ("Did you mean 'waterz'", ["segment", "a.h5", "b.h5", "--method", "watrez"]),
         ("native", ["run", "--engine", "host"]),
+        ("Did you mean '--seed'", ["remodel", "a.h5", "b.h5", "--sed", "1"]),
+        ("a seed is a whole number >= 0", ["phantom", "a.h5", "--seed", "-1"]),
+        ("required: OUT.h5", ["phantom"]),
+        ("Got '.txt'", ["phantom", "a.txt"]),
+        ("not enough memory", ["phantom", "a.h5", "--shape", "100000", "100000", "100000"]),
     ],
 )
 def test_slips_are_told_in_one_line(message: str, arguments: list[str]) -> None:
@@ -183,6 +191,23 @@ def test_nothing_a_user_made_is_overwritten(cells: Path, tmp_path: Path) -> None
     ):
         refused("nothing was overwritten", *arguments)
     assert kept.read_bytes() == b"precious"
+
+
+def test_outputs_that_cannot_be_written_are_refused_before_the_work(cells: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "folder.h5").mkdir()
+    refused("is a file, not a folder", "phantom", str(tmp_path / "file" / "a.h5"))
+    refused("not a file", "remodel", str(cells), str(tmp_path / "folder.h5"), "--force")
+    refused("cannot be", "phantom", "/proc/a.h5")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "folder.h5"]
+
+
+def test_a_full_disk_behind_stdout_is_told_in_one_line(cells: Path) -> None:
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-m", "connectomics_neurodiff", "info", str(cells)]
+        result = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, cwd=REPOSITORY, check=False)
+    assert result.returncode == 2
+    assert result.stderr.splitlines() == ["neurodiff: error: No space left on device"]
 
 
 def test_checkpoints_of_another_kind_are_refused(cells: Path, segmenter: Path, denoiser: Path, tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from connectomics_neurodiff.errors import NotEnoughSpace, OutputExists, StaleArtifactError
+from connectomics_neurodiff.errors import NotEnoughSpace, NotWritable, OutputExists, StaleArtifactError
 from connectomics_neurodiff.provenance import Provenance, atomic_write, hash_of, is_reusable, write_provenance
 
 MADE = Provenance("masks", {"SIGMA_NM": 24.0, "BOX": (1, 2)}, {"train": "abc"}, seed=3)
@@ -42,6 +42,26 @@ def test_a_full_disk_is_said_in_one_line(tmp_path: Path) -> None:
     with pytest.raises(NotEnoughSpace, match="No space left"):
         write_half(tmp_path / "a.bin", OSError(28, "No space left on device"))
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("message", ["errno = 28, error message = 'No space left on device'", "'File too large'"])
+def test_a_full_disk_is_recognised_in_what_hdf5_says_of_it(tmp_path: Path, message: str) -> None:
+    with pytest.raises(NotEnoughSpace, match="nothing was overwritten"):
+        write_half(tmp_path / "a.h5", RuntimeError(f"Set slist enabled failed (file write failed: {message})"))
+
+
+def test_folders_devices_and_files_as_folders_are_no_outputs(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    for path, named in (
+        (tmp_path, "not a file"),
+        (Path("/dev/null"), "not a file"),
+        (tmp_path / "file" / "a.txt", "is a file, not a folder"),
+        (Path("/proc/a.txt"), "cannot be"),
+    ):
+        with pytest.raises(NotWritable, match=named), atomic_write(path) as temporary:
+            temporary.write_text("new")
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+    assert (tmp_path / "file").read_text() == "mine"
 
 
 def test_an_artefact_is_reused_only_with_equal_provenance(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from .arrays import ArrayLike, LazyArray, slabs
 from .convert import convert
 from .inspection import check_training_volume, count_labels, describe
 from .phantom import grow_phantom
-from .reading import open_array, open_source, open_volume, read_voxel_size, split_dataset
+from .reading import open_array, open_source, open_volume, read_voxel_size, require_hdf5_name, split_dataset
 from .roles import Scaling
 from .volume import Volume
 from .writing import write_volume
@@ -29,6 +29,7 @@ __all__ = [
     "open_source",
     "open_volume",
     "read_voxel_size",
+    "require_hdf5_name",
     "slabs",
     "split_dataset",
     "write_volume",

@@ -9,10 +9,10 @@ from pathlib import Path
 import h5py
 import numpy as np
 
-from ..errors import OutputExists, ShapeMismatch, VolumeFormatError, did_you_mean
-from ..provenance import atomic_write
+from ..errors import OutputExists, ShapeMismatch
+from ..provenance import atomic_write, require_writable
 from .arrays import ArrayLike
-from .reading import HDF5_SUFFIXES, open_source, open_volume
+from .reading import open_source, open_volume, require_hdf5_name
 from .roles import RoleArray
 from .volume import Volume
 from .writing import write_dataset
@@ -50,11 +50,8 @@ def convert(
         Whatever :func:`.open_volume` raises for the source or the target.
     """
     path = Path(target)
-    if path.suffix.lower() not in HDF5_SUFFIXES:
-        raise VolumeFormatError(
-            f"{target}: the output is an HDF5 file, {', '.join(HDF5_SUFFIXES)}. "
-            f"Got '{path.suffix}'.{did_you_mean(path.suffix, HDF5_SUFFIXES)}"
-        )
+    require_hdf5_name(path)
+    require_writable(path)
     exists = path.exists()
     if exists and voxel_nm is None:
         voxel_nm = (

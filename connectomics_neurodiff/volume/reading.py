@@ -34,6 +34,16 @@ def split_dataset(path: str | Path) -> tuple[str, str]:
     return file, dataset.strip("/")
 
 
+def require_hdf5_name(path: str | Path) -> None:
+    """Raise :class:`VolumeFormatError` unless an output is named like an HDF5 file: no command would read it back."""
+    suffix = Path(path).suffix
+    if suffix.lower() not in HDF5_SUFFIXES:
+        raise VolumeFormatError(
+            f"{path}: the output is an HDF5 file, {', '.join(HDF5_SUFFIXES)}. "
+            f"Got '{suffix}'.{did_you_mean(suffix, HDF5_SUFFIXES)}"
+        )
+
+
 def open_source(path: str | Path, *, as_label: bool = False) -> Source:
     """Contents of a file or folder, whatever its format; nothing but headers is read.
 
