@@ -232,6 +232,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             build_parser().parser_of(options.command).error(f"unrecognized arguments: {' '.join(extra)}")
     from . import commands
 
+    sys.unraisablehook = _without_hdf5_echo
     try:
         commands.COMMANDS[options.command](options)
         sys.stdout.flush()  # a full disk behind stdout shows here, not when Python ends
@@ -261,6 +262,12 @@ _USERS_ERRNOS = (
     errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ENOTDIR,
     errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP,
 )  # fmt: skip
+
+
+def _without_hdf5_echo(unraisable: sys.UnraisableHookArgs) -> None:
+    """A file that could not be written in full is told by its error; h5py would tell it again, in ten lines."""
+    if "file write failed" not in str(unraisable.exc_value):
+        sys.__unraisablehook__(unraisable)
 
 
 def _refuse(reason: object) -> int:

@@ -113,15 +113,19 @@ def remodel(options: argparse.Namespace) -> None:
     from .remodel import SignatureLibrary
     from .remodel import remodel as remodel_masks
     from .seeding import rng_for
-    from .volume import open_volume, write_volume
+    from .volume import check_training_volume, open_volume, write_volume
 
     if options.copies < 1:
         raise ValueRangeError(f"--copies must be at least 1. Got {options.copies}.")
+    if not 0 < options.membrane_nm < float("inf"):
+        raise ValueRangeError(f"--membrane-nm must be a number > 0. Got {options.membrane_nm}.")
     first = Path(options.output)
     outputs = [first] + [first.with_name(f"{first.stem}_{i:03d}{first.suffix}") for i in range(1, options.copies)]
     for output in outputs:
         _require_free(str(output), force=options.force)
-    volume = open_volume(options.volume, voxel_nm=_voxel_size(options)).load()
+    volume = open_volume(options.volume, voxel_nm=_voxel_size(options))
+    check_training_volume(volume, needs=("label",))
+    volume = volume.load()
     label, mito = volume.array("label"), volume.mito_array
     place = not options.no_mito
     library = SignatureLibrary.from_masks(label, mito, volume.voxel_nm) if place and mito is not None else None

@@ -23,22 +23,29 @@ class ZYX(NamedTuple):
     x: float
 
 
+#: Voxel sizes outside are mistakes, mostly of the unit: micrometres would be .03, .006, .006.
+_LEAST_NM, _MOST_NM = 0.1, 1e5
+
+
 def voxel_size(values: Sequence[float] | np.ndarray | float) -> ZYX:
     """Validated voxel size.
 
     Parameters
     ----------
     values : sequence of 3 floats
-        Nanometres in the order (z, y, x); each must be finite and > 0.
+        Nanometres in the order (z, y, x); each from 0.1 to 1e5.
 
     Raises
     ------
     ValueRangeError
-        If there are not three positive finite numbers.
+        If there are not three such numbers.
     """
     flat = np.atleast_1d(np.asarray(values, dtype=float)).ravel()
-    if flat.size != 3 or not np.isfinite(flat).all() or (flat <= 0).any():
-        raise ValueRangeError(f"A voxel size is three positive numbers in nm, (z, y, x). Got {flat.tolist()}.")
+    if flat.size != 3 or not ((flat >= _LEAST_NM) & (flat <= _MOST_NM)).all():
+        raise ValueRangeError(
+            f"A voxel size is three positive numbers in nm, (z, y, x), {_LEAST_NM:g} to {_MOST_NM:g} each. "
+            f"Got {flat.tolist()}."
+        )
     return ZYX(*(float(v) for v in flat))
 
 

@@ -142,6 +142,15 @@ def write_provenance(artefact: str | os.PathLike[str], provenance: Provenance) -
     write_json(sidecar_of(artefact), {**asdict(provenance), "key": provenance.key})
 
 
+def read_provenance(artefact: str | os.PathLike[str]) -> dict[str, Any] | None:
+    """What the sidecar says; None if there is none, or none that can be read."""
+    try:
+        content = json.loads(sidecar_of(artefact).read_text())
+    except (FileNotFoundError, ValueError):
+        return None
+    return content if isinstance(content, dict) else None
+
+
 def _differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
     found = []
     for name in sorted({*old, *new}):
@@ -166,10 +175,9 @@ def is_reusable(artefact: str | os.PathLike[str], wanted: Provenance) -> bool:
     StaleArtifactError
         If it is there but was made differently; the message names the differences.
     """
-    sidecar = sidecar_of(artefact)
-    if not Path(artefact).exists() or not sidecar.exists():
+    old = read_provenance(artefact)
+    if not Path(artefact).exists() or old is None:
         return False
-    old = json.loads(sidecar.read_text())
     new = json.loads(json.dumps(asdict(wanted), default=str))
     fields = ("stage", "settings", "parents", "seed")
     found = _differences({k: old.get(k) for k in fields}, {k: new[k] for k in fields})

@@ -240,6 +240,14 @@ def test_bad_volumes_are_refused(cells: Path, denoiser: Path, tmp_path: Path) ->
         "--steps",
         "251",
     )
+    with h5py.File(tmp_path / "empty.h5", "w") as file:
+        file["label"] = np.zeros((4, 20, 28), np.uint32)
+        file.attrs["resolution_nm"] = (29, 6, 6)
+    refused("background only", "remodel", str(tmp_path / "empty.h5"), str(tmp_path / "o4.h5"))
+    refused("--membrane-nm", "remodel", str(cells), str(tmp_path / "o4.h5"), "--membrane-nm", "nan")
+    with h5py.File(tmp_path / "flat.h5", "w") as file:
+        file["label"] = np.ones((20, 28), np.uint32)
+    assert json.loads(done("info", str(tmp_path / "flat.h5")))["labels"] is None
     truncated = tmp_path / "short.h5"
     truncated.write_bytes(cells.read_bytes()[:3000])
     refused("short.h5", "info", str(truncated))

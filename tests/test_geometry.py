@@ -57,7 +57,9 @@ def test_an_empty_box_is_refused(stop: tuple[int, int, int]) -> None:
         Box((0, 0, 0), stop)
 
 
-@pytest.mark.parametrize("values", [(29, 6), (29, 6, 0), (29, 6, -1), (29, 6, float("nan")), 6.0])
+@pytest.mark.parametrize(
+    "values", [(0.029, 0.006, 0.006), (29, 6), (29, 6, 0), (29, 6, -1), (29, 6, float("nan")), 6.0]
+)
 def test_a_bad_voxel_size_is_refused(values: object) -> None:
     with pytest.raises(ValueRangeError, match="three positive numbers"):
         voxel_size(values)  # type: ignore[arg-type]

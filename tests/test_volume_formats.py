@@ -12,7 +12,7 @@ import pytest
 import tifffile
 import zarr
 
-from connectomics_neurodiff.errors import UserError, VolumeFormatError, VoxelSizeMissing
+from connectomics_neurodiff.errors import UserError, ValueRangeError, VolumeFormatError, VoxelSizeMissing
 from connectomics_neurodiff.volume import Scaling, Volume, open_array, open_volume, read_voxel_size
 from connectomics_neurodiff.volume.sections import natural_key
 
@@ -94,6 +94,15 @@ class TestTiff:
             for section in IMAGE:
                 writer.write(section, photometric="minisblack", metadata=None)
         assert_is_image(open_volume(tmp_path / "a.tiff", voxel_nm=VOXEL))
+
+    @pytest.mark.parametrize("options", [{}, {"compression": "zlib"}, {"metadata": None, "compression": "zlib"}])
+    @pytest.mark.parametrize("share", [0.1, 0.5, 0.7, 0.9])
+    def test_truncated_stacks_are_refused_not_shortened(self, tmp_path: Path, options: dict, share: float) -> None:
+        path = tmp_path / "a.tif"
+        tifffile.imwrite(path, IMAGE, photometric="minisblack", **options)
+        path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
+        with pytest.raises(VolumeFormatError, match=r"a\.tif is truncated"):
+            open_volume(path, voxel_nm=VOXEL)
 
     def test_a_single_section_is_a_thin_volume(self, tmp_path: Path) -> None:
         tifffile.imwrite(tmp_path / "a.tif", IMAGE[0])
@@ -271,6 +280,25 @@ class TestZarr:
         here = _mean(volume)
         with multiprocessing.get_context(method).Pool(2) as pool:
             assert pool.map_async(_mean, [volume] * 4).get(timeout=60) == [here] * 4
+
+
+@pytest.mark.parametrize("stated", [(0, 6, 6), (29, float("nan"), 6), (6, 6), "29 nm", (0.029, 0.006, 0.006)])
+def test_a_voxel_size_that_is_none_is_shown_and_can_be_given(tmp_path: Path, stated: object) -> None:
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        file["image"] = IMAGE
+        file.attrs["resolution_nm"] = stated
+    with pytest.raises(ValueRangeError, match=r"a\.h5: .*three positive numbers.*resolution_nm is .*--voxel-nm"):
+        open_volume(tmp_path / "a.h5")
+    assert open_volume(tmp_path / "a.h5", voxel_nm=VOXEL).voxel_nm == VOXEL
+
+
+@pytest.mark.parametrize("multiscales", [{"x": 1}, [{}], [{"datasets": [{}]}], ["a"]])
+def test_damaged_ngff_metadata_are_told_in_one_line(tmp_path: Path, multiscales: object) -> None:
+    group = zarr.open_group(tmp_path / "a.zarr", mode="w")
+    group.create_array("0", data=IMAGE)
+    group.attrs["multiscales"] = multiscales
+    with pytest.raises(VolumeFormatError, match="OME-NGFF"):
+        open_volume(tmp_path / "a.zarr", voxel_nm=VOXEL)
 
 
 def test_no_format_invents_a_voxel_size(tmp_path: Path) -> None:

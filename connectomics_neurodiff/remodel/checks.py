@@ -76,6 +76,6 @@ def positive(name: str, value: float, *, below: float = np.inf, zero: bool = Fal
         If it is not.
     """
     if not np.isfinite(value) or value < 0 or (value == 0 and not zero) or value > below:
-        low = "[0" if zero else "(0"
-        raise ValueRangeError(f"{name} must be a number in {low}, {below:g}]. Got {value}.")
+        low, high = "[0" if zero else "(0", f"{below:g}]" if np.isfinite(below) else "infinity)"
+        raise ValueRangeError(f"{name} must be a number in {low}, {high}. Got {value}.")
     return float(value)

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from ..errors import MissingDependency, ValueRangeError, VolumeFormatError, VoxelSizeMissing
+from ..errors import MissingDependency, ValueRangeError, VolumeFormatError
 from ..geometry import ZYX, voxel_size
-from ..volume import ArrayLike, Volume, open_source, open_volume, split_dataset
+from ..volume import ArrayLike, Volume, open_source, open_volume, split_dataset, voxel_size_of
 
 if TYPE_CHECKING:
     from neuroglancer import Viewer
@@ -132,9 +132,7 @@ def layers_of(path: str | os.PathLike[str], *, voxel_nm: Sequence[float] | None 
     file, dataset = split_dataset(os.fspath(path))
     source = open_source(file)
     arrays = {dataset: source.array(dataset)} if dataset else dict(source.arrays)
-    size = voxel_nm if voxel_nm is not None else source.voxel_nm
-    if size is None:
-        raise VoxelSizeMissing(f"{path} does not state its voxel size: give it in nm, --voxel-nm Z Y X (e.g. 29 6 6).")
+    size = voxel_size_of(source, voxel_nm)
     stem = Path(file).stem
     layers: list[Layer] = []
     if any(array.ndim == 3 and name != "membrane" for name, array in arrays.items()):
@@ -241,7 +239,9 @@ def _require_free(host: str, port: int) -> None:
     try:
         socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
     except (OSError, OverflowError) as error:
-        raise ValueRangeError(f"Cannot listen on {host}, port {port} ({error}): choose another --port.") from error
+        raise ValueRangeError(
+            f"Cannot listen on {host}, port {port} ({error}): choose another --bind or --port."
+        ) from error
 
 
 def _distinct(names: Sequence[str]) -> list[str]:

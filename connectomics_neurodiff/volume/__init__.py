@@ -10,7 +10,15 @@ from .arrays import ArrayLike, LazyArray, slabs
 from .convert import convert
 from .inspection import check_training_volume, count_labels, describe
 from .phantom import grow_phantom
-from .reading import open_array, open_source, open_volume, read_voxel_size, require_hdf5_name, split_dataset
+from .reading import (
+    open_array,
+    open_source,
+    open_volume,
+    read_voxel_size,
+    require_hdf5_name,
+    split_dataset,
+    voxel_size_of,
+)
 from .roles import Scaling
 from .volume import Volume
 from .writing import write_volume
@@ -32,5 +40,6 @@ __all__ = [
     "require_hdf5_name",
     "slabs",
     "split_dataset",
+    "voxel_size_of",
     "write_volume",
 ]

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any
 
 import h5py
 import numpy as np
 
-from ..errors import VolumeFormatError
+from ..errors import ValueRangeError, VolumeFormatError
 from ..geometry import ZYX, voxel_size
 from .arrays import LazyArray
 from .source import Source
@@ -68,11 +69,15 @@ def read_hdf5(path: str) -> Source:
 
 
 def voxel_from_attributes(attributes: dict[str, Any], names: list[str]) -> ZYX | None:
-    """Voxel size from the attributes of the root or, failing that, of the first array that has one."""
+    """Voxel size from the attributes of the root or, failing that, of the first array that has one.
+
+    What is no voxel size is passed over: files call all sorts of things a resolution, and the size may be given anyway.
+    """
     for prefix in ("", *(f"{name}." for name in names)):
         for key in VOXEL_ATTRIBUTES:
-            if prefix + key in attributes:
-                return voxel_size(attributes[prefix + key])
+            with suppress(ValueRangeError, ValueError, TypeError):
+                if prefix + key in attributes:
+                    return voxel_size(attributes[prefix + key])
     return None
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import MissingInput, ValueRangeError
-from ..provenance import sidecar_of
+from ..provenance import read_provenance
 from .arrays import ArrayLike, slabs
 from .reading import open_source, split_dataset
 from .roles import ROLE_NAMES, require_finite, require_integers, require_natural
@@ -45,7 +44,6 @@ def describe(path: str | Path) -> dict[str, Any]:
     if not arrays:
         raise MissingInput(f"{file} holds no array with two or more axes.")
     label = _label_name(source, names)
-    sidecar = sidecar_of(file)
     return {
         "path": str(path),
         "format": source.format,
@@ -56,12 +54,15 @@ def describe(path: str | Path) -> dict[str, Any]:
         "attributes": {
             key: value for key, value in source.attributes.items() if "." not in key or key.partition(".")[0] in arrays
         },
-        "provenance": json.loads(sidecar.read_text()) if sidecar.exists() else None,
+        "provenance": read_provenance(file),
     }
 
 
 def _label_name(source: Source, names: Sequence[str]) -> str | None:
-    return next((name for name in ROLE_NAMES["label"] if name in names and source.array(name).dtype.kind in "ui"), None)
+    def holds_ids(name: str) -> bool:
+        return source.array(name).dtype.kind in "ui" and source.array(name).ndim >= 3
+
+    return next((name for name in ROLE_NAMES["label"] if name in names and holds_ids(name)), None)
 
 
 def count_labels(label: ArrayLike) -> int:
@@ -99,7 +100,7 @@ def check_training_volume(volume: Volume, *, needs: Sequence[str] = ("image", "l
     for name in needs:
         if name not in volume.arrays:
             there = ", ".join(volume.arrays)
-            raise MissingInput(f"{where} needs {' and '.join(needs)} to be trained on. It has: {there}, no {name}.")
+            raise MissingInput(f"{where} needs {' and '.join(needs)} here. It has: {there}, no {name}.")
     for name, array in volume.arrays.items():
         if name != "image":
             require_integers(np.dtype(array.dtype), where, name)

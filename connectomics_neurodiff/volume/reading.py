@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..errors import MissingInput, VolumeFormatError, VoxelSizeMissing, did_you_mean
+from ..errors import MissingInput, ValueRangeError, VolumeFormatError, VoxelSizeMissing, did_you_mean
 from ..geometry import ZYX, voxel_size
 from .arrays import LazyArray
-from .hdf5 import read_hdf5
+from .hdf5 import VOXEL_ATTRIBUTES, read_hdf5
 from .roles import ROLE_NAMES, RoleArray, Scaling, grey_scaling, require_role, role_by_type
 from .sections import read_folder
 from .source import Source
@@ -117,7 +117,7 @@ def open_volume(path: str | Path, *, voxel_nm: Sequence[float] | None = None, ro
     file, dataset = split_dataset(path)
     source = open_source(file, as_label=role == "label")
     names = _choose(source, dataset, role)
-    size = _voxel_size(source, voxel_nm)
+    size = voxel_size_of(source, voxel_nm)
     arrays = {}
     scaling = Scaling()
     for kind, name in names.items():
@@ -153,15 +153,28 @@ def read_voxel_size(path: str | Path, *, voxel_nm: Sequence[float] | None = None
     MissingInput, VolumeFormatError
         If the file does not exist or cannot be read.
     """
-    return _voxel_size(open_source(split_dataset(path)[0], as_label=True), voxel_nm)
+    return voxel_size_of(open_source(split_dataset(path)[0], as_label=True), voxel_nm)
 
 
-def _voxel_size(source: Source, given: Sequence[float] | None) -> ZYX:
+def voxel_size_of(source: Source, given: Sequence[float] | None) -> ZYX:
+    """Voxel size given, or else the one that the source states.
+
+    Raises
+    ------
+    VoxelSizeMissing
+        If there is neither.
+    ValueRangeError
+        If what the source states is no voxel size, and none was given.
+    """
     size = given if given is not None else source.voxel_nm
     if size is None:
-        raise VoxelSizeMissing(
-            f"{source.path} does not state its voxel size: give it in nm, --voxel-nm Z Y X (e.g. 29 6 6)."
-        )
+        how = "give it in nm, --voxel-nm Z Y X (e.g. 29 6 6), in a run NEURODIFF.VOXEL_NM."
+        for key, value in source.attributes.items():
+            if key.rpartition(".")[2] in VOXEL_ATTRIBUTES:
+                raise ValueRangeError(
+                    f"{source.path}: its voxel size is not three positive numbers in nm ({key} is {value!r}): {how}"
+                )
+        raise VoxelSizeMissing(f"{source.path} does not state its voxel size: {how}")
     return voxel_size(size)
 
 

@@ -115,12 +115,8 @@ def _decode(path: str) -> np.ndarray:
             raise VolumeFormatError(f"{path} is truncated or no PNG file.")
         # OpenCV orders channels blue, green, red.
         return pixels[..., [2, 1, 0]] if pixels.ndim == 3 and pixels.shape[2] >= 3 else pixels
-    from tifffile import TiffFile
+    from .tiff import open_tiff
 
-    from .tiff import DAMAGE
-
-    try:
-        with TiffFile(path) as file:
-            return file.pages[0].asarray()
-    except DAMAGE as error:
-        raise VolumeFormatError(f"{path} is truncated or no TIFF file: {error}.") from error
+    with open_tiff(path) as file:
+        section: np.ndarray = file.pages[0].asarray()
+        return section

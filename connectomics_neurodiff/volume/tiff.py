@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import struct
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 from xml.etree import ElementTree
 
@@ -38,6 +41,66 @@ NM_PER_UNIT = {
 DAMAGE = (OSError, ValueError, KeyError, IndexError, RuntimeError, struct.error, zlib.error)
 
 
+#: Words in tifffile's log that mean: part of the file is gone, and what follows is what is left of it.
+_LOST = re.compile(r"invalid page offset|corrupted|failed to reshape")
+
+
+class _Keeper(logging.Handler):
+    """Log handler that keeps what is said in a list."""
+
+    def __init__(self, kept: list[str]) -> None:
+        super().__init__()
+        self.kept = kept
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.kept.append(record.getMessage())
+
+
+@contextmanager
+def open_tiff(path: str) -> Iterator[Any]:
+    """A ``tifffile.TiffFile`` that is whole.
+
+    Of a truncated file tifffile takes the sections that it finds and only logs the loss; a stack that is silently
+    shorter, or one section long, is no longer the user's volume.
+
+    Raises
+    ------
+    VolumeFormatError
+        If the file is truncated, damaged, or no TIFF file.
+    """
+    from tifffile import TiffFile
+
+    log = logging.getLogger("tifffile")
+    remarks: list[str] = []
+    keeper = _Keeper(remarks)
+    log.addHandler(keeper)
+    propagate, log.propagate = log.propagate, False
+    try:
+        with TiffFile(path) as file:
+            _ = len(file.pages), file.series  # finds them all
+            lost = next((text for text in remarks if _LOST.search(text)), "") or _missing_end(file)
+            if lost:
+                raise VolumeFormatError(f"{path} is truncated or damaged: {lost}.")
+            yield file
+    except DAMAGE as error:
+        raise VolumeFormatError(f"{path} is truncated or no TIFF file: {error}.") from error
+    finally:
+        log.removeHandler(keeper)
+        log.propagate = propagate
+
+
+def _missing_end(file: Any) -> str:
+    """What to say if the last pixels, by the file's own account, lie behind its end; else an empty string."""
+    series = file.series[0]
+    last = series.pages[-1]
+    segments = [] if last is None else zip(last.dataoffsets, last.databytecounts, strict=False)
+    ends = [offset + count for offset, count in segments]
+    if series.dataoffset is not None:
+        ends.append(series.dataoffset + series.nbytes)
+    needed = max(ends, default=0)
+    return f"it has {file.filehandle.size} bytes of {needed}" if needed > file.filehandle.size else ""
+
+
 class TiffArray(LazyArray):
     """The sections of one TIFF file; only the pages asked for are decoded.
 
@@ -54,24 +117,19 @@ class TiffArray(LazyArray):
         self.path = path
 
     def _read(self, box: tuple[slice, ...]) -> np.ndarray:
-        from tifffile import TiffFile
-
         z, y, x = box
         out = np.empty([s.stop - s.start for s in box], self.dtype)
         if out.size == 0:
             return out
-        try:
-            with TiffFile(self.path) as file:
-                series = file.series[0]
-                if series.dataoffset is not None:
-                    # Sections lie one after the other, uncompressed; large ImageJ stacks list only the first page.
-                    return np.array(series.asarray(out="memmap").reshape(self.shape)[box], dtype=self.dtype)
-                for i, page in enumerate(series.pages[z.start : z.stop]):
-                    if page is None:
-                        raise VolumeFormatError(f"{self.path}: section {z.start + i} is missing.")
-                    out[i] = page.asarray()[y, x]
-        except DAMAGE as error:
-            raise VolumeFormatError(f"{self.path}: a section cannot be read: {error}.") from error
+        with open_tiff(self.path) as file:
+            series = file.series[0]
+            if series.dataoffset is not None:
+                # Sections lie one after the other, uncompressed; large ImageJ stacks list only the first page.
+                return np.array(series.asarray(out="memmap").reshape(self.shape)[box], dtype=self.dtype)
+            for i, page in enumerate(series.pages[z.start : z.stop]):
+                if page is None:
+                    raise VolumeFormatError(f"{self.path}: section {z.start + i} is missing.")
+                out[i] = page.asarray()[y, x]
         return out
 
 
@@ -86,16 +144,11 @@ def read_tiff(path: str) -> Source:
     VolumeFormatError
         If the file is damaged, has colours, or is no stack of equal sections.
     """
-    from tifffile import TiffFile
-
-    try:
-        with TiffFile(path) as file:
-            series = file.series[0]
-            shape, dtype, axes = series.shape, series.dtype, series.axes
-            whole = series.dataoffset is not None or len(series.pages) == (shape[0] if len(shape) == 3 else 1)
-            voxel_nm = _ome_voxel(file) if file.is_ome else _imagej_voxel(file)
-    except DAMAGE as error:
-        raise VolumeFormatError(f"{path} is truncated or no TIFF file: {error}.") from error
+    with open_tiff(path) as file:
+        series = file.series[0]
+        shape, dtype, axes = series.shape, series.dtype, series.axes
+        whole = series.dataoffset is not None or len(series.pages) == (shape[0] if len(shape) == 3 else 1)
+        voxel_nm = _ome_voxel(file) if file.is_ome else _imagej_voxel(file)
     shape = (1, *shape) if len(shape) == 2 else shape
     if len(shape) != 3 or "S" in axes or not whole:
         raise VolumeFormatError(

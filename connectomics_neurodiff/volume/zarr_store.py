@@ -79,8 +79,11 @@ def read_zarr(path: str) -> Source:
     except _DAMAGE as error:
         raise VolumeFormatError(f"{path} is damaged or no Zarr store: {error}.") from error
     arrays = {name: array for name, array in arrays.items() if array.ndim >= 2}
-    voxel_nm = voxel_from_attributes(attributes, list(arrays)) or _ngff_voxel(attributes)
-    return Source(path, "Zarr", _ngff_full_resolution(arrays, attributes), voxel_nm, attributes)
+    try:
+        voxel_nm = voxel_from_attributes(attributes, list(arrays)) or _ngff_voxel(attributes)
+        return Source(path, "Zarr", _ngff_full_resolution(arrays, attributes), voxel_nm, attributes)
+    except (*_DAMAGE, AttributeError) as error:
+        raise VolumeFormatError(f"{path} has damaged OME-NGFF metadata ({type(error).__name__}: {error}).") from error
 
 
 def _multiscales(attributes: dict[str, Any]) -> dict[str, Any] | None:
