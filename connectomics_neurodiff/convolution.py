@@ -1,10 +1,14 @@
-"""bfloat16 convolutions on the CPU with a sound weight gradient.
+"""bfloat16 convolutions on the CPU whose results can be trusted.
 
-oneDNN 3.12 (torch 2.13) writes past its buffers in the bfloat16 weight gradient of convolutions on processors with AMX:
-layers of 32 channels or fewer, images 64 voxels wide or wider; the process dies later in malloc, or worse, does not.
-Forward pass and input gradient are sound. The weight gradient is computed here tap by tap, each a matrix product: as
-fast as the library's float32 gradient at the sizes it likes, five to fifteen times faster at those it does not (rows
-of 96 voxels, 1x1x1 kernels).
+oneDNN 3.12 (torch 2.13) goes wrong twice on processors with AMX:
+
+* It writes past its buffers in the bfloat16 weight gradient: layers of 32 channels or fewer, images 64 voxels wide or
+  wider; the process dies later in malloc, or worse, does not. The weight gradient is computed here tap by tap, each a
+  matrix product: as fast as the library's float32 gradient at the sizes it likes, five to fifteen times faster at those
+  it does not (rows of 96 voxels, 1x1x1 kernels).
+* It reads memory that is not its own in the forward pass on a single section with a kernel of several (3x3x3; 1, 3, 5,
+  7 or 12 input channels): NaN, or wrong numbers that look right. Of such a kernel only the middle section meets the
+  image; it alone is used here, and it is sound.
 """
 
 from __future__ import annotations
@@ -89,17 +93,19 @@ def _forward(convolution: nn.Conv3d, x: Tensor, weight: Tensor, bias: Tensor | N
     if convolution.padding_mode != "zeros":
         x = F.pad(x, convolution._reversed_padding_repeated_twice, mode=convolution.padding_mode)
         padding = (0, 0, 0)
+    if x.shape[2] == 1 and weight.shape[2] == 2 * padding[0] + 1:
+        weight, padding = weight[:, :, padding[0] : padding[0] + 1], (0, *padding[1:])
     result: Tensor = _SoundConvolution.apply(x, weight, bias, convolution.stride, padding)
     return result
 
 
-def use_sound_weight_gradients(network: nn.Module) -> None:
-    """Let every 3D convolution of a network compute its weight gradient soundly under CPU autocast.
+def use_sound_convolutions(network: nn.Module) -> None:
+    """Let every 3D convolution of a network compute soundly under CPU autocast, forward and backward.
 
     Parameters
     ----------
     network : torch.nn.Module
-        Changed in place; parameters, names and the forward pass stay as they are.
+        Changed in place; parameters and names stay as they are. Doing it twice does no harm.
     """
     for module in network.modules():
         if isinstance(module, nn.Conv3d):

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from .convolution import use_sound_weight_gradients
+from .convolution import use_sound_convolutions
 from .errors import CheckpointMismatch, StaleArtifactError, UnknownName, ValueRangeError, did_you_mean
 from .progress import progress_bar
 from .provenance import atomic_write
@@ -362,7 +362,7 @@ def fit(
     device = resolve_device(settings.devices)
     autocast = resolve_precision(settings.precision, device)
     if device.type == "cpu" and autocast == torch.bfloat16:
-        use_sound_weight_gradients(network)
+        use_sound_convolutions(network)
     module = _make_module(network, loss, settings)
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     with warnings.catch_warnings():

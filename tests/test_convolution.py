@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from connectomics_neurodiff.convolution import use_sound_weight_gradients, weight_gradient
+from connectomics_neurodiff.convolution import use_sound_convolutions, weight_gradient
 
 
 def rounded(x: torch.Tensor) -> torch.Tensor:
@@ -34,7 +34,7 @@ def test_gradients_agree_with_float32(convolution: object) -> None:
     reference = copy.deepcopy(mixed)
     with torch.no_grad():
         reference.weight.copy_(rounded(reference.weight))
-    use_sound_weight_gradients(mixed)
+    use_sound_convolutions(mixed)
     x_mixed, x_reference = x.clone().requires_grad_(), rounded(x).requires_grad_()
     with torch.autocast("cpu", torch.bfloat16):
         y = mixed(x_mixed)
@@ -50,10 +50,29 @@ def test_gradients_agree_with_float32(convolution: object) -> None:
         torch.testing.assert_close(mixed.bias.grad, reference.bias.grad, rtol=1e-4, atol=1e-3)
 
 
+@pytest.mark.parametrize("channels", [1, 2, 3, 5, 7, 12, 16])
+@pytest.mark.parametrize("shape", [(1, 17, 23), (1, 32, 32), (2, 17, 23)])
+def test_thin_images_are_convolved_as_in_float32(channels: int, shape: tuple[int, ...]) -> None:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        sound = nn.Conv3d(channels, 16, 3, padding=1)
+        x = rounded(torch.randn(1, channels, *shape))
+    reference = copy.deepcopy(sound)
+    with torch.no_grad():
+        reference.weight.copy_(rounded(reference.weight))
+    use_sound_convolutions(sound)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = sound(x)
+    torch.testing.assert_close(y.float(), reference(x), rtol=2e-2, atol=2e-2)
+    y.float().square().sum().backward()
+    reference(x).square().sum().backward()
+    torch.testing.assert_close(sound.weight.grad, reference.weight.grad, rtol=3e-2, atol=1.0)
+
+
 def test_without_autocast_nothing_changes() -> None:
     plain = nn.Conv3d(2, 3, 3, padding=1)
     guarded = copy.deepcopy(plain)
-    use_sound_weight_gradients(guarded)
+    use_sound_convolutions(guarded)
     x = torch.linspace(-1, 1, 2 * 2 * 4 * 6 * 8).reshape(2, 2, 4, 6, 8)
     assert torch.equal(plain(x), guarded(x))
     assert list(plain.state_dict()) == list(guarded.state_dict())

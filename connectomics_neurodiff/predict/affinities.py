@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..convolution import use_sound_convolutions
 from ..engine import resolve_precision
 from ..errors import ShapeMismatch, ValueRangeError
 from ..geometry import Box, blend_window, tile_starts, tiles
@@ -101,6 +102,7 @@ def predict_affinities(
     dtype = resolve_precision(precision, device)
     was_training = network.training
     network.to(device).eval()
+    use_sound_convolutions(network)
 
     def predict_tile(images: Tensor) -> Tensor:
         with torch.autocast(torch.device(device).type, dtype=dtype, enabled=dtype != torch.float32):

@@ -20,6 +20,7 @@ from torch import nn
 
 from ..checkpoints import Checkpoint, load_weights
 from ..conditions import encode_condition
+from ..convolution import use_sound_convolutions
 from ..engine import resolve_precision
 from ..errors import CheckpointMismatch, ShapeMismatch, ValueRangeError
 from ..geometry import Box, blend_window, tiles, voxel_size
@@ -167,6 +168,7 @@ def _tiled_denoiser(
     """Function (x, t) -> noise over the whole volume, blended from tiles."""
     device = torch.device(device)
     network = network.to(device).eval()
+    use_sound_convolutions(network)
     encode = cast("Callable[[torch.Tensor], list[torch.Tensor]]", network.encode_condition_path)
     autocast = resolve_precision(precision, device)
     size = torch.tensor([list(voxel_nm)], dtype=torch.float32, device=device)
