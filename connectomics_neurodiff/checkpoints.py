@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import io
 import os
+import pickle
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,6 +46,16 @@ class Checkpoint:
     options: dict[str, Any]
     state_dict: dict[str, torch.Tensor]
     extra: dict[str, Any]
+
+    @property
+    def patch(self) -> tuple[int, int, int]:
+        """Patch that it was trained on, voxels (z, y, x); raises :class:`CheckpointMismatch` if it does not say."""
+        if "patch" not in self.extra:
+            raise CheckpointMismatch(
+                f"The checkpoint of '{self.architecture}' does not say what patch it was trained on: give --tile Z Y X."
+            )
+        z, y, x = (int(n) for n in self.extra["patch"])
+        return z, y, x
 
 
 def save_checkpoint(
@@ -85,13 +97,20 @@ def load_checkpoint(path: str | os.PathLike[str], *, kind: str) -> Checkpoint:
     if not Path(path).is_file():
         raise MissingInput(f"No checkpoint at {path}.")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about pickle protocols of files that are no checkpoints
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise CheckpointMismatch(
+            f"{path} is no checkpoint of this package: it holds something else than weights, which is never executed."
+        ) from error
     except Exception as error:  # torch raises a different class for each way a file can be broken
-        reason = str(error).strip().splitlines()[0]
+        reason = (str(error).strip().splitlines() or ["nothing in it"])[0]
         raise CheckpointMismatch(
             f"{path} cannot be read as a checkpoint ({type(error).__name__}: {reason})."
         ) from error
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
+    lacking = [name for name in Checkpoint.__dataclass_fields__ if not isinstance(content, dict) or name not in content]
+    if lacking or content.get("format") != FORMAT:
         raise CheckpointMismatch(f"{path} is not a checkpoint of this package (expected format '{FORMAT}').")
     if content["kind"] != kind:
         raise CheckpointMismatch(

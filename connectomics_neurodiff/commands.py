@@ -163,7 +163,7 @@ def sample(options: argparse.Namespace) -> None:
     membrane = np.asarray(open_array(options.masks, ("membrane",)))
     check_masks(label, membrane, mito)
     network, process = denoiser_from_checkpoint(checkpoint)
-    tile = tuple(options.tile or checkpoint.extra["patch"])
+    tile = tuple(options.tile or checkpoint.patch)
     steps = options.steps or min(50, process.steps)
     image = synthesise(
         network,
@@ -200,7 +200,7 @@ def predict(options: argparse.Namespace) -> None:
     volume = open_volume(options.volume, voxel_nm=_voxel_size(options))
     if volume.image is None:
         raise MissingInput(f"{options.volume} has no dataset 'image' to predict from.")
-    tile = tuple(options.tile or checkpoint.extra["patch"])
+    tile = tuple(options.tile or checkpoint.patch)
     affinities = predict_affinities(
         segmenter_from_checkpoint(checkpoint),
         volume.image,

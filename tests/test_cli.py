@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -215,6 +216,52 @@ def test_checkpoints_of_another_kind_are_refused(cells: Path, segmenter: Path, d
     refused("holds a denoiser", "predict", str(cells), out, "--checkpoint", str(denoiser))
     refused("holds a segmenter", "sample", str(cells), out, "--checkpoint", str(segmenter))
     refused("No checkpoint at", "predict", str(cells), out, "--checkpoint", "nowhere.pt")
+
+
+class Pickled:
+    """Executed by whoever unpickles it without care."""
+
+    def __reduce__(self) -> tuple:
+        return (Path.touch, (Path("pwned"),))
+
+
+def test_files_that_are_no_checkpoints_are_refused_and_never_executed(
+    cells: Path, segmenter: Path, tmp_path: Path
+) -> None:
+    whole = segmenter.read_bytes()
+    contents = {
+        "empty": b"",
+        "text": b"hello\nworld",
+        "half": whole[: len(whole) // 2],
+        "code": pickle.dumps(Pickled()),
+    }
+    for name, content in contents.items():
+        (tmp_path / f"{name}.pt").write_bytes(content)
+    torch.save({"format": "connectomics_neurodiff checkpoint 1"}, tmp_path / "bare.pt")
+    torch.save({"format": Pickled()}, tmp_path / "trap.pt")
+    for path in sorted(tmp_path.glob("*.pt")):
+        refused(path.name, "predict", str(cells), str(tmp_path / "out.h5"), "--checkpoint", str(path))
+    assert not (REPOSITORY / "pwned").exists()
+    assert not (tmp_path / "out.h5").exists()
+
+
+def test_checkpoints_must_say_what_is_needed_of_them(cells: Path, tmp_path: Path) -> None:
+    options = {"filters": [8, 12], "z_pool": [False], "in_channels": 2}
+    for name, more in (("patchless", {"in_channels": 1}), ("coloured", {})):
+        network = build_segmenter("superhuman", **options | more)
+        made = {
+            "architecture": "superhuman",
+            "options": options | more,
+            "state_dict": network.state_dict(),
+            "extra": {},
+        }
+        save_checkpoint(tmp_path / f"{name}.pt", kind="segmenter", **made)  # type: ignore[arg-type]
+    out = str(tmp_path / "out.h5")
+    refused("--tile", "predict", str(cells), out, "--checkpoint", str(tmp_path / "patchless.pt"))
+    refused(
+        "1 image channel",
+        *("predict", str(cells), out, "--checkpoint", str(tmp_path / "coloured.pt"), "--tile", "4", "8", "8"),
+    )
 
 
 def test_bad_volumes_are_refused(cells: Path, denoiser: Path, tmp_path: Path) -> None:

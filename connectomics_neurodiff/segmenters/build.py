@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from ..checkpoints import Checkpoint, load_weights
-from ..errors import UnknownName, ValueRangeError, did_you_mean
+from ..errors import CheckpointMismatch, UnknownName, ValueRangeError, did_you_mean
 from ..registry import Registry
 
 SEGMENTERS: Registry[Callable[..., nn.Module]] = Registry(
@@ -62,8 +62,13 @@ def segmenter_from_checkpoint(checkpoint: Checkpoint) -> nn.Module:
     Raises
     ------
     CheckpointMismatch
-        If the weights do not fit the architecture.
+        If the weights do not fit the architecture, or it does not map one image channel to three affinities.
     UnknownName
         If this version does not know the architecture.
     """
+    channels = checkpoint.options.get("in_channels", 1), checkpoint.options.get("out_channels", 3)
+    if channels != (1, 3):
+        raise CheckpointMismatch(
+            f"A segmenter maps 1 image channel to 3 affinities here. Got {channels[0]} to {channels[1]}."
+        )
     return load_weights(build_segmenter(checkpoint.architecture, **checkpoint.options), checkpoint).eval()
