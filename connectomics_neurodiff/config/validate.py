@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from yacs.config import CfgNode
@@ -16,7 +17,7 @@ def _require(condition: bool, key: str, allowed: str, got: object) -> None:
 
 def _require_choice(key: str, value: str, known: Sequence[str]) -> None:
     if value not in known:
-        raise ConfigError(f"{key} is '{value}'.{did_you_mean(value, known)} Known: {', '.join(known)}.")
+        raise ConfigError(f"{key} is '{value}'.{did_you_mean(str(value), known)} Known: {', '.join(known)}.")
 
 
 def _require_size(key: str, value: Sequence[int]) -> None:
@@ -30,7 +31,7 @@ def _require_numbers(cfg: CfgNode, keys: Sequence[str], low: float, high: float 
         *parents, leaf = key.split(".")
         for name in parents:
             node = node[name]
-        inside = low <= node[leaf] <= high
+        inside = low <= node[leaf] <= high and math.isfinite(node[leaf])
         _require(inside, key, f">= {low:g}" if high == float("inf") else f"in [{low:g}, {high:g}]", node[leaf])
 
 
@@ -39,6 +40,7 @@ def validate(cfg: CfgNode) -> None:
     _validate_numbers(cfg)
     _validate_geometry(cfg)
     _validate_names(cfg)
+    _validate_sources(cfg)
 
 
 def _validate_numbers(cfg: CfgNode) -> None:
@@ -46,21 +48,27 @@ def _validate_numbers(cfg: CfgNode) -> None:
         "SYSTEM.NUM_NODES SOLVER.ITERATION_TOTAL SOLVER.ITERATION_SAVE SOLVER.SAMPLES_PER_BATCH SOLVER.ITERATION_STEP "
         "INFERENCE.SAMPLES_PER_BATCH NEURODIFF.REMODEL.COPIES NEURODIFF.DIFFUSION.STEPS NEURODIFF.DIFFUSION.ITERATIONS "
         "NEURODIFF.DIFFUSION.BATCH NEURODIFF.DIFFUSION.ACCUMULATE NEURODIFF.DIFFUSION.SAVE_EVERY "
-        "NEURODIFF.DIFFUSION.SAMPLER_STEPS MODEL.IN_PLANES"
+        "NEURODIFF.DIFFUSION.SAMPLER_STEPS"
     )
     _require_numbers(cfg, at_least_one.split(), 1)
     not_negative = (
         "SYSTEM.NUM_CPUS SYSTEM.NUM_WORKERS SOLVER.WARMUP_ITERS SOLVER.CLIP_NORM SOLVER.WEIGHT_DECAY NEURODIFF.SEED "
         "AUGMENTOR.SYNTHETIC.RATIO NEURODIFF.REMODEL.SIGMA_NM NEURODIFF.DIFFUSION.WARMUP NEURODIFF.DIFFUSION.CLIP_NORM "
-        "NEURODIFF.SEGMENTER.LABEL_EROSION"
+        "NEURODIFF.SEGMENTER.LABEL_EROSION NEURODIFF.PHANTOM.SEED NEURODIFF.DIFFUSION.COSINE_OFFSET"
     )
     _require_numbers(cfg, not_negative.split(), 0)
     _require_numbers(cfg, ["SYSTEM.NUM_GPUS"], -1)
     fractions = "NEURODIFF.REMODEL.CANDIDATE_FRACTION NEURODIFF.PAIRS.GREY_LIMIT NEURODIFF.PAIRS.LEAST_CONTRAST"
     _require_numbers(cfg, fractions.split(), 0, 1)
-    _require_numbers(cfg, ["SOLVER.EMA_DECAY", "NEURODIFF.DIFFUSION.EMA_DECAY"], 0, 0.999999)
-    positive = "SOLVER.BASE_LR NEURODIFF.DIFFUSION.LEARNING_RATE NEURODIFF.MEMBRANE_NM NEURODIFF.REMODEL.SPACING_NM"
+    _require_numbers(cfg, ["SOLVER.EMA_DECAY", "NEURODIFF.DIFFUSION.EMA_DECAY", "SOLVER.MOMENTUM"], 0, 0.999999)
+    positive = (
+        "SOLVER.BASE_LR SOLVER.EPS NEURODIFF.DIFFUSION.LEARNING_RATE NEURODIFF.MEMBRANE_NM "
+        "NEURODIFF.REMODEL.SPACING_NM NEURODIFF.REMODEL.CANDIDATE_FRACTION"
+    )
     _require_numbers(cfg, positive.split(), 1e-12)
+    betas = cfg.SOLVER.BETAS
+    fit = len(betas) == 2 and all(isinstance(b, int | float) and 0 <= b < 1 for b in betas)
+    _require(fit, "SOLVER.BETAS", "two numbers in [0, 1)", betas)
     for name, node in cfg.AUGMENTOR.items():
         if isinstance(node, CfgNode) and "P" in node:
             _require_numbers(cfg, [f"AUGMENTOR.{name}.P"], 0, 1)
@@ -120,6 +128,7 @@ def _validate_names(cfg: CfgNode) -> None:
     )
     _require_choice("MODEL.NORM_MODE", cfg.MODEL.NORM_MODE, ("batch", "group", "instance", "none"))
     _require(cfg.MODEL.TARGET_OPT == ["2"], "MODEL.TARGET_OPT", "['2'] (affinity z, y, x)", cfg.MODEL.TARGET_OPT)
+    _require(cfg.MODEL.IN_PLANES == 1, "MODEL.IN_PLANES", "1 (one grey image)", cfg.MODEL.IN_PLANES)
     _require(cfg.MODEL.OUT_PLANES == 3, "MODEL.OUT_PLANES", "3 (affinity z, y, x)", cfg.MODEL.OUT_PLANES)
     _require(
         bool(segment.METHODS), "NEURODIFF.SEGMENT.METHODS", "a list with waterz, multicut or both", segment.METHODS
@@ -129,4 +138,29 @@ def _validate_names(cfg: CfgNode) -> None:
         key = f"{method.upper()}_THRESHOLDS"
         inside = bool(segment[key]) and all(isinstance(t, int | float) and 0 <= t <= 1 for t in segment[key])
         _require(inside, f"NEURODIFF.SEGMENT.{key}", "a list of numbers in [0, 1]", segment[key])
+        # multicut takes the logarithm of beta / (1 - beta).
+        open_ended = method != "multicut" or not {0, 1} & set(segment[key])
+        _require(open_ended, f"NEURODIFF.SEGMENT.{key}", "inside (0, 1)", segment[key])
     _require_choice("NEURODIFF.SEGMENT.CRITERION", segment.CRITERION, ("voi", "arand"))
+
+
+def _validate_sources(cfg: CfgNode) -> None:
+    """Names of inputs that would be ignored, or that name nothing, are slips."""
+    data, split = cfg.DATASET, cfg.NEURODIFF.SPLIT
+    _require(bool(data.IMAGE_NAME), "DATASET.IMAGE_NAME", "the name of a volume, or 'phantom'", data.IMAGE_NAME)
+    pairs = cfg.AUGMENTOR.SYNTHETIC.PAIRS
+    named = all(isinstance(path, str) and path for path in pairs)
+    _require(named, "AUGMENTOR.SYNTHETIC.PAIRS", "a path or a list of paths", pairs)
+    for part in ("TUNE", "TEST"):
+        node, key = split[part], f"NEURODIFF.SPLIT.{part}"
+        orphan = bool(node.LABEL_NAME) and not node.IMAGE_NAME
+        _require(not orphan, f"{key}.LABEL_NAME", f"empty without {key}.IMAGE_NAME", node.LABEL_NAME)
+    if data.IMAGE_NAME == "phantom":
+        unused = {
+            "DATASET.LABEL_NAME": data.LABEL_NAME,
+            "NEURODIFF.MITO_NAME": cfg.NEURODIFF.MITO_NAME,
+            "NEURODIFF.SPLIT.TUNE.IMAGE_NAME": split.TUNE.IMAGE_NAME,
+            "NEURODIFF.SPLIT.TEST.IMAGE_NAME": split.TEST.IMAGE_NAME,
+        }
+        for key, name in unused.items():
+            _require(not name, key, "empty while DATASET.IMAGE_NAME is 'phantom', which holds all parts", name)
