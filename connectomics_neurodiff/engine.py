@@ -294,7 +294,7 @@ def save_resume_point(trainer: lightning.Trainer, path: Path) -> None:
         trainer.save_checkpoint(temporary)
 
 
-def _step_of_resume_point(path: Path, key: str) -> int:
+def step_of_resume_point(path: Path, key: str) -> int:
     """Optimiser step of a resume point, 0 if there is none; checks that it belongs to this training."""
     if not path.exists():
         return 0
@@ -357,7 +357,7 @@ def fit(
 
     folder.mkdir(parents=True, exist_ok=True)
     resume_point = folder / "last.ckpt"
-    first_step = _step_of_resume_point(resume_point, key)
+    first_step = step_of_resume_point(resume_point, key)
     network.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]  # twice as fast on the CPU
     device = resolve_device(settings.devices)
     autocast = resolve_precision(settings.precision, device)
@@ -401,7 +401,11 @@ def fit(
         )
         if first_step < settings.steps:
             resume_from = resume_point if first_step else None
-            trainer.fit(module, loader, ckpt_path=resume_from, weights_only=True)
+            try:
+                trainer.fit(module, loader, ckpt_path=resume_from, weights_only=True)
+            except SystemExit as stop:
+                # Lightning ends the process: on Ctrl-C with 1 and no word, on SIGTERM with 0, as if all were well.
+                raise KeyboardInterrupt from stop
         else:
             module.load_state_dict(torch.load(resume_point, map_location="cpu", weights_only=True)["state_dict"])
     if module.averaged is not None:

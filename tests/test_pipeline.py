@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import time
@@ -221,6 +222,119 @@ def test_missing_files_are_listed(tmp_path: Path) -> None:
 def test_overlapping_splits_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="tune and test must not share voxels"):
         run(tmp_path / "out", NEURODIFF__SPLIT__TUNE__BOX="[8, 0, 0, 14, 72, 88]")
+
+
+def test_a_part_without_labels_is_told_before_any_training(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    for part, box in (("TRAIN", (0, 4)), ("TUNE", (4, 8)), ("TEST", (8, 12))):
+        label = rng.integers(1, 9, (12, 40, 44)).astype(np.uint32)
+        label[slice(*box)] = 0
+        changes = {
+            f"NEURODIFF__SPLIT__{name}__BOX": str([a, 0, 0, b, 40, 44])
+            for name, (a, b) in (("TRAIN", (0, 4)), ("TUNE", (4, 8)), ("TEST", (8, 12)))
+        }
+        name = write_volume(tmp_path / "v.h5", label=label)
+        with pytest.raises(UserError, match=f"The {part.lower()} part has no labelled voxel"):
+            run(tmp_path / "out", DATASET__INPUT_PATH=str(tmp_path), DATASET__IMAGE_NAME=name, **changes)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_copy_of_the_training_volume_is_no_test_volume(tmp_path: Path) -> None:
+    name = write_volume(tmp_path / "v.h5")
+    shutil.copy(tmp_path / name, tmp_path / "renamed.h5")
+    with pytest.raises(ConfigError, match=r"must not share voxels.*its copy .*renamed\.h5"):
+        run(
+            tmp_path / "out",
+            DATASET__INPUT_PATH=str(tmp_path),
+            DATASET__IMAGE_NAME=name,
+            NEURODIFF__SPLIT__TRAIN__BOX="[0, 0, 0, 4, 40, 44]",
+            NEURODIFF__SPLIT__TUNE__BOX="[4, 0, 0, 8, 40, 44]",
+            NEURODIFF__SPLIT__TEST__IMAGE_NAME="renamed.h5",
+            NEURODIFF__SPLIT__TEST__BOX="[0, 0, 0, 4, 40, 44]",
+        )
+
+
+def test_another_voxel_size_makes_what_was_made_stale(tmp_path: Path) -> None:
+    changes = {
+        "DATASET__INPUT_PATH": str(tmp_path),
+        "DATASET__IMAGE_NAME": write_volume(tmp_path / "v.h5"),
+        "NEURODIFF__SPLIT__TRAIN__BOX": "[0, 0, 0, 4, 40, 44]",
+        "NEURODIFF__SPLIT__TUNE__BOX": "[4, 0, 0, 8, 40, 44]",
+        "NEURODIFF__SPLIT__TEST__BOX": "[8, 0, 0, 12, 40, 44]",
+    }
+    run(tmp_path / "out", **changes, stages=["masks"])
+    with pytest.raises(StaleArtifactError, match="train: "):
+        run(tmp_path / "out", **changes, NEURODIFF__VOXEL_NM="[6, 6, 6]", stages=["masks"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"MODEL__ARCHITECTURE": "superhumn"}, "Did you mean 'superhuman'"),
+        ({"MODEL__FILTERS": "[8]"}, "at least two levels"),
+        ({"MODEL__FILTERS": "[8.5, 12]"}, "whole numbers"),
+        ({"MODEL__ISOTROPY": "[False, True]"}, "one z_pool per pooling"),
+        ({"NEURODIFF__DIFFUSION__ARCHITECTURE": "neurodif"}, "Did you mean 'neurodiff'"),
+        ({"NEURODIFF__DIFFUSION__PRESET": "smal"}, "Did you mean 'small'"),
+        ({"SYSTEM__NUM_NODES": "2"}, "launcher"),
+    ],
+)
+def test_networks_that_cannot_be_built_are_told_before_any_work(tmp_path: Path, changes: dict, named: str) -> None:
+    with pytest.raises(UserError, match=named):
+        run(tmp_path / "out", **changes)
+    assert not (tmp_path / "out").exists()
+
+
+def test_stages_that_this_configuration_lacks_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"AUGMENTOR\.SYNTHETIC is off"):
+        choose_stages(load_config(), ["masks"])
+    with pytest.raises(MissingInput, match="run the stage 'pairs' first"):
+        run(tmp_path / "out", stages=["segmenter"])
+    assert not (tmp_path / "out" / "segmenter").exists()
+
+
+@pytest.mark.parametrize("damage", ["negative", "background"])
+def test_pairs_made_elsewhere_are_read_before_any_training(tmp_path: Path, damage: str) -> None:
+    label = np.zeros((12, 40, 44), np.int32)
+    if damage == "negative":
+        label[...] = 1
+        label[-1, -1, -1] = -1
+    write_volume(tmp_path / "pair.h5", label=label)
+    with pytest.raises(UserError, match=damage):
+        run(tmp_path / "out", AUGMENTOR__SYNTHETIC__PAIRS=str(tmp_path / "pair.h5"), stages=["segmenter"])
+    assert not (tmp_path / "out").exists()
+
+
+def test_pairs_need_no_membrane(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    label = rng.integers(1, 9, (3, 10, 11)).repeat(4, 0).repeat(4, 1).repeat(4, 2).astype(np.uint32)
+    write_volume(tmp_path / "pair.h5", label=label)
+    changes = {"AUGMENTOR__SYNTHETIC__PAIRS": str(tmp_path / "pair.h5"), "SOLVER__ITERATION_TOTAL": "1"}
+    run(tmp_path / "out", **changes)
+    assert (tmp_path / "out" / "figures" / "synthesis.png").exists()
+
+
+def test_force_starts_a_half_finished_training_anew_even_after_a_refusal(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    options = ["--stages", "diffusion"]
+    process = subprocess.Popen(
+        command(folder, *options, NEURODIFF__DIFFUSION__ITERATIONS="500"),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=ENVIRONMENT,
+    )
+    wait_for(lambda: (folder / "diffusion" / "last.ckpt").exists(), process)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate()
+    assert process.returncode == 130  # not 0: what was asked for has not been done
+    assert errors.splitlines()[-1] == "neurodiff: interrupted; the same command goes on where it stopped"
+    changes = {"NEURODIFF__DIFFUSION__LEARNING_RATE": "2e-4", "stages": ["diffusion"]}
+    for _ in range(2):
+        with pytest.raises(StaleArtifactError, match="--force"):
+            run(folder, **changes)
+    run(folder, **changes, force=True)
+    assert (folder / "diffusion" / "checkpoint.pt").exists()
 
 
 def test_a_folder_that_is_not_a_run_is_left_alone(tmp_path: Path) -> None:

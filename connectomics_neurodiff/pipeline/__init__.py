@@ -13,6 +13,7 @@ from ..errors import ConfigError, UnknownName, did_you_mean
 #: Stages in order. The first three need AUGMENTOR.SYNTHETIC and no pairs made before.
 STAGES = ("diffusion", "masks", "pairs", "segmenter", "predictions", "segmentations", "metrics", "report")
 SYNTHESIS_STAGES = ("diffusion", "masks", "pairs")
+NETWORK_STAGES = frozenset({"diffusion", "pairs", "segmenter", "predictions"})
 INFERENCE_STAGES = ("predictions", "segmentations", "metrics", "report")
 
 
@@ -23,6 +24,8 @@ def choose_stages(cfg: CfgNode, names: Sequence[str] = (), *, inference: bool = 
     ------
     UnknownName
         If a stage does not exist.
+    ConfigError
+        If a stage was asked for by name that this configuration does not have.
     """
     for name in names:
         if name not in STAGES:
@@ -30,6 +33,10 @@ def choose_stages(cfg: CfgNode, names: Sequence[str] = (), *, inference: bool = 
     wanted = list(names or (INFERENCE_STAGES if inference else STAGES))
     synthetic = cfg.AUGMENTOR.SYNTHETIC
     makes_pairs = synthetic.ENABLED and not synthetic.PAIRS
+    idle = [name for name in names if name in SYNTHESIS_STAGES and not makes_pairs]
+    if idle:
+        why = "AUGMENTOR.SYNTHETIC.PAIRS names pairs made before" if synthetic.ENABLED else "AUGMENTOR.SYNTHETIC is off"
+        raise ConfigError(f"The stage '{idle[0]}' makes synthetic pairs, but {why}.")
     return [name for name in STAGES if name in wanted and (makes_pairs or name not in SYNTHESIS_STAGES)]
 
 
@@ -66,19 +73,19 @@ def run_pipeline(
     UserError
         If input or settings are wrong; before any long work wherever it can be known.
     """
+    from . import networks
     from . import parts as parts_of
     from .report_stage import make_report
     from .run import Run, logger, run_folder, timed
 
     chosen = choose_stages(cfg, stages, inference=inference)
+    if NETWORK_STAGES & set(chosen):
+        networks.check_networks(cfg)
     if checkpoint:
         check_checkpoint(checkpoint)
     _use_threads(cfg.SYSTEM.NUM_CPUS)
     parts = parts_of.open_parts(cfg)
-    if cfg.AUGMENTOR.SYNTHETIC.PAIRS:
-        from ..pairs import open_pairs
-
-        open_pairs(list(cfg.AUGMENTOR.SYNTHETIC.PAIRS), parts["train"].volume)
+    parts_of.check_pairs(cfg, parts["train"].volume)
     from . import stages as made_by
 
     makers: dict[str, Callable[[Run], None]] = {
@@ -102,10 +109,11 @@ def run_pipeline(
 
 
 def check_checkpoint(path: str) -> None:
-    """Open the segmenter given by --checkpoint, so that a wrong file is told before any work."""
+    """Build the segmenter given by --checkpoint, so that a wrong file is told before any work."""
     from ..checkpoints import load_checkpoint
+    from ..segmenters import segmenter_from_checkpoint
 
-    load_checkpoint(path, kind="segmenter")
+    segmenter_from_checkpoint(load_checkpoint(path, kind="segmenter"))
 
 
 def _use_threads(count: int) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Any
 
 from yacs.config import CfgNode
 
 from ..config import as_dict
 from ..engine import FitSettings, resolve_device, resolve_precision
+from ..errors import ConfigError
 
 if TYPE_CHECKING:
     import torch
@@ -20,6 +22,46 @@ def device_and_precision(cfg: CfgNode) -> tuple[torch.device, str]:
     device = resolve_device(cfg.SYSTEM.NUM_GPUS)
     bf16 = resolve_precision(cfg.SYSTEM.PRECISION, device) == torch.bfloat16
     return device, "bf16" if bf16 else "fp32"
+
+
+def check_networks(cfg: CfgNode) -> None:
+    """Build the networks without memory or numbers, so that a wrong name or size is told before any work.
+
+    Raises
+    ------
+    UserError
+        If a network cannot be built, or the device or launcher asked for is not there.
+    """
+    import torch
+
+    from ..segmenters import build_segmenter
+    from ..synthesis import build_denoiser
+
+    device_and_precision(cfg)
+    if cfg.SYSTEM.NUM_NODES > 1 and not {"MASTER_ADDR", "SLURM_JOB_ID"} & os.environ.keys():
+        raise ConfigError(
+            f"SYSTEM.NUM_NODES {cfg.SYSTEM.NUM_NODES} needs a launcher such as torchrun or srun on every machine; "
+            "without one the training would wait for the others for ever."
+        )
+    filters, z_pool = cfg.MODEL.FILTERS, cfg.MODEL.ISOTROPY
+    if not all(type(n) is int for n in filters) or not all(type(pool) is bool for pool in z_pool):
+        raise ConfigError(
+            f"MODEL.FILTERS must be whole numbers and MODEL.ISOTROPY true or false. Got {filters} and {z_pool}."
+        )
+    with torch.device("meta"):
+        build_segmenter(cfg.MODEL.ARCHITECTURE, **segmenter_options(cfg))
+        if cfg.AUGMENTOR.SYNTHETIC.ENABLED and not cfg.AUGMENTOR.SYNTHETIC.PAIRS:
+            build_denoiser(cfg.NEURODIFF.DIFFUSION.ARCHITECTURE, **denoiser_options(cfg))
+
+
+def world_size(cfg: CfgNode) -> dict[str, int]:
+    """How many devices train together, as a setting of what they train: their batches add up. Nothing for one."""
+    import torch
+
+    device, _ = device_and_precision(cfg)
+    gpus = cfg.SYSTEM.NUM_GPUS if cfg.SYSTEM.NUM_GPUS > 0 else torch.cuda.device_count()
+    world = cfg.SYSTEM.NUM_NODES * (gpus if device.type == "cuda" else 1)
+    return {"WORLD_SIZE": world} if world > 1 else {}
 
 
 def _device_settings(cfg: CfgNode) -> dict[str, Any]:

@@ -5,10 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 from yacs.config import CfgNode
 
 from ..errors import ConfigError, MissingInput, ValueRangeError
 from ..geometry import Box
+from ..pairs import open_pairs
 from ..provenance import hash_of, hash_of_file
 from ..volume import Volume, check_training_volume, grow_phantom, open_volume
 
@@ -30,7 +32,9 @@ class Part:
     box : Box
         The part of it.
     identity : str
-        Hash of the source's content and the box.
+        Hash of the source's content, the box, and the voxel size if it was given in the configuration.
+    image : str
+        Hash of the image's source alone: equal in two parts that show the same tissue, whatever the files are called.
     """
 
     name: str
@@ -38,6 +42,7 @@ class Part:
     volume: Volume
     box: Box
     identity: str
+    image: str
 
     def load(self) -> Volume:
         """The part in memory."""
@@ -70,19 +75,21 @@ def open_parts(cfg: CfgNode) -> dict[str, Part]:
     Raises
     ------
     MissingInput, ShapeMismatch, LabelTypeError, ValueRangeError, VoxelSizeMissing
-        If an input is not there or cannot be used.
+        If an input is not there or cannot be used, or a part has no labelled voxel.
     ConfigError
         If two of the parts share voxels.
     """
     missing = missing_inputs(cfg)
     if missing:
         raise MissingInput(f"Missing input: {', '.join(missing)}. DATASET.INPUT_PATH is '{cfg.DATASET.INPUT_PATH}'.")
-    opened: dict[str, tuple[Volume, str]] = {}
+    opened: dict[str, tuple[Volume, str, str]] = {}
     parts = {}
     for name in ("train", "tune", "test"):
-        source, volume, identity = _open_source(cfg, name, opened)
+        source, volume, identity, image = _open_source(cfg, name, opened)
         box = _box_of(cfg.NEURODIFF.SPLIT[name.upper()].BOX, volume, name)
-        parts[name] = Part(name, source, volume, box, hash_of([identity, box.start, box.stop]))
+        parts[name] = Part(name, source, volume, box, hash_of([identity, box.start, box.stop]), image)
+    for part in parts.values():
+        _require_labels(part)
     for first, second in (("tune", "test"), ("train", "test"), ("train", "tune")):
         _require_disjoint(parts[first], parts[second])
     voxel = {tuple(part.volume.voxel_nm) for part in parts.values()}
@@ -91,20 +98,41 @@ def open_parts(cfg: CfgNode) -> dict[str, Part]:
     return parts
 
 
-def _require_disjoint(first: Part, second: Part) -> None:
-    if first.source == second.source and first.box.overlaps(second.box):
-        raise ConfigError(
-            f"{first.name} and {second.name} must not share voxels. Got {first.box.start}-{first.box.stop} and "
-            f"{second.box.start}-{second.box.stop} of {first.source}; set NEURODIFF.SPLIT.*.BOX."
+def check_pairs(cfg: CfgNode, real: Volume) -> None:
+    """Read the synthetic pairs made before, if any, as the real volumes are read: now, not after the first training."""
+    if cfg.AUGMENTOR.SYNTHETIC.ENABLED:
+        for pair in open_pairs(list(cfg.AUGMENTOR.SYNTHETIC.PAIRS), real):
+            check_training_volume(pair)
+
+
+def _require_labels(part: Part) -> None:
+    """A part without a neuron can neither teach, nor tune, nor be scored; better told before the training."""
+    label = part.volume.label
+    if label is None or not np.asarray(label[part.box.slices]).any():
+        raise ValueRangeError(
+            f"The {part.name} part has no labelled voxel, background only. Got {part.box.start}-{part.box.stop} of "
+            f"{part.source}; set NEURODIFF.SPLIT.{part.name.upper()}.BOX."
         )
 
 
-def _open_source(cfg: CfgNode, name: str, opened: dict[str, tuple[Volume, str]]) -> tuple[str, Volume, str]:
+def _require_disjoint(first: Part, second: Part) -> None:
+    same = first.source == second.source or first.image == second.image
+    if same and first.box.overlaps(second.box):
+        where = first.source if first.source == second.source else f"{first.source} and its copy {second.source}"
+        raise ConfigError(
+            f"{first.name} and {second.name} must not share voxels. Got {first.box.start}-{first.box.stop} and "
+            f"{second.box.start}-{second.box.stop} of {where}; set NEURODIFF.SPLIT.*.BOX."
+        )
+
+
+def _open_source(cfg: CfgNode, name: str, opened: dict[str, tuple[Volume, str, str]]) -> tuple[str, Volume, str, str]:
+    """Path, volume, hash of all its files, hash of the image's."""
     if cfg.DATASET.IMAGE_NAME == PHANTOM:
         node = cfg.NEURODIFF.PHANTOM
         if PHANTOM not in opened:
             grown = grow_phantom(tuple(node.SHAPE), tuple(node.VOXEL_NM), node.SEED)
-            opened[PHANTOM] = (grown, hash_of([node.SHAPE, node.VOXEL_NM, node.SEED]))
+            identity = hash_of([node.SHAPE, node.VOXEL_NM, node.SEED])
+            opened[PHANTOM] = (grown, identity, identity)
         return PHANTOM, *opened[PHANTOM]
     paths = source_paths(cfg)[name]
     source = str(Path(paths[0].split("::")[0]).resolve())
@@ -114,7 +142,9 @@ def _open_source(cfg: CfgNode, name: str, opened: dict[str, tuple[Volume, str]])
             paths, tuple(cfg.NEURODIFF.VOXEL_NM), with_mito=bool(cfg.NEURODIFF.MITO_NAME) and name == "train"
         )
         check_training_volume(volume)
-        opened[key] = (volume, hash_of([hash_of_source(path) for path in paths]))
+        given = [cfg.NEURODIFF.VOXEL_NM] if cfg.NEURODIFF.VOXEL_NM else []
+        identity = hash_of([hash_of_source(path) for path in paths] + given)
+        opened[key] = (volume, identity, hash_of_source(paths[0].split("::")[0]))
     return source, *opened[key]
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from ..conditions import membrane_from_labels
 from ..config import dump_config
 from ..engine import read_loss_curve
 from ..report import (
@@ -21,7 +22,7 @@ from ..report import (
     threshold_figure,
     write_report,
 )
-from ..volume import Volume, open_array, open_volume
+from ..volume import Volume, open_array, open_source, open_volume
 from .run import Run
 from .stages import pair_paths
 
@@ -84,7 +85,6 @@ def _draw_synthesis(run: Run, path: Path) -> bool:
     if pair is None:
         return False
     train = run.parts["train"].load()
-    membrane = np.asarray(open_array(pair[0], ("membrane",)))
     depth = min(train.shape[0], pair[1].shape[0])
     sections = sections_to_show(depth)
     synthesis_figure(
@@ -92,13 +92,20 @@ def _draw_synthesis(run: Run, path: Path) -> bool:
         train.array("image"),
         train.array("label"),
         pair[1].array("label"),
-        membrane,
+        _membrane_of(run, *pair),
         pair[1].mito_array,
         pair[1].array("image"),
         sections,
         train.voxel_nm,
     )
     return True
+
+
+def _membrane_of(run: Run, path: Path, pair: Volume) -> np.ndarray:
+    """Membranes that the pair was painted on; of a pair made elsewhere, those between its labels."""
+    if "membrane" in open_source(path).arrays:
+        return np.asarray(open_array(path, ("membrane",)))
+    return membrane_from_labels(pair.array("label"), pair.voxel_nm, run.cfg.NEURODIFF.MEMBRANE_NM)
 
 
 def _draw_grey_values(run: Run, path: Path) -> bool:

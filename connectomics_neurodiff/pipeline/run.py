@@ -16,7 +16,7 @@ from typing import Any
 from yacs.config import CfgNode
 
 from ..config import dump_config
-from ..errors import MissingInput, OutputExists, StaleArtifactError, UserError
+from ..errors import MissingInput, NotWritable, OutputExists, StaleArtifactError, UserError
 from ..provenance import Provenance, atomic_write, hash_of_file, is_reusable, sidecar_of, write_json, write_provenance
 from .parts import Part
 
@@ -81,7 +81,7 @@ class Run:
     def hash_of(self, relative: str) -> str:
         """Content hash of an artefact that an earlier stage made."""
         path = self.folder / relative
-        if not sidecar_of(path).exists():
+        if not (path.exists() and sidecar_of(path).exists()):
             stage = relative.split("/")[0]
             raise MissingInput(f"{path} is not there yet: run the stage '{stage}' first.")
         return hash_of_file(path)
@@ -113,6 +113,8 @@ def run_folder(cfg: CfgNode) -> Iterator[Path]:
     ------
     OutputExists
         If the folder holds something but is not a run's folder.
+    NotWritable
+        If it cannot be made, or not be written in.
     UserError
         If another run works in it.
     """
@@ -123,9 +125,10 @@ def run_folder(cfg: CfgNode) -> Iterator[Path]:
         raise OutputExists(f"DATASET.OUTPUT_PATH {folder} is not empty and not a run's folder (no run.log in it).")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-    except PermissionError as error:
-        raise UserError(f"DATASET.OUTPUT_PATH {folder} cannot be made: {error.strerror}.") from error
-    with open(folder / "run.log", "a") as log:
+        opened = open(folder / "run.log", "a")  # noqa: SIM115 - closed by the with below
+    except OSError as error:
+        raise NotWritable(f"DATASET.OUTPUT_PATH {folder} cannot be written: {error.strerror}.") from error
+    with opened as log:
         try:
             fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -141,6 +144,9 @@ def run_folder(cfg: CfgNode) -> Iterator[Path]:
             write_config(folder, cfg)  # only now does all that is in the folder agree with it
         except Exception:
             logger.exception("the run stopped")
+            raise
+        except KeyboardInterrupt:
+            logger.info("interrupted")
             raise
         finally:
             logger.removeHandler(handler)

@@ -14,7 +14,7 @@ from ..affinities import CONVENTION
 from ..agglomerate import fragments_from_affinities, segment_sweep
 from ..conditions import membrane_from_labels
 from ..config import as_dict
-from ..errors import UserError
+from ..errors import CheckpointMismatch, StaleArtifactError, UserError
 from ..metrics import evaluate, tune_threshold
 from ..pairs import (
     grey_value_gate,
@@ -29,6 +29,7 @@ from ..remodel import SignatureLibrary, remodel
 from ..seeding import rng_for
 from ..volume import Volume, open_array, open_volume, write_volume
 from . import networks
+from .parts import hash_of_source
 from .run import Run, discard_training
 
 if TYPE_CHECKING:
@@ -49,11 +50,12 @@ def make_diffusion(run: Run) -> None:
     cfg, node = run.cfg, run.cfg.NEURODIFF.DIFFUSION
     settings = networks.training_keys(node, ("SAMPLER", "SAMPLER_STEPS", "TILE", "OVERLAP", "SAVE_EVERY"))
     settings |= {"MEMBRANE_NM": cfg.NEURODIFF.MEMBRANE_NM, "PRECISION": networks.device_and_precision(cfg)[1]}
+    settings |= networks.world_size(cfg)
     provenance = run.provenance("diffusion", settings, train=run.parts["train"].identity)
     target = run.folder / "diffusion" / "checkpoint.pt"
     if run.is_done(target, provenance):
         return
-    _forget_other_training(run, target.parent, provenance)
+    _forget_other_training(run, target.parent, provenance.key)
     train = run.parts["train"].load()
     options = networks.denoiser_options(cfg)
     network = _built_with_seed(run, "denoiser", lambda: build_denoiser(node.ARCHITECTURE, **options))
@@ -128,7 +130,7 @@ def make_pairs(run: Run) -> None:
         )
         target = run.folder / "pairs" / f"copy_{copy:03d}.h5"
         report = run.folder / "pairs" / f"copy_{copy:03d}.gate.json"
-        if not run.is_done(target, provenance):
+        if not (run.is_done(target, provenance) and report.exists()):
             denoise = denoise or _make_painter(run)
             _make_pair(run, denoise, masks, target, report, provenance, copy)
         passed += json.loads(report.read_text())["passed"]
@@ -225,8 +227,19 @@ def pair_paths(run: Run) -> list[Path]:
 
 def make_segmenter(run: Run) -> None:
     """Train the affinity network per arm -> segmenter/{real,mixed}/checkpoint.pt."""
+    if "mixed" in run.arms:
+        _require_pairs(run)
     for arm in run.arms:
         _train_arm(run, arm)
+
+
+def _require_pairs(run: Run) -> None:
+    """All pairs of the run must be there before the first arm is trained, not only the second."""
+    if not run.cfg.AUGMENTOR.SYNTHETIC.PAIRS:
+        for copy in range(run.cfg.NEURODIFF.REMODEL.COPIES):
+            run.hash_of(f"pairs/copy_{copy:03d}.h5")
+    if run.cfg.AUGMENTOR.SYNTHETIC.RATIO > 0 and not pair_paths(run):
+        raise UserError("No synthetic volume passed the gate: there is nothing to mix in. See pairs/*.gate.json.")
 
 
 def _train_arm(run: Run, arm: str) -> None:
@@ -243,14 +256,15 @@ def _train_arm(run: Run, arm: str) -> None:
         "SEGMENTER": as_dict(cfg.NEURODIFF.SEGMENTER),
         "PRECISION": networks.device_and_precision(cfg)[1],
         "RATIO": cfg.AUGMENTOR.SYNTHETIC.RATIO if arm == "mixed" else 0.0,
+        **networks.world_size(cfg),
     }
     paths = pair_paths(run) if arm == "mixed" else []
-    pair_hash = hash_of([hash_of_file(path) for path in paths])
+    pair_hash = hash_of([hash_of_file(path) if path.is_file() else hash_of_source(str(path)) for path in paths])
     provenance = run.provenance("segmenter", settings, train=run.parts["train"].identity, pairs=pair_hash)
     target = run.folder / "segmenter" / arm / "checkpoint.pt"
     if run.is_done(target, provenance):
         return
-    _forget_other_training(run, target.parent, provenance)
+    _forget_other_training(run, target.parent, provenance.key)
     train = run.parts["train"].load()
     synthetic = [pair.load() for pair in open_pairs(paths, train)]
     patches = AffinityPatches(
@@ -420,9 +434,12 @@ def _built_with_seed(run: Run, purpose: str, build: Callable[[], torch.nn.Module
         return build()
 
 
-def _forget_other_training(run: Run, folder: Path, provenance: Provenance) -> None:
+def _forget_other_training(run: Run, folder: Path, key: str) -> None:
     """With --force, a half-finished training of other settings is discarded; without, the engine refuses it."""
-    marker = folder / "training.json"
-    if run.force and marker.exists() and json.loads(marker.read_text())["key"] != provenance.key:
-        discard_training(folder)
-    write_json(marker, {"key": provenance.key})
+    from ..engine import step_of_resume_point
+
+    if run.force:
+        try:
+            step_of_resume_point(folder / "last.ckpt", key)
+        except (StaleArtifactError, CheckpointMismatch):
+            discard_training(folder)
