@@ -235,9 +235,19 @@ def _make_callbacks(settings: FitSettings, folder: Path, key: str, label: str, f
     class Keeper(lightning.Callback):
         """Checkpoints, loss curve, progress bar, and the check that the loss is finite."""
 
-        def on_train_start(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
-            self.total = torch.zeros((), device=module.device)
+        def __init__(self) -> None:
+            self.total = torch.zeros(())
             self.count = 0
+
+        def state_dict(self) -> dict[str, Any]:
+            """The unfinished mean of the loss curve: a resumed one has the same rows."""
+            return {"total": float(self.total), "count": self.count}
+
+        def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+            self.total, self.count = torch.tensor(state_dict["total"]), int(state_dict["count"])
+
+        def on_train_start(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
+            self.total = self.total.to(module.device)
             if trainer.is_global_zero:
                 self.curve = LossCurve(folder / "loss.csv", first_step)
                 self.bar = progress_bar(label=label, total=settings.steps, initial=first_step)

@@ -87,6 +87,15 @@ def test_a_killed_training_resumes_to_the_same_weights(tmp_path: Path, kill_at: 
     assert read_loss_curve(tmp_path / "loss.csv") == read_loss_curve(undisturbed[0] / "loss.csv")
 
 
+def test_a_resumed_loss_curve_is_that_of_an_undisturbed_one_between_rows_too(tmp_path: Path) -> None:
+    odd = {"checkpoint_every": 3, "log_every": 5, "steps": 15}
+    train(tmp_path / "whole", **odd)
+    with pytest.raises(Killed):
+        train(tmp_path / "killed", kill_at=19, **odd)
+    train(tmp_path / "killed", **odd)
+    assert (tmp_path / "killed" / "loss.csv").read_bytes() == (tmp_path / "whole" / "loss.csv").read_bytes()
+
+
 def test_a_finished_training_is_returned_as_it_was(undisturbed: tuple) -> None:
     assert equal(train(undisturbed[0]), undisturbed[1])
 

@@ -285,6 +285,17 @@ def test_networks_that_cannot_be_built_are_told_before_any_work(tmp_path: Path, 
     assert not (tmp_path / "out").exists()
 
 
+def test_what_killed_writers_left_is_removed_and_nothing_else(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    run(folder, stages=["masks"])
+    left, others = folder / "masks" / ".copy_000.4711.part.h5", [folder / ".notes.part", folder / "my.1.part.h5"]
+    for path in (left, *others):
+        path.write_text("x")
+    run(folder, stages=["masks"])
+    assert not left.exists()
+    assert all(path.exists() for path in others)
+
+
 def test_stages_that_this_configuration_lacks_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"AUGMENTOR\.SYNTHETIC is off"):
         choose_stages(load_config(), ["masks"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import logging
+import re
 import shutil
 import time
 from collections.abc import Iterator, Mapping
@@ -138,6 +139,7 @@ def run_folder(cfg: CfgNode) -> Iterator[Path]:
         logger.addHandler(handler)
         logger.setLevel(logging.INFO)
         try:
+            _remove_leftovers(folder)
             if not (folder / "config.yaml").exists():
                 write_config(folder, cfg)
             yield folder
@@ -150,6 +152,13 @@ def run_folder(cfg: CfgNode) -> Iterator[Path]:
             raise
         finally:
             logger.removeHandler(handler)
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """Remove the temporary files of writers that were killed; under the lock nobody else is writing here."""
+    for path in folder.rglob(".*.part*"):
+        if re.fullmatch(r"\..+\.\d+\.part(\.\w+)?", path.name):
+            path.unlink()
 
 
 def write_config(folder: Path, cfg: CfgNode) -> None:
