@@ -227,8 +227,9 @@ def _add_pairs(node: CfgNode) -> None:
     node.PAIRS = CfgNode()
     # Largest Wasserstein distance between the grey values of a synthetic volume and the real one, in [0, 1] units.
     node.PAIRS.GREY_LIMIT = 0.08
-    # Least contrast of its membranes, as a share of the real membranes', 0..1; 0: not checked. [ours]
-    node.PAIRS.LEAST_CONTRAST = 0.4
+    # Least share of its membrane that is visible, relative to the real volume's, 0..1; 0: not checked. Pairs at
+    # .77 made a segmenter worse (docs/results.md). [ours]
+    node.PAIRS.LEAST_VISIBILITY = 0.8
     # Shift and scale the grey values of a synthetic volume to the real mean and spread, one line per volume. [ours]
     node.PAIRS.MATCH_GREY = True
 

@@ -58,7 +58,7 @@ def _validate_numbers(cfg: CfgNode) -> None:
     )
     _require_numbers(cfg, not_negative.split(), 0)
     _require_numbers(cfg, ["SYSTEM.NUM_GPUS"], -1)
-    fractions = "NEURODIFF.REMODEL.CANDIDATE_FRACTION NEURODIFF.PAIRS.GREY_LIMIT NEURODIFF.PAIRS.LEAST_CONTRAST"
+    fractions = "NEURODIFF.REMODEL.CANDIDATE_FRACTION NEURODIFF.PAIRS.GREY_LIMIT NEURODIFF.PAIRS.LEAST_VISIBILITY"
     _require_numbers(cfg, fractions.split(), 0, 1)
     _require_numbers(cfg, ["SOLVER.EMA_DECAY", "NEURODIFF.DIFFUSION.EMA_DECAY", "SOLVER.MOMENTUM"], 0, 0.999999)
     positive = (

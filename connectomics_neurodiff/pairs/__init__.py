@@ -1,6 +1,6 @@
 """Room 5, pairs: synthetic images and masks on disk, the check of their grey values, the mixing with real ones."""
 
-from .gate import GateReport, grey_value_gate, match_grey_values, membrane_contrast, membrane_gate
+from .gate import GateReport, grey_value_gate, match_grey_values, membrane_gate, membrane_visibility
 from .mixing import is_synthetic
 from .store import open_pairs, write_pair
 
@@ -9,8 +9,8 @@ __all__ = [
     "grey_value_gate",
     "is_synthetic",
     "match_grey_values",
-    "membrane_contrast",
     "membrane_gate",
+    "membrane_visibility",
     "open_pairs",
     "write_pair",
 ]

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike
+from scipy import ndimage
 
 from ..errors import ValueRangeError
+from ..geometry import is_anisotropic
 
 BINS = 256
+#: Membranes are looked for in an image smoothed by this, against the cytoplasm within this distance.
+SMOOTHING_NM, SURROUNDINGS_NM = 8.0, 200.0
 #: A volume whose standard deviation is below one grey level of uint8 shows nothing.
 _LEAST_STD = 1 / 255
 
@@ -139,45 +144,59 @@ def match_grey_values(synthetic: ArrayLike, real: ArrayLike) -> np.ndarray:
     return np.clip(image * np.float32(gain) + np.float32(offset), 0.0, 1.0)
 
 
-def membrane_contrast(image: ArrayLike, membrane: ArrayLike) -> float:
-    """How much brighter an image is off the membranes than on them.
+def membrane_visibility(
+    image: np.ndarray, label: np.ndarray, membrane: np.ndarray, mito: np.ndarray | None, voxel_nm: Sequence[float]
+) -> float:
+    """Share of the membrane that stands out dark against the cytoplasm beside it.
+
+    Grey values alone cannot tell whether an image follows its mask: an inverted image, or noise with the right
+    histogram, has those of the real one. A membrane with gaps teaches a segmenter to merge.
 
     Parameters
     ----------
-    image : array_like
-        Values in [0, 1].
-    membrane : array_like
-        Same shape, non-zero on membranes.
+    image : numpy.ndarray
+        (z, y, x), values in [0, 1]; compared after smoothing by `SMOOTHING_NM`.
+    label, membrane, mito : numpy.ndarray
+        Masks of the same shape; `mito` may be None. Cytoplasm is what lies in a neuron and is neither.
+    voxel_nm : sequence of 3 floats
+        Voxel size. Anisotropic volumes are judged section by section.
 
     Returns
     -------
     float
-        Difference of the two means in standard deviations of the image; 0 if there is no membrane, nothing else, or no
-        variation.
+        Share of the membrane voxels, [0, 1], that are darker than the mean of the cytoplasm within `SURROUNDINGS_NM` by
+        at least the standard deviation of all cytoplasm; 0 if there is no membrane or no cytoplasm.
     """
-    grey, on = np.asarray(image, dtype=np.float32), np.asarray(membrane) > 0
-    spread = float(grey.std(dtype=np.float64))
-    if not on.any() or on.all() or spread == 0:
+    by_section = is_anisotropic(voxel_nm)
+    sigma = [0.0 if by_section and axis == 0 else SMOOTHING_NM / size for axis, size in enumerate(voxel_nm)]
+    width = [1 if by_section and axis == 0 else int(SURROUNDINGS_NM / size) | 1 for axis, size in enumerate(voxel_nm)]
+    smooth = ndimage.gaussian_filter(np.asarray(image, dtype=np.float32), sigma)
+    on = np.asarray(membrane) > 0
+    cytoplasm = ~on & (np.asarray(label) > 0)
+    if mito is not None:
+        cytoplasm &= np.asarray(mito) == 0
+    share = ndimage.uniform_filter(cytoplasm.astype(np.float32), width)
+    judged = on & (share > 0.1)
+    if not judged.any():
         return 0.0
-    return float(grey[~on].mean(dtype=np.float64) - grey[on].mean(dtype=np.float64)) / spread
+    beside = ndimage.uniform_filter(np.where(cytoplasm, smooth, 0), width)[judged] / share[judged]
+    return float((beside - smooth[judged] > smooth[cytoplasm].std()).mean())
 
 
 def membrane_gate(synthetic: float, real: float, *, least: float) -> str:
     """Why a synthetic volume does not show the membranes it was painted on, or an empty string.
 
-    Grey values alone cannot tell: an inverted image, or noise with the right histogram, may have those of the real one.
-
     Parameters
     ----------
     synthetic, real : float
-        :func:`membrane_contrast` of the synthetic volume on its mask, and of the real one on its own.
+        :func:`membrane_visibility` of the synthetic volume on its mask, and of the real one on its own.
     least : float
-        Smallest share of the real contrast that passes, [0, 1]; 0 lets everything pass.
+        Smallest share of the real visibility that passes, [0, 1]; 0 lets everything pass.
     """
     share = synthetic / real if real else 1.0
     if not least or share >= least:
         return ""
     return (
-        f"The image does not follow its mask: membranes have {100 * share:.0f} % of the real contrast, "
-        f"at least {100 * least:.0f} % is needed."
+        f"The image does not follow its mask: {100 * synthetic:.0f} % of its membrane is visible, {100 * real:.0f} % "
+        f"of the real one; at least {100 * least:.0f} % of that is needed."
     )

@@ -19,8 +19,8 @@ from ..metrics import evaluate, tune_threshold
 from ..pairs import (
     grey_value_gate,
     match_grey_values,
-    membrane_contrast,
     membrane_gate,
+    membrane_visibility,
     open_pairs,
     write_pair,
 )
@@ -138,7 +138,7 @@ def make_pairs(run: Run) -> None:
         reason = json.loads(report.read_text())["reason"]
         raise UserError(
             f"No synthetic volume passed the gate. {reason} Train the denoiser longer, or loosen "
-            "NEURODIFF.PAIRS.GREY_LIMIT and LEAST_CONTRAST."
+            "NEURODIFF.PAIRS.GREY_LIMIT and LEAST_VISIBILITY."
         )
 
 
@@ -195,10 +195,14 @@ def _make_pair(
     if node.MATCH_GREY and raw.passed:
         image = match_grey_values(image, real)
     gate = grey_value_gate(image, real, limit=node.GREY_LIMIT)
-    real_membrane = membrane_from_labels(train.array("label"), train.voxel_nm, run.cfg.NEURODIFF.MEMBRANE_NM)
-    contrast = {"real": membrane_contrast(real, real_membrane), "synthetic": membrane_contrast(image, membrane)}
-    reason = gate.reason or membrane_gate(contrast["synthetic"], contrast["real"], least=node.LEAST_CONTRAST)
-    verdict = {"passed": not reason, "reason": reason, "membrane_contrast": contrast}
+    label = train.array("label")
+    real_membrane = membrane_from_labels(label, train.voxel_nm, run.cfg.NEURODIFF.MEMBRANE_NM)
+    visible = {
+        "real": membrane_visibility(real, label, real_membrane, train.mito_array, train.voxel_nm),
+        "synthetic": membrane_visibility(image, masks.array("label"), membrane, masks.mito_array, masks.voxel_nm),
+    }
+    reason = gate.reason or membrane_gate(visible["synthetic"], visible["real"], least=node.LEAST_VISIBILITY)
+    verdict = {"passed": not reason, "reason": reason, "membrane_visibility": visible}
     write_json(report, {**gate.__dict__, **verdict, "distance_before_matching": raw.distance})
     if reason:
         logger.warning("%s does not enter training: %s", target.name, reason)
