@@ -162,6 +162,16 @@ def test_another_checkpoint_can_be_used_for_inference(undisturbed: Path, tmp_pat
     cfg = load_config(overrides=settings(tmp_path / "run", AUGMENTOR__SYNTHETIC="False"))
     metrics = run_pipeline(cfg, inference=True, checkpoint=str(undisturbed / "segmenter" / "mixed" / "checkpoint.pt"))
     assert metrics["real"] == scores(undisturbed)["mixed"]
+    with pytest.raises(ConfigError, match="goes with --inference"):
+        run_pipeline(cfg, checkpoint=str(undisturbed / "segmenter" / "mixed" / "checkpoint.pt"))
+
+
+def test_one_checkpoint_is_scored_as_one_arm(undisturbed: Path, tmp_path: Path) -> None:
+    cfg = load_config(overrides=settings(tmp_path / "run"))
+    metrics = run_pipeline(cfg, inference=True, checkpoint=str(undisturbed / "segmenter" / "mixed" / "checkpoint.pt"))
+    assert metrics["mixed"] == scores(undisturbed)["mixed"]
+    assert "real" not in metrics
+    assert "left ARAND" not in (tmp_path / "run" / "report.html").read_text()
 
 
 def test_stages_are_chosen_in_order_and_misspelt_ones_refused() -> None:

@@ -161,6 +161,7 @@ def _validate_sources(cfg: CfgNode) -> None:
             "NEURODIFF.MITO_NAME": cfg.NEURODIFF.MITO_NAME,
             "NEURODIFF.SPLIT.TUNE.IMAGE_NAME": split.TUNE.IMAGE_NAME,
             "NEURODIFF.SPLIT.TEST.IMAGE_NAME": split.TEST.IMAGE_NAME,
+            "NEURODIFF.VOXEL_NM": cfg.NEURODIFF.VOXEL_NM,
         }
         for key, name in unused.items():
-            _require(not name, key, "empty while DATASET.IMAGE_NAME is 'phantom', which holds all parts", name)
+            _require(not name, key, "empty while DATASET.IMAGE_NAME is 'phantom', which brings its own", name)

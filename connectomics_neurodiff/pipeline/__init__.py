@@ -59,7 +59,7 @@ def run_pipeline(
     inference : bool
         Only the stages after training.
     checkpoint : str
-        Segmenter to use in place of the run's own.
+        Segmenter to use in place of the run's own; only with stages after the training.
     force : bool
         Make again what was made with other settings.
 
@@ -81,8 +81,14 @@ def run_pipeline(
     chosen = choose_stages(cfg, stages, inference=inference)
     if NETWORK_STAGES & set(chosen):
         networks.check_networks(cfg)
+    arm = ""
     if checkpoint:
-        check_checkpoint(checkpoint)
+        trained = [name for name in chosen if name not in INFERENCE_STAGES]
+        if trained:
+            raise ConfigError(
+                f"--checkpoint replaces the trained segmenter; it goes with --inference. Got {trained[0]}."
+            )
+        arm = check_checkpoint(checkpoint)
     _use_threads(cfg.SYSTEM.NUM_CPUS)
     parts = parts_of.open_parts(cfg)
     parts_of.check_pairs(cfg, parts["train"].volume)
@@ -99,7 +105,7 @@ def run_pipeline(
         "report": make_report,
     }
     with run_folder(cfg) as folder:
-        run = Run(cfg, folder, parts, force, checkpoint)
+        run = Run(cfg, folder, parts, force, checkpoint, arm)
         for name in chosen:
             logger.info("stage %s", name)
             with timed(run, name):
@@ -108,12 +114,20 @@ def run_pipeline(
         return run.metrics()
 
 
-def check_checkpoint(path: str) -> None:
-    """Build the segmenter given by --checkpoint, so that a wrong file is told before any work."""
+def check_checkpoint(path: str) -> str:
+    """Build the segmenter given by --checkpoint, so that a wrong file is told before any work.
+
+    Returns
+    -------
+    str
+        The arm that it was trained in: ``"mixed"``, or else ``"real"``.
+    """
     from ..checkpoints import load_checkpoint
     from ..segmenters import segmenter_from_checkpoint
 
-    segmenter_from_checkpoint(load_checkpoint(path, kind="segmenter"))
+    found = load_checkpoint(path, kind="segmenter")
+    segmenter_from_checkpoint(found)
+    return "mixed" if found.extra.get("arm") == "mixed" else "real"
 
 
 def _use_threads(count: int) -> None:

@@ -45,11 +45,12 @@ def artefacts_of(cfg: CfgNode, stage: str) -> list[Path]:
 def describe_plan(cfg: CfgNode, stages: Sequence[str]) -> str:
     """Text of a dry run: resolved configuration, inputs, stages, networks, estimates of time and memory."""
     missing = missing_inputs(cfg)
+    parts = {} if missing else open_parts(cfg)
     lines = [dump_config(cfg).rstrip(), "", "inputs"]
     if missing:
         lines += [f"  missing: {path}" for path in missing]
     else:
-        for name, part in open_parts(cfg).items():
+        for name, part in parts.items():
             where = "embedded phantom" if part.source == PHANTOM else part.source
             lines.append(f"  {name}: {where} {part.box.start}-{part.box.stop}, {tuple(part.volume.voxel_nm)} nm")
     lines += ["", "stages"]
@@ -57,11 +58,16 @@ def describe_plan(cfg: CfgNode, stages: Sequence[str]) -> str:
         wanted = artefacts_of(cfg, stage)
         there = [p for p in wanted if p.exists() and (sidecar_of(p).exists() or stage in ("metrics", "report"))]
         lines.append(f"  {stage}: {len(wanted)} to make, {len(there)} there already (reused if the settings agree)")
-    lines += ["", "networks and estimates (this machine, from the operations of one pass)", *_estimates(cfg, stages)]
+    lines += [
+        "",
+        "networks and estimates (this machine, from the operations of one pass)",
+    ]
+    lines += _estimates(cfg, stages, parts["train"].box.shape if parts else None)
     return "\n".join(lines)
 
 
-def _estimates(cfg: CfgNode, stages: Sequence[str]) -> list[str]:
+def _estimates(cfg: CfgNode, stages: Sequence[str], shape: tuple[int, int, int] | None) -> list[str]:
+    """Lines on each network; `shape` of the train part, None if it is not there."""
     from ..segmenters import build_segmenter
     from ..synthesis import build_denoiser
 
@@ -74,7 +80,6 @@ def _estimates(cfg: CfgNode, stages: Sequence[str]) -> list[str]:
         lines.append(f"  {node.ARCHITECTURE} ({node.PRESET}): {_parameters(denoiser):,} parameters")
         steps = node.ITERATIONS * node.ACCUMULATE * node.BATCH
         lines.append(_line("diffusion", TRAINING_FACTOR * flops * steps / speed, TRAINING_FACTOR * memory * node.BATCH))
-        shape = _train_shape(cfg)
         if shape:
             flops, memory = _cost_of_pass(denoiser, lambda device: _denoiser_inputs(node.TILE, device))
             passes = len(tiles(shape, node.TILE, node.OVERLAP)) * node.SAMPLER_STEPS * cfg.NEURODIFF.REMODEL.COPIES
@@ -96,10 +101,6 @@ def _line(stage: str, seconds: float, memory: float) -> str:
 
 def _parameters(network: torch.nn.Module) -> int:
     return sum(parameter.numel() for parameter in network.parameters())
-
-
-def _train_shape(cfg: CfgNode) -> tuple[int, int, int] | None:
-    return None if missing_inputs(cfg) else open_parts(cfg)["train"].box.shape
 
 
 def _segmenter_inputs(size: Sequence[int], device: str) -> tuple[Any, ...]:

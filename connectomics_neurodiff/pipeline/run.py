@@ -40,6 +40,8 @@ class Run:
         Make again what was made with other settings, where otherwise the run would stop.
     checkpoint : str
         Segmenter to use in place of the run's own; empty: the run's own.
+    checkpoint_arm : str
+        Which arm that segmenter stands for; without synthetic pairs there is only one.
     """
 
     cfg: CfgNode
@@ -47,6 +49,7 @@ class Run:
     parts: dict[str, Part]
     force: bool = False
     checkpoint: str = ""
+    checkpoint_arm: str = ""
     seconds: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -57,7 +60,9 @@ class Run:
     @property
     def arms(self) -> list[str]:
         """What the segmenter is trained on: real pairs, and real and synthetic mixed."""
-        return ["real", "mixed"] if self.cfg.AUGMENTOR.SYNTHETIC.ENABLED else ["real"]
+        if not self.cfg.AUGMENTOR.SYNTHETIC.ENABLED:
+            return ["real"]
+        return [self.checkpoint_arm] if self.checkpoint else ["real", "mixed"]
 
     def provenance(self, stage: str, settings: Mapping[str, Any], **parents: str) -> Provenance:
         """Provenance of an artefact of this run."""
