@@ -3,9 +3,7 @@
 oneDNN 3.12 (torch 2.13) goes wrong twice on processors with AMX:
 
 * It writes past its buffers in the bfloat16 weight gradient: layers of 32 channels or fewer, images 64 voxels wide or
-  wider; the process dies later in malloc, or worse, does not. The weight gradient is computed here tap by tap, each a
-  matrix product: as fast as the library's float32 gradient at the sizes it likes, five to fifteen times faster at those
-  it does not (rows of 96 voxels, 1x1x1 kernels).
+  wider; the process dies later in malloc, or worse, does not. The weight gradient is computed in float32 here.
 * It reads memory that is not its own in the forward pass on a single section with a kernel of several (3x3x3; 1, 3, 5,
   7 or 12 input channels): NaN, or wrong numbers that look right. Of such a kernel only the middle section meets the
   image; it alone is used here, and it is sound.
@@ -13,12 +11,12 @@ oneDNN 3.12 (torch 2.13) goes wrong twice on processors with AMX:
 
 from __future__ import annotations
 
-from itertools import product
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.grad import conv3d_weight
 
 
 def weight_gradient(
@@ -38,21 +36,11 @@ def weight_gradient(
     Returns
     -------
     torch.Tensor
-        (o, i, *kernel) float32; every product is accumulated in float32 and rounded to the type of its operands.
+        (o, i, *kernel), computed in float32, or in float64 if the operands are.
     """
-    outputs, inputs = gradient.shape[1], x.shape[1]
-    by_output = gradient.permute(0, 2, 3, 4, 1).reshape(-1, outputs).t()  # (o, p)
-    last = x.permute(0, 2, 3, 4, 1)
-    padded = F.pad(last, (0, 0, *(p for pad in reversed(padding) for p in (pad, pad)))) if any(padding) else last
-    found = torch.empty(outputs, inputs, *kernel)
-    index: Any
-    for tap in product(*(range(size) for size in kernel)):
-        cut = tuple(
-            slice(k, k + step * (n - 1) + 1, step) for k, step, n in zip(tap, stride, gradient.shape[2:], strict=True)
-        )
-        index = (slice(None), slice(None), *tap)
-        found[index] = by_output @ padded[(slice(None), *cut)].reshape(-1, inputs)
-    return found
+    wide = torch.promote_types(x.dtype, torch.float32)
+    shape = (gradient.shape[1], x.shape[1], *kernel)
+    return conv3d_weight(x.to(wide), shape, gradient.to(wide), stride, padding)
 
 
 class _SoundConvolution(torch.autograd.Function):
