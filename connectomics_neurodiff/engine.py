@@ -12,6 +12,7 @@ import logging
 import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 
 from .convolution import use_sound_convolutions
 from .errors import CheckpointMismatch, StaleArtifactError, UnknownName, ValueRangeError, did_you_mean
+from .memory import kept_memory
 from .progress import progress_bar
 from .provenance import atomic_write
 
@@ -362,9 +364,6 @@ def fit(
     ValueRangeError
         If the loss stops being finite.
     """
-    import lightning
-    from lightning.pytorch.loggers import TensorBoardLogger
-
     folder.mkdir(parents=True, exist_ok=True)
     resume_point = folder / "last.ckpt"
     first_step = step_of_resume_point(resume_point, key)
@@ -374,6 +373,27 @@ def fit(
     if device.type == "cpu" and autocast == torch.bfloat16:
         use_sound_convolutions(network)
     module = _make_module(network, loss, settings)
+    if first_step < settings.steps:
+        callbacks = _make_callbacks(settings, folder, key, label, first_step)
+        with _quiet_lightning(), kept_memory():
+            trainer = _make_trainer(settings, folder, device, autocast, callbacks, first_step)
+            loader = _make_loader(dataset, settings, device, trainer, first_step)
+            try:
+                trainer.fit(module, loader, ckpt_path=resume_point if first_step else None, weights_only=True)
+            except SystemExit as stop:
+                # Lightning ends the process: on Ctrl-C with 1 and no word, on SIGTERM with 0, as if all were well.
+                raise KeyboardInterrupt from stop
+    else:
+        module.load_state_dict(torch.load(resume_point, map_location="cpu", weights_only=True)["state_dict"])
+    if module.averaged is not None:
+        averaged: Any = module.averaged
+        network.load_state_dict(averaged.module.state_dict())
+    return network.cpu().eval()
+
+
+@contextmanager
+def _quiet_lightning() -> Iterator[None]:
+    """Without the advice of Lightning that does not apply here."""
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     with warnings.catch_warnings():
         # Few workers are a choice here: sample i costs milliseconds, and two cores have none to spare.
@@ -383,42 +403,48 @@ def fit(
         warnings.filterwarnings("ignore", category=UserWarning, module="lightning")
         warnings.filterwarnings("ignore", category=DeprecationWarning)
         warnings.filterwarnings("ignore", category=FutureWarning)
-        trainer = lightning.Trainer(
-            max_steps=settings.steps,
-            max_epochs=-1,
-            accelerator="gpu" if device.type == "cuda" else "cpu",
-            devices=settings.devices if device.type == "cuda" else 1,
-            num_nodes=settings.nodes,
-            precision="bf16-mixed" if autocast == torch.bfloat16 else "32-true",
-            accumulate_grad_batches=settings.accumulate,
-            gradient_clip_val=settings.clip_norm or None,
-            callbacks=_make_callbacks(settings, folder, key, label, first_step),
-            logger=TensorBoardLogger(folder, name="tensorboard", version="", purge_step=first_step),
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            use_distributed_sampler=False,
-        )
-        numbers = _SampleNumbers(
-            first_step * settings.accumulate, settings.batch_size, trainer.global_rank, trainer.world_size
-        )
-        loader: torch.utils.data.DataLoader[Batch] = torch.utils.data.DataLoader(
-            dataset,  # type: ignore[arg-type]
-            batch_sampler=numbers,
-            num_workers=settings.workers,
-            persistent_workers=settings.workers > 0,
-            pin_memory=device.type == "cuda",
-        )
-        if first_step < settings.steps:
-            resume_from = resume_point if first_step else None
-            try:
-                trainer.fit(module, loader, ckpt_path=resume_from, weights_only=True)
-            except SystemExit as stop:
-                # Lightning ends the process: on Ctrl-C with 1 and no word, on SIGTERM with 0, as if all were well.
-                raise KeyboardInterrupt from stop
-        else:
-            module.load_state_dict(torch.load(resume_point, map_location="cpu", weights_only=True)["state_dict"])
-    if module.averaged is not None:
-        averaged: Any = module.averaged
-        network.load_state_dict(averaged.module.state_dict())
-    return network.cpu().eval()
+        yield
+
+
+def _make_trainer(
+    settings: FitSettings,
+    folder: Path,
+    device: torch.device,
+    autocast: torch.dtype,
+    callbacks: list[Any],
+    first_step: int,
+) -> lightning.Trainer:
+    import lightning
+    from lightning.pytorch.loggers import TensorBoardLogger
+
+    return lightning.Trainer(
+        max_steps=settings.steps,
+        max_epochs=-1,
+        accelerator="gpu" if device.type == "cuda" else "cpu",
+        devices=settings.devices if device.type == "cuda" else 1,
+        num_nodes=settings.nodes,
+        precision="bf16-mixed" if autocast == torch.bfloat16 else "32-true",
+        accumulate_grad_batches=settings.accumulate,
+        gradient_clip_val=settings.clip_norm or None,
+        callbacks=callbacks,
+        logger=TensorBoardLogger(folder, name="tensorboard", version="", purge_step=first_step),
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+    )
+
+
+def _make_loader(
+    dataset: SampleSource, settings: FitSettings, device: torch.device, trainer: lightning.Trainer, first_step: int
+) -> torch.utils.data.DataLoader[Batch]:
+    numbers = _SampleNumbers(
+        first_step * settings.accumulate, settings.batch_size, trainer.global_rank, trainer.world_size
+    )
+    return torch.utils.data.DataLoader(
+        dataset,  # type: ignore[arg-type]
+        batch_sampler=numbers,
+        num_workers=settings.workers,
+        persistent_workers=settings.workers > 0,
+        pin_memory=device.type == "cuda",
+    )

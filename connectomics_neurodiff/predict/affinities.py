@@ -14,6 +14,7 @@ from ..convolution import use_sound_convolutions
 from ..engine import resolve_precision
 from ..errors import ShapeMismatch, ValueRangeError
 from ..geometry import Box, blend_window, tile_starts, tiles
+from ..memory import kept_memory
 from ..progress import progress
 from .augmented import predict_in_all_poses
 
@@ -43,6 +44,7 @@ class WritableAffinities(Protocol):
         """Replace a part."""
 
 
+@kept_memory()
 def predict_affinities(
     network: nn.Module,
     image: ImageLike,

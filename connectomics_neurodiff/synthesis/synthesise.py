@@ -24,6 +24,7 @@ from ..convolution import use_sound_convolutions
 from ..engine import resolve_precision
 from ..errors import CheckpointMismatch, ShapeMismatch, ValueRangeError
 from ..geometry import Box, blend_window, tiles, voxel_size
+from ..memory import kept_memory
 from ..progress import progress_bar
 from ..provenance import atomic_write, hash_of
 from ..seeding import rng_for
@@ -47,6 +48,7 @@ def denoiser_from_checkpoint(checkpoint: Checkpoint) -> tuple[nn.Module, Diffusi
     return network, DiffusionProcess(cosine_betas(recorded["steps"], recorded["cosine_offset"]))
 
 
+@kept_memory()
 def synthesise(
     network: nn.Module,
     process: DiffusionProcess,

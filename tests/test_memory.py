@@ -1,0 +1,52 @@
+"""Freed memory is kept inside the block, and given back at its end."""
+
+from __future__ import annotations
+
+import ctypes
+import resource
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from connectomics_neurodiff.memory import kept_memory
+
+pytestmark = pytest.mark.skipif(
+    sys.platform != "linux" or not hasattr(ctypes.CDLL(None), "mallopt"), reason="needs glibc's mallopt"
+)
+BLOCK = 96 << 20  # bytes: larger than any threshold glibc adapts to
+PAGE = resource.getpagesize()
+
+
+def faults_of_ten_blocks() -> int:
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(10):
+        np.empty(BLOCK, np.uint8)[::PAGE] = 1
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+
+def resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * PAGE
+
+
+def test_a_block_freed_inside_is_used_again() -> None:
+    with kept_memory():
+        faults_of_ten_blocks()
+        inside = faults_of_ten_blocks()
+    outside = faults_of_ten_blocks()
+    assert inside < outside / 5
+
+
+def test_memory_goes_back_at_the_end_even_after_an_error() -> None:
+    before = resident_bytes()
+
+    def fill_and_fail() -> None:
+        with kept_memory():
+            faults_of_ten_blocks()
+            assert resident_bytes() > before + BLOCK // 2
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fill_and_fail()
+    assert resident_bytes() < before + BLOCK // 4
