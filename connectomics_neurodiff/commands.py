@@ -151,8 +151,7 @@ def sample(options: argparse.Namespace) -> None:
     from .checkpoints import load_checkpoint
     from .conditions import check_masks
     from .engine import resolve_device
-    from .pairs import write_pair
-    from .pipeline.stages import Masks
+    from .pairs import MaskArrays, write_pair
     from .synthesis import denoiser_from_checkpoint, synthesise
     from .volume import open_array, open_volume
 
@@ -181,7 +180,7 @@ def sample(options: argparse.Namespace) -> None:
         label="synthesis",
     )
     attributes = {"seed": options.seed, "sampler": options.sampler, "steps": steps}
-    write_pair(options.output, image, Masks(label, membrane, mito), volume.voxel_nm, attributes)
+    write_pair(options.output, image, MaskArrays(label, membrane, mito), volume.voxel_nm, attributes)
 
 
 def predict(options: argparse.Namespace) -> None:

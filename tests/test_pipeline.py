@@ -132,6 +132,21 @@ def test_changed_settings_stop_the_run_and_are_named(undisturbed: Path, change: 
     assert (undisturbed / "config.yaml").read_text() == config
 
 
+def test_new_limits_of_the_gate_judge_again_and_paint_nothing(undisturbed: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "again"
+    shutil.copytree(undisturbed, folder)
+    pair = folder / "pairs" / "copy_000.h5"
+    before = pair.read_bytes(), pair.stat().st_mtime_ns
+    with pytest.raises(UserError, match="No synthetic volume passed the gate. Grey values are"):
+        run(folder, NEURODIFF__PAIRS__GREY_LIMIT="0.0001", stages=["pairs"])
+    gate = json.loads((folder / "pairs" / "copy_000.gate.json").read_text())
+    assert not gate["passed"]
+    assert gate["limits"]["GREY_LIMIT"] == 0.0001
+    run(folder, stages=["pairs"])
+    assert (pair.read_bytes(), pair.stat().st_mtime_ns) == before
+    assert json.loads((folder / "pairs" / "copy_000.gate.json").read_text())["passed"]
+
+
 def test_force_makes_stale_artefacts_anew(tmp_path: Path) -> None:
     run(tmp_path / "run", stages=["masks"])
     old = digest(tmp_path / "run" / "masks", "*.h5")

@@ -1,12 +1,11 @@
 """Room 10: how good a segmentation is, and which threshold to choose.
 
 ``evaluate`` gives variation of information (bits, split and merge by name) and the adapted Rand error of SNEMI3D;
-``tune_threshold`` picks a threshold on the tune split, which ``require_disjoint`` proves to be disjoint from the test
-split.
+``tune_threshold`` picks a threshold on the tune split.
 """
 
 from .overlap import Overlap, RandScores, Scores, contingency, evaluate, rand_scores
-from .tuning import CRITERIA, TuneResult, require_disjoint, tune_threshold
+from .tuning import CRITERIA, TuneResult, tune_threshold
 
 __all__ = [
     "CRITERIA",
@@ -17,6 +16,5 @@ __all__ = [
     "contingency",
     "evaluate",
     "rand_scores",
-    "require_disjoint",
     "tune_threshold",
 ]

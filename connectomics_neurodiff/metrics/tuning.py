@@ -1,17 +1,14 @@
-"""Choosing the agglomeration threshold, on a tune split that is proven to be disjoint from the test split."""
+"""Choosing the agglomeration threshold on the tune split."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
 
-from ..errors import UnknownName, UserError, ValueRangeError, did_you_mean
-from ..geometry import Box
+from ..errors import UnknownName, ValueRangeError, did_you_mean
 from .overlap import Scores, evaluate
 
 #: Scores that a threshold can be chosen by; the lowest wins.
@@ -52,7 +49,7 @@ def tune_threshold(
     candidates : iterable of (threshold, segmentation)
         As :func:`connectomics_neurodiff.agglomerate.segment_sweep` yields them; one segmentation is held at a time.
     truth : numpy.ndarray
-        (z, y, x) labels of the tune split, 0 ignored. Never the test split: see :func:`require_disjoint`.
+        (z, y, x) labels of the tune split, 0 ignored. Never the test split: its scores would be worthless.
     criterion : {"arand", "voi"}
         Which score to minimise.
 
@@ -71,36 +68,3 @@ def tune_threshold(
     if not scores:
         raise ValueRangeError("Tuning needs at least one threshold. Got none.")
     return TuneResult(min(scores, key=lambda threshold: getattr(scores[threshold], criterion)), scores)
-
-
-def _file_of(path: str | os.PathLike[str]) -> str:
-    """Absolute path without links and without "::dataset": the datasets of one file show the same tissue."""
-    return str(Path(os.fspath(path).split("::")[0]).resolve())
-
-
-def require_disjoint(
-    tune_box: Box,
-    test_box: Box,
-    *,
-    tune_file: str | os.PathLike[str] = "",
-    test_file: str | os.PathLike[str] = "",
-) -> None:
-    """Refuse a tune split that shares a voxel with the test split.
-
-    Parameters
-    ----------
-    tune_box, test_box : Box
-        The two splits, in voxels of the file each lies in.
-    tune_file, test_file : path
-        The files they lie in. Boxes of different files are disjoint; without paths both lie in one volume.
-
-    Raises
-    ------
-    UserError
-        If the splits overlap: a threshold tuned on test data makes the reported scores worthless.
-    """
-    if _file_of(tune_file) == _file_of(test_file) and tune_box.overlaps(test_box):
-        raise UserError(
-            "Thresholds are never tuned on the test split: tune and test must not share a voxel. Got tune "
-            f"{tune_box.start} to {tune_box.stop} and test {test_box.start} to {test_box.stop} of the same volume."
-        )

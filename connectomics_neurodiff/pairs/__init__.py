@@ -2,10 +2,11 @@
 
 from .gate import GateReport, grey_value_gate, match_grey_values, membrane_gate, membrane_visibility
 from .mixing import is_synthetic
-from .store import open_pairs, write_pair
+from .store import MaskArrays, open_pairs, write_pair
 
 __all__ = [
     "GateReport",
+    "MaskArrays",
     "grey_value_gate",
     "is_synthetic",
     "match_grey_values",

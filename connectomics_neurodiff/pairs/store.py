@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -31,6 +32,15 @@ class Mask(Protocol):
     @property
     def mito(self) -> np.ndarray | None:
         """uint8, 1 inside mitochondria."""
+
+
+@dataclass(frozen=True, eq=False)
+class MaskArrays:
+    """The three masks of a file as a :class:`Mask`."""
+
+    label: np.ndarray
+    membrane: np.ndarray
+    mito: np.ndarray | None = None
 
 
 def write_pair(

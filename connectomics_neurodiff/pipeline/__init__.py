@@ -93,11 +93,12 @@ def run_pipeline(
     parts = parts_of.open_parts(cfg)
     parts_of.check_pairs(cfg, parts["train"].volume)
     from . import stages as made_by
+    from .pairs_stage import make_pairs
 
     makers: dict[str, Callable[[Run], None]] = {
         "diffusion": made_by.make_diffusion,
         "masks": made_by.make_masks,
-        "pairs": made_by.make_pairs,
+        "pairs": make_pairs,
         "segmenter": made_by.make_segmenter,
         "predictions": made_by.make_predictions,
         "segmentations": made_by.make_segmentations,

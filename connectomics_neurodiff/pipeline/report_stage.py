@@ -23,8 +23,8 @@ from ..report import (
     write_report,
 )
 from ..volume import Volume, open_array, open_source, open_volume
+from .pairs_stage import pair_paths
 from .run import Run
-from .stages import pair_paths
 
 
 def make_report(run: Run) -> None:

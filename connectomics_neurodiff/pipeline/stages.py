@@ -12,23 +12,18 @@ import numpy as np
 
 from ..affinities import CONVENTION
 from ..agglomerate import fragments_from_affinities, segment_sweep
-from ..conditions import membrane_from_labels
 from ..config import as_dict
 from ..errors import CheckpointMismatch, StaleArtifactError, UserError
 from ..metrics import evaluate, tune_threshold
 from ..pairs import (
-    grey_value_gate,
-    match_grey_values,
-    membrane_gate,
-    membrane_visibility,
     open_pairs,
-    write_pair,
 )
 from ..provenance import Provenance, hash_of, hash_of_file, write_json
 from ..remodel import SignatureLibrary, remodel
 from ..seeding import rng_for
-from ..volume import Volume, open_array, open_volume, write_volume
+from ..volume import Volume, open_array, write_volume
 from . import networks
+from .pairs_stage import pair_paths
 from .parts import hash_of_source
 from .run import Run, discard_training
 
@@ -113,120 +108,6 @@ def make_masks(run: Run) -> None:
         arrays = {"label": mask.label, "membrane": mask.membrane, "mito": mask.mito}
         write_volume(target, arrays, train.voxel_nm, {"seed": run.cfg.NEURODIFF.SEED, "copy": copy})
         run.finish(target, provenance)
-
-
-def make_pairs(run: Run) -> None:
-    """Paint EM onto every remodelled mask -> pairs/copy_000.h5, ...; a volume with wrong grey values is set aside."""
-    cfg, node = run.cfg, run.cfg.NEURODIFF.DIFFUSION
-    keys = {k: as_dict(node)[k] for k in ("SAMPLER", "SAMPLER_STEPS", "TILE", "OVERLAP")}
-    settings = keys | as_dict(cfg.NEURODIFF.PAIRS) | {"PRECISION": networks.device_and_precision(cfg)[1]}
-    denoiser_hash = run.hash_of("diffusion/checkpoint.pt")
-    denoise: Callable[[Volume, np.ndarray, Path, str, int], np.ndarray] | None = None
-    passed = 0
-    for copy in range(cfg.NEURODIFF.REMODEL.COPIES):
-        masks = run.folder / "masks" / f"copy_{copy:03d}.h5"
-        provenance = run.provenance(
-            "pairs", settings | {"COPY": copy}, denoiser=denoiser_hash, masks=run.hash_of(f"masks/copy_{copy:03d}.h5")
-        )
-        target = run.folder / "pairs" / f"copy_{copy:03d}.h5"
-        report = run.folder / "pairs" / f"copy_{copy:03d}.gate.json"
-        if not (run.is_done(target, provenance) and report.exists()):
-            denoise = denoise or _make_painter(run)
-            _make_pair(run, denoise, masks, target, report, provenance, copy)
-        passed += json.loads(report.read_text())["passed"]
-    if not passed:
-        reason = json.loads(report.read_text())["reason"]
-        raise UserError(
-            f"No synthetic volume passed the gate. {reason} Train the denoiser longer, or loosen "
-            "NEURODIFF.PAIRS.GREY_LIMIT and LEAST_VISIBILITY."
-        )
-
-
-def _make_painter(run: Run) -> Callable[[Volume, np.ndarray, Path, str, int], np.ndarray]:
-    """Function that paints an image onto masks with the run's denoiser."""
-    from ..checkpoints import load_checkpoint
-    from ..synthesis import denoiser_from_checkpoint, synthesise
-
-    node = run.cfg.NEURODIFF.DIFFUSION
-    network, process = denoiser_from_checkpoint(
-        load_checkpoint(run.folder / "diffusion" / "checkpoint.pt", kind="denoiser")
-    )
-    device, precision = networks.device_and_precision(run.cfg)
-
-    def paint(masks: Volume, membrane: np.ndarray, snapshot: Path, key: str, copy: int) -> np.ndarray:
-        return synthesise(
-            network,
-            process,
-            membrane,
-            masks.mito_array,
-            masks.voxel_nm,
-            seed=int(rng_for(run.cfg.NEURODIFF.SEED, "pairs", copy).integers(2**31)),
-            sampler=node.SAMPLER,
-            steps=node.SAMPLER_STEPS,
-            tile=tuple(node.TILE),
-            overlap=tuple(node.OVERLAP),
-            precision=precision,
-            device=device,
-            snapshot=snapshot,
-            snapshot_key=key,
-            label=f"synthesis {copy + 1}/{run.cfg.NEURODIFF.REMODEL.COPIES}",
-        )
-
-    return paint
-
-
-def _make_pair(
-    run: Run,
-    paint: Callable[[Volume, np.ndarray, Path, str, int], np.ndarray],
-    masks_path: Path,
-    target: Path,
-    report: Path,
-    provenance: Provenance,
-    copy: int,
-) -> None:
-    masks = open_volume(masks_path).load()
-    membrane = np.asarray(open_array(masks_path, ("membrane",)))
-    target.parent.mkdir(parents=True, exist_ok=True)
-    snapshot = target.with_name(f".{target.stem}.snapshot.npz")
-    image = paint(masks, membrane, snapshot, provenance.key, copy)
-    node, train = run.cfg.NEURODIFF.PAIRS, run.parts["train"].load()
-    real = train.array("image")
-    raw = grey_value_gate(image, real, limit=1.0)
-    if node.MATCH_GREY and raw.passed:
-        image = match_grey_values(image, real)
-    gate = grey_value_gate(image, real, limit=node.GREY_LIMIT)
-    label = train.array("label")
-    real_membrane = membrane_from_labels(label, train.voxel_nm, run.cfg.NEURODIFF.MEMBRANE_NM)
-    visible = {
-        "real": membrane_visibility(real, label, real_membrane, train.mito_array, train.voxel_nm),
-        "synthetic": membrane_visibility(image, masks.array("label"), membrane, masks.mito_array, masks.voxel_nm),
-    }
-    reason = gate.reason or membrane_gate(visible["synthetic"], visible["real"], least=node.LEAST_VISIBILITY)
-    verdict = {"passed": not reason, "reason": reason, "membrane_visibility": visible}
-    write_json(report, {**gate.__dict__, **verdict, "distance_before_matching": raw.distance})
-    if reason:
-        logger.warning("%s does not enter training: %s", target.name, reason)
-    write_pair(target, np.clip(image, 0, 1), Masks(masks.label, membrane, masks.mito), masks.voxel_nm, {"copy": copy})
-    run.finish(target, provenance)
-    snapshot.unlink(missing_ok=True)
-
-
-class Masks:
-    """The arrays of a mask file, in the form that pairs are written from."""
-
-    def __init__(self, label: Any, membrane: np.ndarray, mito: Any) -> None:
-        self.label, self.membrane, self.mito = label, membrane, mito
-
-
-def pair_paths(run: Run) -> list[Path]:
-    """Pair files that the mixed arm trains on: the user's, or those of this run that passed the gate."""
-    given = list(run.cfg.AUGMENTOR.SYNTHETIC.PAIRS)
-    if given:
-        return [Path(path) for path in given]
-    reports = sorted((run.folder / "pairs").glob("copy_*.gate.json"))
-    copies = {f"copy_{copy:03d}.gate.json" for copy in range(run.cfg.NEURODIFF.REMODEL.COPIES)}
-    passed = [r for r in reports if r.name in copies and json.loads(r.read_text())["passed"]]
-    return [report.with_name(report.name.replace(".gate.json", ".h5")) for report in passed]
 
 
 def make_segmenter(run: Run) -> None:
