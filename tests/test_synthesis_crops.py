@@ -31,7 +31,7 @@ def crops(*volumes: Volume, patch: tuple[int, int, int] = (4, 12, 12), seed: int
 
 def clean_image(sample: dict[str, np.ndarray]) -> np.ndarray:
     """The image in [0, 1] behind a noisy sample."""
-    clean = PROCESS.predict_clean(sample["noisy"].astype(float), int(sample["t"]), sample["noise"].astype(float))
+    clean = PROCESS.predict_clean(sample["noisy"].astype(float), int(sample["t"]), sample["target"].astype(float))
     return (clean[0] + 1) / 2
 
 
@@ -45,14 +45,14 @@ def low_noise(dataset: DiffusionCrops, count: int) -> list[dict[str, np.ndarray]
 def test_samples_are_pure_functions_of_seed_and_index(index: int) -> None:
     first, again, other = crops()[index], crops()[index], crops(seed=1)[index]
     assert all(np.array_equal(first[name], again[name]) for name in first)
-    assert not np.array_equal(first["noise"], other["noise"])
+    assert not np.array_equal(first["target"], other["target"])
 
 
 def test_shapes_types_and_ranges() -> None:
     sample = crops()[5]
     assert {name: (value.shape, value.dtype.name) for name, value in sample.items()} == {
         "noisy": ((1, 4, 12, 12), "float32"),
-        "noise": ((1, 4, 12, 12), "float32"),
+        "target": ((1, 4, 12, 12), "float32"),
         "t": ((), "int64"),
         "condition": ((2, 4, 12, 12), "float32"),
         "voxel_nm": ((3,), "float32"),
@@ -144,7 +144,7 @@ def test_steps_and_volumes_are_drawn_evenly() -> None:
     assert share == pytest.approx(0.75, abs=0.08)  # in proportion to their voxels
     counts = np.histogram([s["t"] for s in samples], bins=5, range=(0, 250))[0]
     assert counts.min() > 80
-    noise = np.concatenate([s["noise"].ravel() for s in samples[:100]])
+    noise = np.concatenate([s["target"].ravel() for s in samples[:100]])
     assert (noise.mean(), noise.std()) == (pytest.approx(0, abs=0.02), pytest.approx(1, abs=0.02))
 
 

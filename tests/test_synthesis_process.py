@@ -10,7 +10,7 @@ import torch
 from diffusers import DDPMScheduler
 from torch import nn
 
-from connectomics_neurodiff.errors import ValueRangeError
+from connectomics_neurodiff.errors import UnknownName, ValueRangeError
 from connectomics_neurodiff.synthesis import DiffusionProcess, cosine_betas, noise_loss
 
 
@@ -58,6 +58,26 @@ def test_predict_clean_inverts_add_noise(t: int) -> None:
     np.testing.assert_allclose(process.predict_clean(process.add_noise(clean, t, noise), t, noise), clean, atol=1e-9)
 
 
+@pytest.mark.parametrize("t", [0, 120, 249])
+def test_the_velocity_implies_the_noise_and_turns_into_the_image(t: int) -> None:
+    """v and x_t are (epsilon, x_0) turned by the angle whose cosine is sqrt(alpha_bar): a rotation by hand."""
+    rng = np.random.default_rng(0)
+    process = DiffusionProcess(cosine_betas(250), "velocity")
+    clean, noise = rng.uniform(-1, 1, (2, 3, 4)), rng.standard_normal((2, 3, 4))
+    x_t, velocity = process.add_noise(clean, t, noise), process.target(clean, t, noise)
+    np.testing.assert_allclose(process.noise_from(velocity, x_t, t), noise, atol=1e-12)
+    angle = math.acos(math.sqrt(process.signal[t]))
+    np.testing.assert_allclose(math.cos(angle) * x_t - math.sin(angle) * velocity, clean, atol=1e-12)
+
+
+def test_the_published_prediction_is_the_noise_itself() -> None:
+    process = DiffusionProcess(cosine_betas(10))
+    noise = np.ones((2, 2))
+    assert process.target(np.zeros((2, 2)), 4, noise) is noise
+    with pytest.raises(UnknownName, match="Did you mean 'velocity'"):
+        DiffusionProcess([0.1], "velocty")
+
+
 @pytest.mark.parametrize(("t", "t_next"), [(249, 248), (200, 150), (1, 0), (30, -1)])
 def test_posterior_is_bayes_rule(t: int, t_next: int) -> None:
     """q(s | t, 0) from the product of the Gaussians q(s | 0) and q(t | s), worked out in precisions."""
@@ -99,7 +119,7 @@ def test_the_loss_is_the_mean_absolute_error_of_the_noise() -> None:
             return torch.full_like(x_t, 0.5)
 
     noise = torch.tensor([1.0, -1.0, 0.5, 2.0]).view(1, 1, 1, 2, 2)
-    batch = {"noisy": noise, "noise": noise, "t": torch.zeros(1), "condition": noise, "voxel_nm": noise}
+    batch = {"noisy": noise, "target": noise, "t": torch.zeros(1), "condition": noise, "voxel_nm": noise}
     loss, parts = noise_loss(Constant(), batch)
     assert float(loss) == pytest.approx((0.5 + 1.5 + 0 + 1.5) / 4)
-    assert float(parts["noise_l1"]) == float(loss)
+    assert float(parts["l1"]) == float(loss)

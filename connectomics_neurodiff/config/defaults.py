@@ -192,6 +192,9 @@ def _add_diffusion(node: CfgNode) -> None:
     # Diffusion steps T and offset s of the cosine schedule. [published] 250, .008.
     node.DIFFUSION.STEPS = 250
     node.DIFFUSION.COSINE_OFFSET = 0.008
+    # What the network predicts: "noise" [published], or "velocity", which follows the masks after far fewer iterations
+    # (docs/results.md). [ours]
+    node.DIFFUSION.PREDICTION = "noise"
     # How the condition enters: "msc": hints at every level [paper]; "concat": with the noisy image; "both" [published],
     # whose hints lie at an eighth of the resolution, so that only the concatenation gives voxel-level control; "none".
     node.DIFFUSION.CONDITIONING = "both"

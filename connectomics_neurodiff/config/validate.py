@@ -121,6 +121,7 @@ def _validate_names(cfg: CfgNode) -> None:
     _require_choice("SOLVER.NAME", cfg.SOLVER.NAME, ("Adam", "AdamW", "SGD"))
     _require_choice("SOLVER.LR_SCHEDULER_NAME", cfg.SOLVER.LR_SCHEDULER_NAME, ("constant", "cosine"))
     _require_choice("NEURODIFF.DIFFUSION.SCHEDULE", diffusion.SCHEDULE, ("constant", "cosine"))
+    _require_choice("NEURODIFF.DIFFUSION.PREDICTION", diffusion.PREDICTION, ("noise", "velocity"))
     _require_choice("NEURODIFF.DIFFUSION.SAMPLER", diffusion.SAMPLER, ("ddpm", "ddim", "dpmpp"))
     _require_choice("NEURODIFF.DIFFUSION.CONDITIONING", diffusion.CONDITIONING, ("msc", "concat", "both", "none"))
     _require(

@@ -54,7 +54,7 @@ def make_diffusion(run: Run) -> None:
     train = run.parts["train"].load()
     options = networks.denoiser_options(cfg)
     network = _built_with_seed(run, "denoiser", lambda: build_denoiser(node.ARCHITECTURE, **options))
-    process = DiffusionProcess(cosine_betas(node.STEPS, node.COSINE_OFFSET))
+    process = DiffusionProcess(cosine_betas(node.STEPS, node.COSINE_OFFSET), node.PREDICTION)
     crops = DiffusionCrops(
         [train], tuple(node.PATCH), cfg.NEURODIFF.SEED, process, thickness_nm=cfg.NEURODIFF.MEMBRANE_NM
     )
@@ -62,7 +62,7 @@ def make_diffusion(run: Run) -> None:
     network = fit(network, noise_loss, crops, fit_settings, target.parent, label="diffusion", key=provenance.key)
     extra = {
         "voxel_nm": [list(train.voxel_nm)],
-        "process": {"steps": node.STEPS, "cosine_offset": node.COSINE_OFFSET},
+        "process": {"steps": node.STEPS, "cosine_offset": node.COSINE_OFFSET, "prediction": node.PREDICTION},
         "patch": list(node.PATCH),
         "membrane_nm": cfg.NEURODIFF.MEMBRANE_NM,
     }

@@ -79,7 +79,7 @@ class DiffusionCrops:
         return self._at_least_patch(encode_condition(membrane, mito).astype(np.uint8))  # 0/1: a quarter of the memory
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-        """Sample `index`: noisy, noise (1, z, y, x), t, condition (2, z, y, x), voxel_nm (3,)."""
+        """Sample `index`: noisy, target (1, z, y, x), t, condition (2, z, y, x), voxel_nm (3,)."""
         rng = rng_for(self.seed, "diffusion", index)
         which = int(rng.choice(len(self._images), p=self._share))
         image, condition = self._images[which], self._conditions[which]
@@ -90,10 +90,9 @@ class DiffusionCrops:
         clean = 2 * self._jittered(stack[:1], rng) - 1
         t = int(rng.integers(self.process.steps))
         noise = rng.standard_normal(clean.shape, dtype=np.float32)
-        signal = np.float32(self.process.signal[t])
         return {
-            "noisy": np.sqrt(signal) * clean + np.sqrt(1 - signal) * noise,  # Ho et al. 2020, eq. 4
-            "noise": noise,
+            "noisy": self.process.add_noise(clean, t, noise),
+            "target": self.process.target(clean, t, noise),
             "t": np.asarray(t, np.int64),
             "condition": np.ascontiguousarray(stack[1:]),
             "voxel_nm": voxel_nm,

@@ -12,10 +12,11 @@ from math import sqrt
 
 import numpy as np
 
-from ..errors import ValueRangeError
+from ..errors import UnknownName, ValueRangeError, did_you_mean
 
 #: No step may destroy more than this share of the variance (Nichol and Dhariwal 2021, section 3.2).
 MAX_BETA = 0.999
+PREDICTIONS = ("noise", "velocity")
 
 
 def cosine_betas(steps: int, s: float = 0.008) -> np.ndarray:
@@ -52,6 +53,10 @@ class DiffusionProcess:
     ----------
     betas : sequence of float
         (T,) variances, each in (0, 1).
+    prediction : {"noise", "velocity"}
+        What the network predicts: epsilon as published, or v = sqrt(alpha_bar) epsilon - sqrt(1 - alpha_bar) x_0
+        (Salimans and Ho 2022, section 4), which at the noisiest steps is the image itself: there a small error in
+        epsilon is a large one in x_0.
 
     Attributes
     ----------
@@ -64,9 +69,16 @@ class DiffusionProcess:
     ------
     ValueRangeError
         If a beta is not in (0, 1), or there is none.
+    UnknownName
+        If there is no such prediction.
     """
 
-    def __init__(self, betas: Sequence[float] | np.ndarray) -> None:
+    def __init__(self, betas: Sequence[float] | np.ndarray, prediction: str = "noise") -> None:
+        if prediction not in PREDICTIONS:
+            raise UnknownName(
+                f"No prediction '{prediction}'.{did_you_mean(prediction, PREDICTIONS)} Known: {', '.join(PREDICTIONS)}."
+            )
+        self.prediction = prediction
         self.betas = np.array(betas, dtype=np.float64)
         if self.betas.ndim != 1 or not self.betas.size or not ((self.betas > 0) & (self.betas < 1)).all():
             raise ValueRangeError(f"Betas are one or more numbers in (0, 1). Got {betas}.")
@@ -99,6 +111,20 @@ class DiffusionProcess:
         """Sample of q(x_t | x_0) from standard normal noise (Ho et al. 2020, eq. 4), in the type of `clean`."""
         signal = self.signal_at(t)
         return sqrt(signal) * clean + sqrt(1 - signal) * noise
+
+    def target(self, clean: np.ndarray, t: int, noise: np.ndarray) -> np.ndarray:
+        """What the network is trained to predict, in the type of `clean`."""
+        if self.prediction == "noise":
+            return noise
+        signal = self.signal_at(t)
+        return sqrt(signal) * noise - sqrt(1 - signal) * clean
+
+    def noise_from(self, prediction: np.ndarray, x_t: np.ndarray, t: int) -> np.ndarray:
+        """The noise in `x_t` that a prediction of the network implies."""
+        if self.prediction == "noise":
+            return prediction
+        signal = self.signal_at(t)
+        return sqrt(signal) * prediction + sqrt(1 - signal) * x_t
 
     def predict_clean(self, x_t: np.ndarray, t: int, noise: np.ndarray) -> np.ndarray:
         """Clean image that a noise prediction implies: eq. 4 solved for x_0; not clipped."""

@@ -45,7 +45,8 @@ def denoiser_from_checkpoint(checkpoint: Checkpoint) -> tuple[nn.Module, Diffusi
     if not recorded:
         raise CheckpointMismatch(f"The checkpoint of '{checkpoint.architecture}' records no diffusion process.")
     network = load_weights(build_denoiser(checkpoint.architecture, **checkpoint.options), checkpoint).eval()
-    return network, DiffusionProcess(cosine_betas(recorded["steps"], recorded["cosine_offset"]))
+    betas = cosine_betas(recorded["steps"], recorded["cosine_offset"])
+    return network, DiffusionProcess(betas, recorded.get("prediction", "noise"))
 
 
 @kept_memory()
@@ -128,6 +129,7 @@ def synthesise(
     with progress_bar(label=label, total=steps * len(boxes), initial=done * len(boxes)) as bar:
         denoise = _tiled_denoiser(
             network,
+            process,
             encode_condition(membrane, mito),
             voxel_size(voxel_nm),
             boxes,
@@ -159,6 +161,7 @@ def _check(membrane: np.ndarray, mito: np.ndarray | None, tile: Sequence[int], o
 
 def _tiled_denoiser(
     network: nn.Module,
+    process: DiffusionProcess,
     condition: np.ndarray,
     voxel_nm: Sequence[float],
     boxes: Sequence[Box],
@@ -194,22 +197,22 @@ def _tiled_denoiser(
                 needed = sum(hint.nbytes for hint in hints)
                 if needed <= free:
                     cached[box], free = hints, free - needed
-            noise = network(noisy, torch.tensor([t], device=device), part, size, hints=hints)
-        return noise[0, 0].float().cpu().numpy()
+            prediction = network(noisy, torch.tensor([t], device=device), part, size, hints=hints)
+        return prediction[0, 0].float().cpu().numpy()
 
     def denoise(x: np.ndarray, t: int) -> np.ndarray:
         total = np.zeros(x.shape, np.float32)
         for box in boxes:
             total[box.slices] += window * predict(x, t, box)
             on_tile()
-        return total / weight
+        return process.noise_from(total / weight, x, t)
 
     return denoise
 
 
 def _content_of(network: nn.Module, process: DiffusionProcess, membrane: np.ndarray, mito: np.ndarray | None) -> str:
     """Hash of weights, schedule and masks."""
-    digest = hashlib.sha256(process.betas.tobytes())
+    digest = hashlib.sha256(process.betas.tobytes() + process.prediction.encode())
     for name, tensor in network.state_dict().items():
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
