@@ -31,20 +31,26 @@ def run(options: argparse.Namespace) -> None:
     """``neurodiff run``"""
     from .config import load_config
     from .pipeline import choose_stages, run_pipeline
+    from .pipeline.engines import choose_engine, describe_engine, load_engine
 
     cfg = load_config(options.config_file, base=options.config_base, overrides=options.settings)
-    if options.engine == "host":
-        raise MissingInput(
-            "--engine host needs pytorch_connectomics' trainer, which this version does not drive yet; use native."
-        )
+    engine = choose_engine(options.engine)
     stages = choose_stages(cfg, options.stages.split(",") if options.stages else (), inference=options.inference)
     if options.dry_run:
         from .pipeline.plan import describe_plan
 
+        load_engine(engine)
         print(describe_plan(cfg, stages))
+        print(describe_engine(engine))
         return
+    print(describe_engine(engine), file=sys.stderr)
     metrics = run_pipeline(
-        cfg, stages=stages, inference=options.inference, checkpoint=options.checkpoint or "", force=options.force
+        cfg,
+        stages=stages,
+        inference=options.inference,
+        checkpoint=options.checkpoint or "",
+        force=options.force,
+        engine=engine,
     )
     if metrics:
         print(score_table(metrics))

@@ -142,7 +142,7 @@ def learning_rate_factor(step: int, settings: FitSettings) -> float:
     return 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
 
 
-class _SampleNumbers(torch.utils.data.Sampler[list[int]]):
+class SampleNumbers(torch.utils.data.Sampler[list[int]]):
     """Endless batches of sample numbers from micro-step `first` on; each device takes every world-th batch.
 
     It has no length on purpose: the trainer stops by step count, and a resumed stream needs no fast-forward.
@@ -159,7 +159,8 @@ class _SampleNumbers(torch.utils.data.Sampler[list[int]]):
             micro_step += 1
 
 
-def _make_optimizer(parameters: Any, settings: FitSettings) -> torch.optim.Optimizer:
+def make_optimizer(parameters: Any, settings: FitSettings) -> torch.optim.Optimizer:
+    """The optimiser that the settings name, over `parameters`."""
     shared: dict[str, Any] = {"lr": settings.learning_rate, "weight_decay": settings.weight_decay}
     if settings.optimizer == "SGD":
         return torch.optim.SGD(parameters, momentum=settings.momentum, **shared)
@@ -195,7 +196,7 @@ def _make_module(network: nn.Module, loss: Loss, settings: FitSettings) -> light
                 self.averaged.update_parameters(self.network)
 
         def configure_optimizers(self) -> Any:
-            optimizer = _make_optimizer(self.network.parameters(), settings)
+            optimizer = make_optimizer(self.network.parameters(), settings)
             scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_factor(step, settings))
             return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
@@ -323,6 +324,11 @@ def step_of_resume_point(path: Path, key: str) -> int:
     return int(content["global_step"])
 
 
+def check_resume_point(folder: Path, key: str) -> None:
+    """Raise if `folder` holds the half-finished training of other settings, or a broken one."""
+    step_of_resume_point(folder / "last.ckpt", key)
+
+
 def fit(
     network: nn.Module,
     loss: Loss,
@@ -398,7 +404,7 @@ def _quiet_lightning() -> Iterator[None]:
     with warnings.catch_warnings():
         # Few workers are a choice here: sample i costs milliseconds, and two cores have none to spare.
         warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-        # Our stream starts at the right sample by itself (_SampleNumbers), so nothing is lost in mid-epoch.
+        # Our stream starts at the right sample by itself (SampleNumbers), so nothing is lost in mid-epoch.
         warnings.filterwarnings("ignore", message=".*mid-epoch.*|.*resuming from a checkpoint.*")
         warnings.filterwarnings("ignore", category=UserWarning, module="lightning")
         warnings.filterwarnings("ignore", category=DeprecationWarning)
@@ -438,7 +444,7 @@ def _make_trainer(
 def _make_loader(
     dataset: SampleSource, settings: FitSettings, device: torch.device, trainer: lightning.Trainer, first_step: int
 ) -> torch.utils.data.DataLoader[Batch]:
-    numbers = _SampleNumbers(
+    numbers = SampleNumbers(
         first_step * settings.accumulate, settings.batch_size, trainer.global_rank, trainer.world_size
     )
     return torch.utils.data.DataLoader(

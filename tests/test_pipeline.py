@@ -137,7 +137,7 @@ def test_new_limits_of_the_gate_judge_again_and_paint_nothing(undisturbed: Path,
     shutil.copytree(undisturbed, folder)
     pair = folder / "pairs" / "copy_000.h5"
     before = pair.read_bytes(), pair.stat().st_mtime_ns
-    with pytest.raises(UserError, match="No synthetic volume passed the gate. Grey values are"):
+    with pytest.raises(UserError, match=r"No synthetic volume passed the gate\. Grey values are"):
         run(folder, NEURODIFF__PAIRS__GREY_LIMIT="0.0001", stages=["pairs"])
     gate = json.loads((folder / "pairs" / "copy_000.gate.json").read_text())
     assert not gate["passed"]

@@ -47,6 +47,7 @@ def run_pipeline(
     inference: bool = False,
     checkpoint: str = "",
     force: bool = False,
+    engine: str = "auto",
 ) -> dict[str, Any]:
     """Run the main job, or go on where it stopped.
 
@@ -62,6 +63,8 @@ def run_pipeline(
         Segmenter to use in place of the run's own; only with stages after the training.
     force : bool
         Make again what was made with other settings.
+    engine : {"auto", "native", "host"}
+        Whose training loop: ours, or that of pytorch_connectomics v1; auto: the host's if it is installed.
 
     Returns
     -------
@@ -75,10 +78,13 @@ def run_pipeline(
     """
     from . import networks
     from . import parts as parts_of
+    from .engines import choose_engine, load_engine
     from .report_stage import make_report
     from .run import Run, logger, run_folder, timed
 
     chosen = choose_stages(cfg, stages, inference=inference)
+    engine = choose_engine(engine)
+    load_engine(engine)
     if NETWORK_STAGES & set(chosen):
         networks.check_networks(cfg)
     arm = ""
@@ -106,7 +112,7 @@ def run_pipeline(
         "report": make_report,
     }
     with run_folder(cfg) as folder:
-        run = Run(cfg, folder, parts, force, checkpoint, arm)
+        run = Run(cfg, folder, parts, force, checkpoint, arm, engine)
         for name in chosen:
             logger.info("stage %s", name)
             with timed(run, name):

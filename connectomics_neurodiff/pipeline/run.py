@@ -19,6 +19,7 @@ from yacs.config import CfgNode
 from ..config import dump_config
 from ..errors import MissingInput, NotWritable, OutputExists, StaleArtifactError, UserError
 from ..provenance import Provenance, atomic_write, hash_of_file, is_reusable, sidecar_of, write_json, write_provenance
+from .engines import Engine, load_engine
 from .parts import Part
 
 logger = logging.getLogger("connectomics_neurodiff")
@@ -42,6 +43,8 @@ class Run:
         Segmenter to use in place of the run's own; empty: the run's own.
     checkpoint_arm : str
         Which arm that segmenter stands for; without synthetic pairs there is only one.
+    engine_name : str
+        ``"native"`` or ``"host"``.
     """
 
     cfg: CfgNode
@@ -50,12 +53,22 @@ class Run:
     force: bool = False
     checkpoint: str = ""
     checkpoint_arm: str = ""
+    engine_name: str = "native"
     seconds: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         recorded = self.folder / "seconds.json"
         if recorded.exists():
             self.seconds = json.loads(recorded.read_text())
+
+    @property
+    def engine(self) -> Engine:
+        """What trains the networks."""
+        return load_engine(self.engine_name)
+
+    def engine_settings(self) -> dict[str, str]:
+        """The engine as a setting of what it trains; nothing for our own."""
+        return {} if self.engine_name == "native" else {"ENGINE": self.engine_name}
 
     @property
     def arms(self) -> list[str]:
@@ -174,6 +187,7 @@ def write_config(folder: Path, cfg: CfgNode) -> None:
 
 def discard_training(folder: Path) -> None:
     """Remove the resume point and logs of a training that is to start anew."""
-    for name in ("last.ckpt", "loss.csv"):
-        (folder / name).unlink(missing_ok=True)
-    shutil.rmtree(folder / "tensorboard", ignore_errors=True)
+    for path in [folder / "last.ckpt", folder / "loss.csv", *folder.glob("checkpoint_*.pth.tar")]:
+        path.unlink(missing_ok=True)
+    for path in [folder / "tensorboard", *folder.glob("log????-??-??_*")]:
+        shutil.rmtree(path, ignore_errors=True)

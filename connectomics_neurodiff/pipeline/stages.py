@@ -39,13 +39,12 @@ SCORE_NAMES = ("voi_split", "voi_merge", "voi", "arand")
 def make_diffusion(run: Run) -> None:
     """Train the denoiser on the train part -> diffusion/checkpoint.pt."""
     from ..checkpoints import save_checkpoint
-    from ..engine import fit
     from ..synthesis import DiffusionCrops, DiffusionProcess, build_denoiser, cosine_betas, noise_loss
 
     cfg, node = run.cfg, run.cfg.NEURODIFF.DIFFUSION
     settings = networks.training_keys(node, ("SAMPLER", "SAMPLER_STEPS", "TILE", "OVERLAP", "SAVE_EVERY"))
     settings |= {"MEMBRANE_NM": cfg.NEURODIFF.MEMBRANE_NM, "PRECISION": networks.device_and_precision(cfg)[1]}
-    settings |= networks.world_size(cfg)
+    settings |= networks.world_size(cfg) | run.engine_settings()
     provenance = run.provenance("diffusion", settings, train=run.parts["train"].identity)
     target = run.folder / "diffusion" / "checkpoint.pt"
     if run.is_done(target, provenance):
@@ -59,7 +58,9 @@ def make_diffusion(run: Run) -> None:
         [train], tuple(node.PATCH), cfg.NEURODIFF.SEED, process, thickness_nm=cfg.NEURODIFF.MEMBRANE_NM
     )
     fit_settings = networks.diffusion_fit_settings(cfg)
-    network = fit(network, noise_loss, crops, fit_settings, target.parent, label="diffusion", key=provenance.key)
+    network = run.engine.fit(
+        network, noise_loss, crops, fit_settings, target.parent, label="diffusion", key=provenance.key
+    )
     extra = {
         "voxel_nm": [list(train.voxel_nm)],
         "process": {"steps": node.STEPS, "cosine_offset": node.COSINE_OFFSET, "prediction": node.PREDICTION},
@@ -129,7 +130,6 @@ def _require_pairs(run: Run) -> None:
 
 def _train_arm(run: Run, arm: str) -> None:
     from ..checkpoints import save_checkpoint
-    from ..engine import fit
     from ..segmenters import build_segmenter
     from ..training import AffinityPatches, AugmentOptions, affinity_loss
 
@@ -142,6 +142,7 @@ def _train_arm(run: Run, arm: str) -> None:
         "PRECISION": networks.device_and_precision(cfg)[1],
         "RATIO": cfg.AUGMENTOR.SYNTHETIC.RATIO if arm == "mixed" else 0.0,
         **networks.world_size(cfg),
+        **run.engine_settings(),
     }
     paths = pair_paths(run) if arm == "mixed" else []
     pair_hash = hash_of([hash_of_file(path) if path.is_file() else hash_of_source(str(path)) for path in paths])
@@ -164,7 +165,7 @@ def _train_arm(run: Run, arm: str) -> None:
     options = networks.segmenter_options(cfg)
     network = _built_with_seed(run, "segmenter", lambda: build_segmenter(cfg.MODEL.ARCHITECTURE, **options))
     fit_settings = networks.segmenter_fit_settings(cfg)
-    network = fit(
+    network = run.engine.fit(
         network, affinity_loss, patches, fit_settings, target.parent, label=f"segmenter, {arm}", key=provenance.key
     )
     extra = {
@@ -321,10 +322,8 @@ def _built_with_seed(run: Run, purpose: str, build: Callable[[], torch.nn.Module
 
 def _forget_other_training(run: Run, folder: Path, key: str) -> None:
     """With --force, a half-finished training of other settings is discarded; without, the engine refuses it."""
-    from ..engine import step_of_resume_point
-
     if run.force:
         try:
-            step_of_resume_point(folder / "last.ckpt", key)
+            run.engine.check_resume_point(folder, key)
         except (StaleArtifactError, CheckpointMismatch):
             discard_training(folder)

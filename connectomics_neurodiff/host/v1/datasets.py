@@ -1,0 +1,179 @@
+"""PyTC v1's dataset with synthetic pairs among the real volumes, in an exact ratio."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from connectomics.data.dataset import VolumeDataset
+from connectomics.data.dataset.build import _pad, _rescale
+from yacs.config import CfgNode
+
+from ...errors import ConfigError, MissingInput, ValueRangeError
+from ...geometry import voxel_size
+from ...pairs import is_synthetic, open_pairs
+from ...seeding import rng_for
+from ...volume import Volume, open_volume
+
+
+@dataclass(frozen=True, eq=False)
+class SyntheticVolumes:
+    """Synthetic pairs, prepared as PyTC prepares its own volumes.
+
+    Attributes
+    ----------
+    images, labels : list of numpy.ndarray
+        (z, y, x); grey values 0..255, uint8; neuron ids.
+    ratio : float
+        Synthetic : real patches.
+    seed : int
+        Seed of what is drawn.
+    """
+
+    images: list[np.ndarray]
+    labels: list[np.ndarray]
+    ratio: float
+    seed: int
+
+
+def load_synthetic(cfg: CfgNode, paths: Sequence[str], voxel_nm: Sequence[float]) -> SyntheticVolumes:
+    """Read the pairs, and scale and pad them as DATASET.DATA_SCALE and PAD_SIZE ask for the real volumes.
+
+    Parameters
+    ----------
+    cfg : CfgNode
+        PyTC's configuration with our groups.
+    paths : sequence of str
+        Pair files.
+    voxel_nm : sequence of 3 floats
+        Voxel size of the real volumes; empty: not checked, as PyTC's files do not carry it.
+
+    Raises
+    ------
+    MissingInput, LabelTypeError, ShapeMismatch, ValueRangeError
+        If there are none, or one is not a pair of this voxel size.
+    ConfigError
+        If the configuration asks for what synthetic pairs cannot serve.
+    """
+    if not paths:
+        raise MissingInput(
+            "AUGMENTOR.SYNTHETIC is on without pairs. Name them in AUGMENTOR.SYNTHETIC.PAIRS, or let "
+            "'python -m connectomics.main' make them."
+        )
+    if cfg.MODEL.TARGET_OPT_MULTISEG_SPLIT is not None or cfg.DATASET.LOAD_2D:
+        raise ConfigError(
+            "AUGMENTOR.SYNTHETIC works with one label per volume, without TARGET_OPT_MULTISEG_SPLIT or LOAD_2D."
+        )
+    pairs = _open(paths, voxel_nm)
+    images, labels = [], []
+    for pair in pairs:
+        grey = np.round(pair.array("image") * 255).astype(np.uint8)
+        images.append(_pad(_rescale(grey, cfg.DATASET.IMAGE_SCALE, 3), cfg.DATASET.PAD_SIZE, cfg.DATASET.PAD_MODE))
+        label = _rescale(pair.array("label"), cfg.DATASET.LABEL_SCALE, 0)
+        labels.append(_pad(label, cfg.DATASET.PAD_SIZE, cfg.DATASET.PAD_MODE))
+    node = cfg.AUGMENTOR.SYNTHETIC
+    return SyntheticVolumes(images, labels, float(node.RATIO), int(cfg.NEURODIFF.SEED))
+
+
+def _open(paths: Sequence[str], voxel_nm: Sequence[float]) -> list[Volume]:
+    """The pairs in memory; all of one voxel size, that of the real volume if it is known."""
+    size = voxel_size(voxel_nm or open_volume(paths[0]).voxel_nm)
+    empty = np.zeros((1, 1, 1), np.uint8)
+    return [pair.load() for pair in open_pairs(list(paths), Volume(empty, empty, None, size))]
+
+
+class MixedVolumeDataset(VolumeDataset):  # type: ignore[misc]  # PyTC has no types
+    """PyTC's VolumeDataset that also draws from synthetic volumes, in an exact ratio.
+
+    Sample i is synthetic or real by :func:`connectomics_neurodiff.pairs.is_synthetic`, whatever the workers and however
+    often a sample is rejected; its place, pose and augmentation follow from (seed, i).
+
+    Parameters
+    ----------
+    synthetic : SyntheticVolumes
+        What is mixed in; the other arguments are PyTC's.
+    """
+
+    augmentor: Any
+
+    def __init__(
+        self, volume: list[np.ndarray], label: list[np.ndarray], valid_mask: Any = None, *args: Any,
+        synthetic: SyntheticVolumes, **options: Any,
+    ) -> None:  # fmt: skip
+        size = np.array(options["sample_label_size"])
+        large = [[(size <= v.shape[-3:]).all() for v in group] for group in (volume, synthetic.images)]
+        if not all(any(group) for group in large):
+            kind = "real" if not any(large[0]) else "synthetic"
+            raise ValueRangeError(
+                f"No {kind} volume is as large as the sample of {tuple(size)} voxels (with its padding)."
+            )
+        # PyTC drops volumes that are smaller than a sample; what is left keeps its order.
+        self.real_count = sum(int(fits) for fits in large[0])
+        self.synthetic_source = synthetic
+        if valid_mask is not None:
+            valid_mask = [*valid_mask, *(np.ones(v.shape, np.uint8) for v in synthetic.images)]
+        super().__init__([*volume, *synthetic.images], [*label, *synthetic.labels], valid_mask, *args, **options)
+        self.sample_index = 0
+        self.attempt = 0
+        if self.augmentor is not None:
+            self.augmentor = _SeededAugmentor(self.augmentor, self)
+
+    def __getitem__(self, index: int) -> Any:
+        """Sample `index` in PyTC's form."""
+        self.sample_index, self.attempt = int(index), 0
+        # PyTC's own draws (rejection) come from the global generator, which forked workers share.
+        state = random.getstate()
+        random.seed(int(self.rng("host").integers(2**62)))
+        try:
+            return super().__getitem__(index)
+        finally:
+            random.setstate(state)
+
+    def rng(self, purpose: str) -> np.random.Generator:
+        """Generator of this sample, attempt and purpose."""
+        return rng_for(self.synthetic_source.seed, purpose, self.sample_index, self.attempt)
+
+    def _get_pos_train(self, vol_size: Sequence[int]) -> list[int]:
+        """Volume and corner: real or synthetic by number, the volume in proportion to its places, the place uniform."""
+        self.attempt += 1
+        rng = self.rng("host patch")
+        synthetic = is_synthetic(self.sample_index, self.synthetic_source.ratio)
+        first, last = (self.real_count, len(self.volume)) if synthetic else (0, self.real_count)
+        share = np.asarray(self.sample_num[first:last], dtype=float)
+        chosen = first + int(rng.choice(last - first, p=share / share.sum()))
+        room = np.asarray(self.volume_size[chosen]) - np.asarray(vol_size)
+        return [chosen, *(int(rng.integers(n + 1)) for n in room)]
+
+
+class _SeededAugmentor:
+    """PyTC's augmentor, whose random state was made at import, drawing from the sample's own instead."""
+
+    def __init__(self, augmentor: Any, dataset: MixedVolumeDataset) -> None:
+        self.augmentor, self.dataset = augmentor, dataset
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["augmentor"], name)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+
+    def __call__(self, sample: Mapping[str, Any]) -> Any:
+        state = np.random.RandomState(int(self.dataset.rng("host augmentation").integers(2**32)))
+        return self.augmentor(sample, state)
+
+
+def mixing_loader(plain: Callable[..., Any], synthetic: SyntheticVolumes) -> Callable[..., Any]:
+    """PyTC's ``build_dataloader``, which in training mixes synthetic volumes in."""
+
+    def build(cfg: CfgNode, augmentor: Any = None, mode: str = "train", **options: Any) -> Any:
+        if mode == "train":
+            options |= {"dataset_class": MixedVolumeDataset, "dataset_options": {"synthetic": synthetic}}
+        return plain(cfg, augmentor, mode, **options)
+
+    return build

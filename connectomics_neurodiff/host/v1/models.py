@@ -1,0 +1,75 @@
+"""Our networks in PyTC v1's table of models, under names that it does not use."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+from torch import nn
+
+from ...errors import ConfigError, did_you_mean
+from ...segmenters import SEGMENTERS, build_segmenter
+from ...synthesis import build_denoiser
+
+PREFIX = "neurodiff_"
+DENOISER = f"{PREFIX}denoiser"
+
+#: PyTC's names of normalisations, and ours.
+NORMALISATIONS = {"bn": "batch", "sync_bn": "batch", "gn": "group", "in": "instance", "none": "none"}
+
+
+def z_pooling(isotropy: Sequence[bool], levels: int) -> list[bool]:
+    """Per pooling step, whether z is pooled too.
+
+    PyTC's MODEL.ISOTROPY has an entry per level, of which the first is not a pooling step; ours has one per step.
+    """
+    if len(isotropy) == levels:
+        return [bool(entry) for entry in isotropy[1:]]
+    if len(isotropy) == levels - 1:
+        return [bool(entry) for entry in isotropy]
+    raise ConfigError(
+        f"MODEL.ISOTROPY needs {levels} or {levels - 1} entries for {levels} FILTERS. Got {list(isotropy)}."
+    )
+
+
+def segmenter_for_host(
+    architecture: str,
+    *,
+    in_channel: int,
+    out_channel: int,
+    filters: Sequence[int],
+    isotropy: Sequence[bool],
+    norm_mode: str,
+    **_unused: Any,
+) -> nn.Module:
+    """Build a segmenter from the arguments that PyTC's ``build_model`` passes to every model.
+
+    The arguments of PyTC's own blocks (block_type, attn, pad_mode, act_mode, pooling, ...) have no counterpart.
+    """
+    if norm_mode not in NORMALISATIONS:
+        raise ConfigError(
+            f"MODEL.NORM_MODE is '{norm_mode}'.{did_you_mean(norm_mode, NORMALISATIONS)} "
+            f"Known: {', '.join(NORMALISATIONS)}."
+        )
+    return build_segmenter(
+        architecture,
+        in_channels=in_channel,
+        out_channels=out_channel,
+        filters=list(filters),
+        z_pool=z_pooling(isotropy, len(filters)),
+        norm=NORMALISATIONS[norm_mode],
+    )
+
+
+def denoiser_for_host(options: Mapping[str, Any], architecture: str, **_unused: Any) -> nn.Module:
+    """Build the denoiser; PyTC's arguments do not concern it, NEURODIFF.DIFFUSION gives its options."""
+    return build_denoiser(architecture, **options)
+
+
+def model_builders(denoiser: str, denoiser_options: Mapping[str, Any]) -> dict[str, Callable[..., nn.Module]]:
+    """What goes into PyTC's MODEL_MAP: every segmenter of ours, and the denoiser."""
+    builders: dict[str, Callable[..., nn.Module]] = {
+        PREFIX + name: partial(segmenter_for_host, name) for name in SEGMENTERS
+    }
+    return builders | {DENOISER: partial(denoiser_for_host, dict(denoiser_options), denoiser)}
