@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
 
 from connectomics_neurodiff.errors import UnknownName, ValueRangeError
 from connectomics_neurodiff.segmenters import SEGMENTERS, build_segmenter
+from connectomics_neurodiff.segmenters.superhuman import DepthwiseUpsampling
 
 SMALL = (4, 6, 8)
 
@@ -87,3 +89,20 @@ def test_unknown_segmenter_gets_a_suggestion() -> None:
     assert "superhuman" in SEGMENTERS
     with pytest.raises(UnknownName, match="Did you mean 'superhuman'"):
         build_segmenter("superhumn")
+
+
+@pytest.mark.parametrize("factor", [(1, 2, 2), (2, 2, 2)])
+def test_depthwise_upsampling_is_the_transposed_convolution(factor: tuple[int, int, int]) -> None:
+    torch.manual_seed(0)
+    ours = DepthwiseUpsampling(5, 5, factor, stride=factor, groups=5).double()
+    x = torch.randn(2, 5, 3, 4, 6, dtype=torch.float64, requires_grad=True)
+    direction = torch.randn(2, 5, *(n * f for n, f in zip(x.shape[2:], factor, strict=True)), dtype=torch.float64)
+    results = []
+    for forward in (ours.forward, lambda value: nn.ConvTranspose3d.forward(ours, value)):
+        x.grad = None
+        ours.zero_grad()
+        y = forward(x)
+        (y * direction).sum().backward()
+        results.append([y.detach(), x.grad.clone(), ours.weight.grad.clone(), ours.bias.grad.clone()])
+    for found, expected in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected)

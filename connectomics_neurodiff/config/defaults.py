@@ -156,6 +156,8 @@ def _add_data(node: CfgNode) -> None:
     node.MITO_NAME = ""
     # The three disjoint parts of the data. A box is [z0, y0, x0, z1, y1, x1] in voxels, half open; empty: all of it.
     node.SPLIT = CfgNode()
+    # false: nothing is tuned or scored; all that is given trains one network, on mixed pairs if SYNTHETIC is on.
+    node.SPLIT.SCORED = True
     node.SPLIT.TRAIN = CfgNode({"BOX": []})
     # Thresholds are tuned on TUNE and the scores come from TEST. An empty NAME is the training volume's file.
     node.SPLIT.TUNE = CfgNode({"IMAGE_NAME": "", "LABEL_NAME": "", "BOX": []})

@@ -108,8 +108,8 @@ def _validate_geometry(cfg: CfgNode) -> None:
     ):
         sizes = len(voxel) == 3 and all(isinstance(v, int | float) and v > 0 for v in voxel)
         _require(sizes, key, "three numbers > 0 in nm, (z, y, x)", voxel)
-    for name, part in cfg.NEURODIFF.SPLIT.items():
-        box = part.BOX
+    for name in ("TRAIN", "TUNE", "TEST"):
+        box = cfg.NEURODIFF.SPLIT[name].BOX
         whole = not box or (len(box) == 6 and all(isinstance(v, int) and v >= 0 for v in box))
         ordered = whole and all(a < b for a, b in zip(box[:3], box[3:], strict=True))
         _require(ordered, f"NEURODIFF.SPLIT.{name}.BOX", "[z0, y0, x0, z1, y1, x1] with z0 < z1, y0 < y1, x0 < x1", box)

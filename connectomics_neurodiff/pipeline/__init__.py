@@ -37,7 +37,12 @@ def choose_stages(cfg: CfgNode, names: Sequence[str] = (), *, inference: bool = 
     if idle:
         why = "AUGMENTOR.SYNTHETIC.PAIRS names pairs made before" if synthetic.ENABLED else "AUGMENTOR.SYNTHETIC is off"
         raise ConfigError(f"The stage '{idle[0]}' makes synthetic pairs, but {why}.")
-    return [name for name in STAGES if name in wanted and (makes_pairs or name not in SYNTHESIS_STAGES)]
+    scored = cfg.NEURODIFF.SPLIT.SCORED
+    unscored = [name for name in (INFERENCE_STAGES if inference else names) if name in INFERENCE_STAGES and not scored]
+    if unscored:
+        raise ConfigError(f"The stage '{unscored[0]}' needs a tune and a test part, but NEURODIFF.SPLIT.SCORED is off.")
+    left_out = {*(() if makes_pairs else SYNTHESIS_STAGES), *(() if scored else INFERENCE_STAGES)}
+    return [name for name in STAGES if name in wanted and name not in left_out]
 
 
 def run_pipeline(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -49,14 +50,19 @@ class Part:
         return self.volume.crop(self.box)
 
 
+def part_names(cfg: CfgNode) -> tuple[str, ...]:
+    """The parts that this configuration has; train is the first."""
+    return ("train", "tune", "test") if cfg.NEURODIFF.SPLIT.SCORED else ("train",)
+
+
 def source_paths(cfg: CfgNode) -> dict[str, list[str]]:
     """Every input file by the part that needs it; none for the embedded phantom."""
     folder = Path(cfg.DATASET.INPUT_PATH)
     if cfg.DATASET.IMAGE_NAME == PHANTOM:
-        return {"train": [], "tune": [], "test": []}
+        return {part: [] for part in part_names(cfg)}
     train = [cfg.DATASET.IMAGE_NAME, cfg.DATASET.LABEL_NAME, cfg.NEURODIFF.MITO_NAME]
     found = {"train": [str(folder / name) for name in train if name]}
-    for part in ("tune", "test"):
+    for part in part_names(cfg)[1:]:
         node = cfg.NEURODIFF.SPLIT[part.upper()]
         names = [node.IMAGE_NAME, node.LABEL_NAME] if node.IMAGE_NAME else train[:2]
         found[part] = [str(folder / name) for name in names if name]
@@ -70,7 +76,7 @@ def missing_inputs(cfg: CfgNode) -> list[str]:
 
 
 def open_parts(cfg: CfgNode) -> dict[str, Part]:
-    """Open and check train, tune and test.
+    """Open and check train, tune and test (train alone if nothing is scored).
 
     Raises
     ------
@@ -84,13 +90,13 @@ def open_parts(cfg: CfgNode) -> dict[str, Part]:
         raise MissingInput(f"Missing input: {', '.join(missing)}. DATASET.INPUT_PATH is '{cfg.DATASET.INPUT_PATH}'.")
     opened: dict[str, tuple[Volume, str, str]] = {}
     parts = {}
-    for name in ("train", "tune", "test"):
+    for name in part_names(cfg):
         source, volume, identity, image = _open_source(cfg, name, opened)
         box = _box_of(cfg.NEURODIFF.SPLIT[name.upper()].BOX, volume, name)
         parts[name] = Part(name, source, volume, box, hash_of([identity, box.start, box.stop]), image)
     for part in parts.values():
         _require_labels(part)
-    for first, second in (("tune", "test"), ("train", "test"), ("train", "tune")):
+    for second, first in combinations(reversed(parts), 2):
         _require_disjoint(parts[first], parts[second])
     voxel = {tuple(part.volume.voxel_nm) for part in parts.values()}
     if len(voxel) > 1:

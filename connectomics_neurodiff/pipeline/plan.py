@@ -14,6 +14,7 @@ from ..geometry import tiles
 from ..provenance import sidecar_of
 from . import networks
 from .parts import PHANTOM, missing_inputs, open_parts
+from .run import arms_of
 
 if TYPE_CHECKING:
     import torch
@@ -25,7 +26,7 @@ TRAINING_FACTOR = 3
 def artefacts_of(cfg: CfgNode, stage: str) -> list[Path]:
     """Files that a stage leaves."""
     folder = Path(cfg.DATASET.OUTPUT_PATH)
-    arms = ["real", "mixed"] if cfg.AUGMENTOR.SYNTHETIC.ENABLED else ["real"]
+    arms = arms_of(cfg)
     copies = [f"copy_{copy:03d}.h5" for copy in range(cfg.NEURODIFF.REMODEL.COPIES)]
     names = {
         "diffusion": ["diffusion/checkpoint.pt"],
@@ -87,7 +88,7 @@ def _estimates(cfg: CfgNode, stages: Sequence[str], shape: tuple[int, int, int] 
     segmenter = build_segmenter(cfg.MODEL.ARCHITECTURE, **networks.segmenter_options(cfg))
     flops, memory = _cost_of_pass(segmenter, lambda device: _segmenter_inputs(cfg.MODEL.INPUT_SIZE, device))
     lines.append(f"  {cfg.MODEL.ARCHITECTURE}: {_parameters(segmenter):,} parameters")
-    arms = 2 if cfg.AUGMENTOR.SYNTHETIC.ENABLED else 1
+    arms = len(arms_of(cfg))
     batch = cfg.SOLVER.SAMPLES_PER_BATCH
     steps = cfg.SOLVER.ITERATION_TOTAL * cfg.SOLVER.ITERATION_STEP * batch * arms
     lines.append(_line("segmenter", TRAINING_FACTOR * flops * steps / speed, TRAINING_FACTOR * memory * batch))

@@ -73,9 +73,8 @@ class Run:
     @property
     def arms(self) -> list[str]:
         """What the segmenter is trained on: real pairs, and real and synthetic mixed."""
-        if not self.cfg.AUGMENTOR.SYNTHETIC.ENABLED:
-            return ["real"]
-        return [self.checkpoint_arm] if self.checkpoint else ["real", "mixed"]
+        arms = arms_of(self.cfg)
+        return [self.checkpoint_arm] if self.checkpoint and len(arms) > 1 else arms
 
     def provenance(self, stage: str, settings: Mapping[str, Any], **parents: str) -> Provenance:
         """Provenance of an artefact of this run."""
@@ -114,6 +113,13 @@ class Run:
         """Add to a stage's wall time; a resumed stage counts all its attempts that ended."""
         self.seconds[stage] = round(self.seconds.get(stage, 0.0) + seconds, 2)
         write_json(self.folder / "seconds.json", self.seconds)
+
+
+def arms_of(cfg: CfgNode) -> list[str]:
+    """Arms that a configuration trains; without scores there is nothing to compare with."""
+    if not cfg.AUGMENTOR.SYNTHETIC.ENABLED:
+        return ["real"]
+    return ["real", "mixed"] if cfg.NEURODIFF.SPLIT.SCORED else ["mixed"]
 
 
 @contextmanager

@@ -40,6 +40,25 @@ def _check_choice(option: str, value: str, allowed: Sequence[str]) -> None:
         )
 
 
+class DepthwiseUpsampling(nn.ConvTranspose3d):
+    """Depthwise transposed convolution whose kernel is its stride: every coarse voxel times the kernel.
+
+    The same parameters and result as its parent's, whose backward pass takes a quarter of a training step on a CPU.
+    """
+
+    def forward(self, coarse: Tensor, output_size: list[int] | None = None) -> Tensor:
+        """Features (b, c, z, y, x) at the fine level, with the channels last in memory."""
+        batch, channels, *size = coarse.shape
+        kernel = self.weight.to(coarse.dtype).permute(1, 2, 3, 4, 0)  # (1, kz, ky, kx, c)
+        spread = coarse.permute(0, 2, 3, 4, 1).reshape(batch, size[0], 1, size[1], 1, size[2], 1, channels)
+        kz, ky, kx = self.weight.shape[2:]
+        fine = spread * kernel.reshape(1, 1, kz, 1, ky, 1, kx, channels)
+        fine = fine.reshape(batch, size[0] * kz, size[1] * ky, size[2] * kx, channels)
+        if self.bias is not None:
+            fine = fine + self.bias.to(coarse.dtype)
+        return fine.permute(0, 4, 1, 2, 3)
+
+
 class ResidualModule(nn.Module):
     """Three convolutions, the first in the plane, with the other two as a residual branch (Lee et al., figure 2b).
 
@@ -78,7 +97,7 @@ class UpModule(nn.Module):
     ) -> None:
         super().__init__()
         if upsample == "transposed":
-            self.upsample: nn.Module = nn.ConvTranspose3d(coarse, coarse, factor, stride=factor, groups=coarse)
+            self.upsample: nn.Module = DepthwiseUpsampling(coarse, coarse, factor, stride=factor, groups=coarse)
         else:
             self.upsample = nn.Upsample(scale_factor=factor, mode="trilinear", align_corners=False)
         self.project = nn.Conv3d(coarse, fine, 1)

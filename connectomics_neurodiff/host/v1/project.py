@@ -1,0 +1,149 @@
+"""Running a project of PyTC v1's as it is: its YAML, its data, its trainer; with synthetic pairs if they are asked for.
+
+What ``scripts/main.py`` of PyTC does, and between loading and training: the pairs are made, if none are named, by our
+pipeline from the project's own training volume.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from connectomics.config import load_cfg, save_all_cfg
+from yacs.config import CfgNode
+
+from ...config import default_config, validate
+from ...errors import ConfigError, MissingInput
+from .config import add_config
+from .plugin import register, unregister
+from .trainer import NeuroDiffTrainer, last_checkpoint
+
+#: Where the pairs of a project are made, below its OUTPUT_PATH.
+PAIRS_FOLDER = "neurodiff"
+PAIR_STAGES = ("diffusion", "masks", "pairs")
+
+
+def load_project(
+    config_file: str, *, base: str | None = None, overrides: Sequence[str] = (), inference: bool = False
+) -> CfgNode:
+    """The project's configuration as PyTC loads it, with our groups, not frozen.
+
+    Raises
+    ------
+    ConfigError
+        If a key or value is not one of PyTC's or ours.
+    """
+    options = argparse.Namespace(
+        config_file=config_file, config_base=base, opts=list(overrides), inference=inference, distributed=False
+    )
+    try:
+        cfg = load_cfg(options, freeze=False, add_cfg_func=add_config)
+    except (KeyError, ValueError, AssertionError) as error:  # yacs raises all three
+        raise ConfigError(f"{config_file}: {' '.join(str(error).split())}") from error
+    return cfg
+
+
+def run_project(
+    cfg: CfgNode, *, inference: bool, checkpoint: str, make_pairs: Callable[[CfgNode, Sequence[str]], object]
+) -> Path:
+    """Train, or with `inference` predict, with PyTC's trainer.
+
+    Parameters
+    ----------
+    cfg : CfgNode
+        As :func:`load_project` returns it.
+    inference : bool
+        Predict INFERENCE.IMAGE_NAME with a trained network; otherwise train.
+    checkpoint : str
+        A checkpoint of PyTC's to start from or to predict with; empty: the last one of OUTPUT_PATH, if there is one.
+    make_pairs : callable
+        ``make_pairs(native_cfg, stages)``: our pipeline.
+
+    Returns
+    -------
+    pathlib.Path
+        The folder that was written to.
+    """
+    folder = Path(cfg.DATASET.OUTPUT_PATH)
+    synthetic = cfg.AUGMENTOR.SYNTHETIC
+    if synthetic.ENABLED and not synthetic.PAIRS and not inference:
+        native = native_config(cfg)
+        make_pairs(native, PAIR_STAGES)
+        synthetic.PAIRS = [str(path) for path in sorted((folder / PAIRS_FOLDER / "pairs").glob("copy_*.h5"))]
+    if inference:
+        synthetic.ENABLED = False
+    cfg.freeze()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    register(cfg)
+    try:
+        if inference:
+            _predict(cfg, device, checkpoint or _trained(cfg))
+        else:
+            folder.mkdir(parents=True, exist_ok=True)
+            save_all_cfg(cfg, str(folder))
+            _train(cfg, device, checkpoint or str(last_checkpoint(folder) or ""))
+    finally:
+        unregister()
+    return folder
+
+
+def _train(cfg: CfgNode, device: torch.device, checkpoint: str) -> None:
+    trainer = NeuroDiffTrainer(cfg, device, "train", checkpoint=checkpoint or None)
+    if cfg.DATASET.DO_CHUNK_TITLE:
+        trainer.run_chunk("train")
+        return
+    trainer.total_iter_nums = cfg.SOLVER.ITERATION_TOTAL - trainer.start_iter
+    trainer.train()
+    if trainer.total_iter_nums > 0 and cfg.SOLVER.ITERATION_TOTAL % cfg.SOLVER.ITERATION_SAVE:
+        trainer.save_checkpoint(cfg.SOLVER.ITERATION_TOTAL - 1)  # PyTC saves on multiples only: the end would be lost
+
+
+def _predict(cfg: CfgNode, device: torch.device, checkpoint: str) -> None:
+    trainer = NeuroDiffTrainer(cfg, device, "test", checkpoint=checkpoint)
+    if cfg.DATASET.DO_CHUNK_TITLE:
+        trainer.run_chunk("test")
+    elif cfg.INFERENCE.DO_SINGLY:
+        trainer.test_singly()
+    else:
+        trainer.test()
+
+
+def _trained(cfg: CfgNode) -> str:
+    raise MissingInput(
+        f"Inference into {cfg.DATASET.OUTPUT_PATH} needs --checkpoint: a checkpoint_XXXXX.pth.tar of the training."
+    )
+
+
+def native_config(cfg: CfgNode) -> CfgNode:
+    """Configuration of the run that makes a project's pairs, from PyTC's keys and our group.
+
+    Raises
+    ------
+    ConfigError
+        If the project's training volume is not one image file and one label file.
+    """
+    native = default_config()
+    native.NEURODIFF = cfg.NEURODIFF.clone()
+    native.NEURODIFF.SPLIT.SCORED = False
+    native.AUGMENTOR.SYNTHETIC = cfg.AUGMENTOR.SYNTHETIC.clone()
+    native.SYSTEM.NUM_WORKERS = 0
+    native.DATASET.INPUT_PATH = cfg.DATASET.INPUT_PATH
+    native.DATASET.IMAGE_NAME = _one_file(cfg, "IMAGE_NAME")
+    native.DATASET.LABEL_NAME = _one_file(cfg, "LABEL_NAME")
+    native.DATASET.OUTPUT_PATH = str(Path(cfg.DATASET.OUTPUT_PATH) / PAIRS_FOLDER)
+    validate(native)
+    native.freeze()
+    return native
+
+
+def _one_file(cfg: CfgNode, key: str) -> str:
+    value = cfg.DATASET[key]
+    names = value if isinstance(value, list) else str(value or "").split("@")
+    if len(names) != 1 or not names[0] or cfg.DATASET.DO_CHUNK_TITLE or names[0].endswith((".txt", ".json")):
+        raise ConfigError(
+            f"Pairs are made from one volume; DATASET.{key} is {value!r}. Make them with 'neurodiff run --stages "
+            "diffusion,masks,pairs' for each volume, and name the files in AUGMENTOR.SYNTHETIC.PAIRS."
+        )
+    return str(names[0])
