@@ -155,7 +155,7 @@ def sample(options: argparse.Namespace) -> None:
     import numpy as np
 
     from .checkpoints import load_checkpoint
-    from .conditions import check_masks
+    from .conditions import check_masks, with_background
     from .engine import resolve_device
     from .pairs import MaskArrays, write_pair
     from .synthesis import denoiser_from_checkpoint, synthesise
@@ -173,7 +173,7 @@ def sample(options: argparse.Namespace) -> None:
     image = synthesise(
         network,
         process,
-        membrane,
+        with_background(membrane, label),
         mito,
         volume.voxel_nm,
         seed=options.seed,

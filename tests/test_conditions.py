@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from connectomics_neurodiff.conditions import check_masks, encode_condition, membrane_from_labels
+from connectomics_neurodiff.conditions import check_masks, encode_condition, membrane_from_labels, with_background
 from connectomics_neurodiff.errors import (
     LabelTypeError,
     ShapeMismatch,
@@ -233,3 +233,18 @@ def test_bad_masks_do_not(
     with pytest.raises(error) as caught:
         check_masks(label, membrane, mito)
     assert "\n" not in str(caught.value)
+
+
+def test_with_background_marks_all_that_is_outside_neurons() -> None:
+    label = np.zeros((3, 24, 40), np.uint32)
+    label[:, :8], label[:, 16:] = 3, 7  # a gap of 8 voxels, 240 nm: wide, so only outlined as membrane
+    membrane = membrane_from_labels(label, (40, 30, 30))
+    assert not membrane[:, 11:13].any()
+    outside = with_background(membrane, label)
+    assert outside.dtype == np.uint8
+    assert outside[:, 8:16].all()
+    np.testing.assert_array_equal(outside[label > 0], membrane[label > 0])
+    dense = np.where(label == 0, 5, label)
+    np.testing.assert_array_equal(with_background(membrane, dense), membrane)
+    with pytest.raises(ShapeMismatch, match="one shape"):
+        with_background(membrane[1:], label)

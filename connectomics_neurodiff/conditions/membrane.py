@@ -6,8 +6,35 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ..errors import LabelTypeError, ValueRangeError, VolumeFormatError
+from ..errors import LabelTypeError, ShapeMismatch, ValueRangeError, VolumeFormatError
 from ..geometry import is_anisotropic, voxel_size
+
+
+def with_background(membrane: np.ndarray, label: np.ndarray) -> np.ndarray:
+    """Membranes and all other background: what the diffusion model is conditioned on.
+
+    Wide background - glia, vessels, what nobody traced - is only outlined by :func:`membrane_from_labels`. A model that
+    sees the outline alone cannot tell its inside from that of a neuron and paints cytoplasm there, where the pair's
+    affinities are 0: the segmenter then doubts cytoplasm everywhere (docs/results.md).
+
+    Parameters
+    ----------
+    membrane, label : numpy.ndarray
+        (z, y, x) mask, and integers with 0 = background.
+
+    Returns
+    -------
+    numpy.ndarray
+        (z, y, x) uint8, 1 = outside all neurons.
+
+    Raises
+    ------
+    ShapeMismatch
+        If the shapes differ.
+    """
+    if membrane.shape != label.shape:
+        raise ShapeMismatch(f"Membrane and label must have one shape. Got {membrane.shape} and {label.shape}.")
+    return ((np.asarray(membrane) > 0) | (np.asarray(label) == 0)).astype(np.uint8)
 
 
 def membrane_from_labels(

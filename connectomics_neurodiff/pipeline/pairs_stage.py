@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from ..conditions import membrane_from_labels
+from ..conditions import membrane_from_labels, with_background
 from ..config import as_dict
 from ..errors import UserError
 from ..pairs import MaskArrays, grey_value_gate, match_grey_values, membrane_gate, membrane_visibility, write_pair
@@ -67,7 +67,7 @@ def _make_painter(run: Run) -> Painter:
         return synthesise(
             network,
             process,
-            membrane,
+            with_background(membrane, masks.array("label")),
             masks.mito_array,
             masks.voxel_nm,
             seed=int(rng_for(run.cfg.NEURODIFF.SEED, "pairs", copy).integers(2**31)),

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ..conditions import encode_condition, membrane_from_labels
+from ..conditions import encode_condition, membrane_from_labels, with_background
 from ..errors import MissingInput, ValueRangeError
 from ..seeding import rng_for
 from ..volume import Volume
@@ -74,7 +74,8 @@ class DiffusionCrops:
         return np.pad(array, [(0, 0)] * (array.ndim - 3) + [(0, n) for n in lacking], mode="symmetric")
 
     def _condition_of(self, volume: Volume, thickness_nm: float) -> np.ndarray:
-        membrane = membrane_from_labels(np.asarray(volume.label), volume.voxel_nm, thickness_nm)
+        label = np.asarray(volume.label)
+        membrane = with_background(membrane_from_labels(label, volume.voxel_nm, thickness_nm), label)
         mito = None if volume.mito is None else np.asarray(volume.mito)
         return self._at_least_patch(encode_condition(membrane, mito).astype(np.uint8))  # 0/1: a quarter of the memory
 
