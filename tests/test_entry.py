@@ -52,10 +52,11 @@ REPORT = """
         except ImportError as error:
             report["child"] = str(error)
         if "--workers" in report["arguments"]:
-            import multiprocessing
+            import concurrent.futures, multiprocessing
             for method in multiprocessing.get_all_start_methods():
-                with multiprocessing.get_context(method).Pool(1) as pool:
-                    report[method] = pool.apply(in_child, (21,))
+                context = multiprocessing.get_context(method)
+                with concurrent.futures.ProcessPoolExecutor(1, context) as pool:
+                    report[method] = pool.submit(in_child, 21).result()
         print(json.dumps(report))
         return 5
 """
@@ -87,7 +88,7 @@ class Environment:
         kept = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
         cwd = self.cwd or self.folder
         command = [str(self.python), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=kept | self.variables)
+        return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=kept | self.variables, timeout=300)
 
     def report(self, *arguments: str) -> dict[str, object]:
         result = self.run(*arguments)
