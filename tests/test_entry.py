@@ -273,7 +273,8 @@ def test_a_main_module_of_the_host_wins(
     layout(reporting, tmp_path / "host")
     base = tmp_path / "host" if (tmp_path / "host").exists() else reporting.site
     (base / "connectomics" / "main.py").write_text("print('the host')\n")
-    assert reporting.run("-m", "connectomics.main", "--help").stdout == "the host\n"
+    result = reporting.run("-m", "connectomics.main", "--help")
+    assert (result.returncode, result.stdout, result.stderr) == (0, "the host\n", "")
 
 
 def test_help_is_that_of_neurodiff_run(installed: Environment) -> None:
@@ -326,6 +327,12 @@ def test_a_start_of_python_costs_one_module(installed: Environment) -> None:
     (installed.site / "connectomics_neurodiff.pth").unlink()
     without_us = set(installed.run("-c", code).stdout.split())
     assert with_us - without_us == {"connectomics_neurodiff_finder"}
+
+
+def test_one_pass_over_the_path_files_is_enough(installed: Environment) -> None:
+    """A virtual environment's are processed twice, which hides a wrong order; those of other Pythons are not."""
+    code = f"import site, sys; site.addsitedir({str(installed.site)!r}); print(sys.meta_path[-1].__name__)"
+    assert installed.run("-I", "-S", "-c", code).stdout == "MainFinder\n"
 
 
 def test_a_half_removed_installation_is_silent(installed: Environment) -> None:
