@@ -53,6 +53,7 @@ setup(
     license="MIT",
     python_requires=">=3.11",
     packages=find_packages(include=["connectomics_neurodiff", "connectomics_neurodiff.*"]),
+    py_modules=["connectomics_neurodiff_finder"],
     package_data={"connectomics_neurodiff": ["py.typed", "report/*.html"]},
     install_requires=REQUIRED,
     extras_require={"view": VIEW, "cuda": ["mamba-ssm>=2.2"], "test": TEST},

@@ -100,7 +100,8 @@ def test_a_wheel_holds_the_package_and_nothing_else(tmp_path: Path) -> None:
     for name in filter(None, files):
         (copy / name).parent.mkdir(parents=True, exist_ok=True)
         (copy / name).write_bytes((REPOSITORY / name).read_bytes())
-    build = [sys.executable, "-c", "import setuptools.build_meta as b; print(b.build_wheel('dist'))"]
+    code = "import sys; sys.path.insert(0, 'building'); import pth_backend as b; print(b.build_wheel('dist'))"
+    build = [sys.executable, "-c", code]
     result = subprocess.run(build, cwd=copy, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     import zipfile
@@ -108,6 +109,9 @@ def test_a_wheel_holds_the_package_and_nothing_else(tmp_path: Path) -> None:
     (wheel,) = (copy / "dist").glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()
     tops = {name.split("/")[0] for name in names}
-    assert tops == {"connectomics_neurodiff", next(t for t in tops if t.endswith(".dist-info"))}
+    assert tops == {
+        "connectomics_neurodiff", "connectomics_neurodiff_finder.py", "connectomics_neurodiff.pth",
+        next(t for t in tops if t.endswith(".dist-info")),
+    }  # fmt: skip
     assert "connectomics_neurodiff/report/template.html" in names
     assert "connectomics_neurodiff/py.typed" in names
