@@ -54,7 +54,7 @@ setup(
     python_requires=">=3.11",
     packages=find_packages(include=["connectomics_neurodiff", "connectomics_neurodiff.*"]),
     py_modules=["connectomics_neurodiff_finder"],
-    package_data={"connectomics_neurodiff": ["py.typed", "report/*.html"]},
+    package_data={"connectomics_neurodiff": ["py.typed", "report/*.html", "config/*.yaml"]},
     install_requires=REQUIRED,
     extras_require={"view": VIEW, "cuda": ["mamba-ssm>=2.2"], "test": TEST},
     entry_points={"console_scripts": ["neurodiff=connectomics_neurodiff.cli:main"]},

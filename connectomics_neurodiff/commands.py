@@ -5,11 +5,11 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from .errors import MissingInput, OutputExists, ValueRangeError
+from .errors import ConfigError, MissingInput, OutputExists, ValueRangeError
 from .provenance import require_writable
 
 
@@ -30,9 +30,13 @@ def _voxel_size(options: argparse.Namespace) -> tuple[float, ...] | None:
 def run(options: argparse.Namespace) -> None:
     """``neurodiff run``"""
     from .config import load_config
+    from .config.project import is_project
     from .pipeline import choose_stages, run_pipeline
     from .pipeline.engines import choose_engine, describe_engine, load_engine
 
+    if is_project(options.config_file, options.config_base):
+        _run_project(options)
+        return
     cfg = load_config(options.config_file, base=options.config_base, overrides=options.settings)
     engine = choose_engine(options.engine)
     stages = choose_stages(cfg, options.stages.split(",") if options.stages else (), inference=options.inference)
@@ -57,6 +61,62 @@ def run(options: argparse.Namespace) -> None:
     folder = Path(cfg.DATASET.OUTPUT_PATH)
     if (folder / "report.html").exists():
         print(f"report: {folder / 'report.html'}")
+
+
+def _run_project(options: argparse.Namespace) -> None:
+    """A project of the host's: with its own trainer, or said in our configuration and run with ours."""
+    from .config import dump_config
+    from .config.project import load_project
+    from .pipeline import choose_stages, run_pipeline
+    from .pipeline.engines import choose_engine, describe_engine, load_engine
+
+    engine = choose_engine(options.engine)
+    load_engine(engine)
+    print(describe_engine(engine), file=sys.stderr)
+    if engine == "host":
+        _run_project_on_host(options)
+        return
+    project = load_project(options.config_file, base=options.config_base, overrides=options.settings)
+    for key, reason in project.without_effect.items():
+        print(f"native engine: no effect: {key} {reason}", file=sys.stderr)
+    for key, allowed in project.unsupported.items():
+        print(f"native engine: not supported: {key} {allowed}", file=sys.stderr)
+    if options.dry_run:
+        print(dump_config(project.cfg))
+        return
+    if project.unsupported:
+        faults = "; ".join(f"{key} is {allowed}" for key, allowed in project.unsupported.items())
+        raise ConfigError(
+            f"The native engine does not support this project. {faults}. Change that, or use --engine host."
+        )
+    if options.inference:
+        raise ConfigError(
+            "The native engine predicts a project's volumes with: neurodiff predict VOLUME OUT.h5 --checkpoint "
+            f"{project.cfg.DATASET.OUTPUT_PATH}/segmenter/real/checkpoint.pt (mixed/ with SYNTHETIC)."
+        )
+    stages = choose_stages(project.cfg, options.stages.split(",") if options.stages else ())
+    run_pipeline(project.cfg, stages=stages, force=options.force, engine=engine)
+    print(f"trained: {project.cfg.DATASET.OUTPUT_PATH}/segmenter")
+
+
+def _run_project_on_host(options: argparse.Namespace) -> None:
+    from .host.v1.project import load_project, run_project
+    from .pipeline import run_pipeline
+
+    if options.stages:
+        raise ConfigError("--stages is for our own recipes; the host trains a project from start to end.")
+    cfg = load_project(
+        options.config_file, base=options.config_base, overrides=options.settings, inference=options.inference
+    )
+    if options.dry_run:
+        print(cfg.dump())
+        return
+
+    def make_pairs(native: Any, stages: Sequence[str]) -> None:
+        run_pipeline(native, stages=stages, force=options.force, engine="host")
+
+    folder = run_project(cfg, inference=options.inference, checkpoint=options.checkpoint or "", make_pairs=make_pairs)
+    print(f"written to: {folder}")
 
 
 def score_table(metrics: dict[str, Any]) -> str:

@@ -274,6 +274,6 @@ def test_affinity_loss_can_be_minimised() -> None:
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
-        assert logs["bce"].item() == loss.item()
+        assert logs["WeightedBCEWithLogitsLoss"].item() == loss.item()
     assert np.mean(losses[-10:]) < 0.5 * losses[0]
     assert logs["accuracy"] > 0.85

@@ -61,6 +61,11 @@ def _add_model(cfg: CfgNode) -> None:
     cfg.MODEL.OUT_PLANES = 3
     # What is learnt: "2" is the affinity z, y, x at the destination voxel. The native engine knows no other. [pytc]
     cfg.MODEL.TARGET_OPT = ["2"]
+    # Loss terms and their weights: "WeightedBCEWithLogitsLoss" [published], "DiceLoss". The names are [pytc]'s.
+    cfg.MODEL.LOSS_OPTION = ["WeightedBCEWithLogitsLoss"]
+    cfg.MODEL.LOSS_WEIGHT = [1.0]
+    # Blocks of pytorch_connectomics' own networks (unet_3d, where it is installed); ours have none to choose. [pytc]
+    cfg.MODEL.BLOCK_TYPE = "residual"
     # Training patch in voxels, (z, y, x). [published] 16, 160, 160.
     cfg.MODEL.INPUT_SIZE = [16, 160, 160]
 

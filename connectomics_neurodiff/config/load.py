@@ -48,16 +48,16 @@ def load_config(
     cfg = default_config()
     for path in (base, config_file):
         if path is not None:
-            for content, source in _with_bases(Path(path), seen=()):
+            for content, source in with_bases(Path(path), seen=()):
                 merge(cfg, content, source=str(source))
-    for content in _parse_overrides(overrides):
+    for content in parse_overrides(overrides):
         merge(cfg, content, source="the command line")
     validate(cfg)
     cfg.freeze()
     return cfg
 
 
-def _with_bases(path: Path, seen: tuple[Path, ...]) -> Iterator[tuple[dict[str, Any], Path]]:
+def with_bases(path: Path, seen: tuple[Path, ...]) -> Iterator[tuple[dict[str, Any], Path]]:
     if path.resolve() in seen:
         raise ConfigError(f"{path} names itself as {BASE_KEY}, by way of {seen[-1]}.")
     if not path.is_file():
@@ -70,11 +70,11 @@ def _with_bases(path: Path, seen: tuple[Path, ...]) -> Iterator[tuple[dict[str, 
         raise ConfigError(f"{path} must hold keys and values. Got {type(content).__name__}.")
     content = content or {}
     if BASE_KEY in content:
-        yield from _with_bases(path.parent / str(content.pop(BASE_KEY)), (*seen, path.resolve()))
+        yield from with_bases(path.parent / str(content.pop(BASE_KEY)), (*seen, path.resolve()))
     yield content, path
 
 
-def _parse_overrides(overrides: Sequence[str]) -> Iterator[dict[str, Any]]:
+def parse_overrides(overrides: Sequence[str]) -> Iterator[dict[str, Any]]:
     """KEY VALUE pairs as nested keys, one by one: a later pair goes before an earlier one."""
     if len(overrides) % 2:
         raise ConfigError(f"Settings on the command line are KEY VALUE pairs. '{overrides[-1]}' has no value.")

@@ -128,6 +128,12 @@ def _validate_names(cfg: CfgNode) -> None:
         diffusion.SCAN_DIRECTIONS in (1, 2), "NEURODIFF.DIFFUSION.SCAN_DIRECTIONS", "1 or 2", diffusion.SCAN_DIRECTIONS
     )
     _require_choice("MODEL.NORM_MODE", cfg.MODEL.NORM_MODE, ("batch", "group", "instance", "none"))
+    for loss in cfg.MODEL.LOSS_OPTION:
+        _require_choice("MODEL.LOSS_OPTION", loss, ("WeightedBCEWithLogitsLoss", "DiceLoss"))
+    weights = cfg.MODEL.LOSS_WEIGHT
+    fit = len(weights) == len(set(cfg.MODEL.LOSS_OPTION)) == len(cfg.MODEL.LOSS_OPTION) > 0
+    fit = fit and all(isinstance(w, int | float) and w > 0 for w in weights)
+    _require(fit, "MODEL.LOSS_WEIGHT", f"a number > 0 for each of MODEL.LOSS_OPTION {cfg.MODEL.LOSS_OPTION}", weights)
     _require(cfg.MODEL.TARGET_OPT == ["2"], "MODEL.TARGET_OPT", "['2'] (affinity z, y, x)", cfg.MODEL.TARGET_OPT)
     _require(cfg.MODEL.IN_PLANES == 1, "MODEL.IN_PLANES", "1 (one grey image)", cfg.MODEL.IN_PLANES)
     _require(cfg.MODEL.OUT_PLANES == 3, "MODEL.OUT_PLANES", "3 (affinity z, y, x)", cfg.MODEL.OUT_PLANES)

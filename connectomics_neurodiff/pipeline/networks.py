@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from yacs.config import CfgNode
 
 from ..config import as_dict
+from ..config.project import HOST_ARCHITECTURES
 from ..engine import FitSettings, resolve_device, resolve_precision
 from ..errors import ConfigError
 
@@ -48,10 +49,25 @@ def check_networks(cfg: CfgNode) -> None:
         raise ConfigError(
             f"MODEL.FILTERS must be whole numbers and MODEL.ISOTROPY true or false. Got {filters} and {z_pool}."
         )
+    provide_architecture(cfg.MODEL.ARCHITECTURE)
     with torch.device("meta"):
         build_segmenter(cfg.MODEL.ARCHITECTURE, **segmenter_options(cfg))
         if cfg.AUGMENTOR.SYNTHETIC.ENABLED and not cfg.AUGMENTOR.SYNTHETIC.PAIRS:
             build_denoiser(cfg.NEURODIFF.DIFFUSION.ARCHITECTURE, **denoiser_options(cfg))
+
+
+def provide_architecture(name: str) -> None:
+    """Let `build_segmenter` know a network of the host's, where the host is installed.
+
+    Raises
+    ------
+    MissingDependency
+        If it is one of the host's, and the host is not there.
+    """
+    if name in HOST_ARCHITECTURES:
+        from ..host.v1 import provide_host_networks
+
+        provide_host_networks()
 
 
 def world_size(cfg: CfgNode) -> dict[str, int]:
@@ -128,7 +144,8 @@ def denoiser_options(cfg: CfgNode) -> dict[str, Any]:
 
 def segmenter_options(cfg: CfgNode) -> dict[str, Any]:
     """Keyword arguments of :func:`~connectomics_neurodiff.segmenters.build_segmenter`."""
-    return {
+    host = {"block_type": cfg.MODEL.BLOCK_TYPE} if cfg.MODEL.ARCHITECTURE in HOST_ARCHITECTURES else {}
+    return host | {
         "in_channels": cfg.MODEL.IN_PLANES,
         "out_channels": cfg.MODEL.OUT_PLANES,
         "filters": list(cfg.MODEL.FILTERS),

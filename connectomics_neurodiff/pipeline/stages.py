@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -165,8 +166,10 @@ def _train_arm(run: Run, arm: str) -> None:
     options = networks.segmenter_options(cfg)
     network = _built_with_seed(run, "segmenter", lambda: build_segmenter(cfg.MODEL.ARCHITECTURE, **options))
     fit_settings = networks.segmenter_fit_settings(cfg)
+    terms = dict(zip(cfg.MODEL.LOSS_OPTION, cfg.MODEL.LOSS_WEIGHT, strict=True))
+    loss = partial(affinity_loss, terms=terms)
     network = run.engine.fit(
-        network, affinity_loss, patches, fit_settings, target.parent, label=f"segmenter, {arm}", key=provenance.key
+        network, loss, patches, fit_settings, target.parent, label=f"segmenter, {arm}", key=provenance.key
     )
     extra = {
         "voxel_nm": [list(train.voxel_nm)],

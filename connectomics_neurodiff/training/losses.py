@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 #: Weights of a patch without a single annotated voxel sum to 0: its loss is 0, not NaN.
 _LEAST_WEIGHT = 1e-6
+#: Added to numerator and denominator of the Dice loss: a patch without a neuron has loss 0, not NaN. [pytc]
+_DICE_SMOOTHING = 100.0
+DEFAULT_TERMS: Mapping[str, float] = MappingProxyType({"WeightedBCEWithLogitsLoss": 1.0})
 
 
 def weighted_bce(logits: Tensor, affinity: Tensor, weight: Tensor) -> Tensor:
@@ -31,7 +37,34 @@ def weighted_bce(logits: Tensor, affinity: Tensor, weight: Tensor) -> Tensor:
     return (loss * weight).sum() / weight.sum().clamp_min(_LEAST_WEIGHT)
 
 
-def affinity_loss(network: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+def dice_loss(logits: Tensor, affinity: Tensor, weight: Tensor) -> Tensor:
+    """Soft Dice loss (Milletari et al. 2016, section 3), smoothed as pytorch_connectomics does; mean over the batch.
+
+    Parameters
+    ----------
+    logits, affinity, weight : torch.Tensor
+        As for :func:`weighted_bce`; edges of weight 0 are left out, other weights make no difference.
+
+    Returns
+    -------
+    torch.Tensor
+        Scalar in [0, 1].
+    """
+    known = (weight > 0).float()
+    predicted = (torch.sigmoid(logits.float()) * known).flatten(1)
+    target = (affinity * known).flatten(1)
+    overlap = 2 * (predicted * target).sum(1) + _DICE_SMOOTHING
+    whole = (predicted**2).sum(1) + (target**2).sum(1) + _DICE_SMOOTHING
+    return (1 - overlap / whole).mean()
+
+
+#: Loss terms by the names that pytorch_connectomics gives them.
+LOSS_TERMS = {"WeightedBCEWithLogitsLoss": weighted_bce, "DiceLoss": dice_loss}
+
+
+def affinity_loss(
+    network: nn.Module, batch: dict[str, Tensor], *, terms: Mapping[str, float] = DEFAULT_TERMS
+) -> tuple[Tensor, dict[str, Tensor]]:
     """Loss of a segmenter on a batch of :class:`AffinityPatches`, in the form that ``engine.fit`` takes.
 
     Parameters
@@ -40,18 +73,21 @@ def affinity_loss(network: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor,
         Image (b, 1, z, y, x) -> logits (b, 3, z, y, x).
     batch : dict
         image, affinity and weight, each with a leading batch axis.
+    terms : mapping of str to float
+        Weight of each of `LOSS_TERMS` that takes part.
 
     Returns
     -------
     loss : torch.Tensor
         Scalar.
     logs : dict
-        ``"bce"``: the loss; ``"accuracy"``: weighted share of edges on the right side of 0.5.
+        The terms by name; ``"accuracy"``: weighted share of edges on the right side of 0.5.
     """
     logits = network(batch["image"])
     affinity, weight = batch["affinity"], batch["weight"]
-    loss = weighted_bce(logits, affinity, weight)
+    logs = {name: LOSS_TERMS[name](logits, affinity, weight) for name in terms}
+    loss = torch.stack([terms[name] * value for name, value in logs.items()]).sum()
     with torch.no_grad():
         right = ((logits > 0) == (affinity > 0.5)).float()
         accuracy = (right * weight).sum() / weight.sum().clamp_min(_LEAST_WEIGHT)
-    return loss, {"bce": loss.detach(), "accuracy": accuracy}
+    return loss, {name: value.detach() for name, value in logs.items()} | {"accuracy": accuracy}

@@ -11,13 +11,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from .config import add_config
+from .models import provide_host_networks
 from .plugin import register, unregister
 
 if TYPE_CHECKING:
     from .augmentation import AffinityTestAugmentor as AffinityTestAugmentor
     from .trainer import NeuroDiffTrainer as NeuroDiffTrainer
 
-__all__ = ["AffinityTestAugmentor", "NeuroDiffTrainer", "add_config", "register", "unregister"]
+__all__ = ["AffinityTestAugmentor", "NeuroDiffTrainer", "add_config", "provide_host_networks", "register", "unregister"]
 
 _HOMES = {"AffinityTestAugmentor": "augmentation", "NeuroDiffTrainer": "trainer"}
 

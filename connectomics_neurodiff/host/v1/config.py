@@ -9,6 +9,7 @@ from typing import Any
 from yacs.config import CfgNode
 
 from ...config import default_config
+from ...config.project import RENAMED, host_defaults
 
 
 def add_config(cfg: CfgNode) -> None:
@@ -20,13 +21,23 @@ def add_config(cfg: CfgNode) -> None:
     ours = default_config()
     cfg.NEURODIFF = ours.NEURODIFF
     cfg.AUGMENTOR.SYNTHETIC = ours.AUGMENTOR.SYNTHETIC
-    cfg.__class__ = _Tree
+    object.__setattr__(cfg, "__class__", _Tree)  # yacs takes a plain assignment for a key
 
 
 class _Tree(CfgNode):  # type: ignore[misc]  # yacs has no types
     """PyTC's root node, which writes our short forms out before it merges."""
 
+    @classmethod
+    def _decode_cfg_value(cls, value: Any) -> Any:
+        """Nested groups stay plain nodes: yacs compares their types."""
+        return CfgNode._decode_cfg_value(value)
+
     def merge_from_other_cfg(self, cfg_other: CfgNode) -> None:
+        _let_untyped_stay_untyped(self, cfg_other)
+        for key, new in RENAMED.items():
+            group, name = key.split(".")
+            if name in cfg_other.get(group, {}):
+                super().merge_from_list([new, cfg_other[group][name]])
         super().merge_from_other_cfg(CfgNode(_written_out(self, cfg_other)))
 
     def merge_from_list(self, cfg_list: Sequence[Any]) -> None:
@@ -45,6 +56,19 @@ class _Tree(CfgNode):  # type: ignore[misc]  # yacs has no types
             self.merge_from_other_cfg(CfgNode(content))
 
 
+#: Keys that PyTC gives no type (None), which two files of one project may therefore fill with different ones.
+_UNTYPED = {key for key, default in host_defaults().items() if default is None}
+
+
+def _let_untyped_stay_untyped(defaults: CfgNode, content: Mapping[str, Any], prefix: str = "") -> None:
+    """yacs takes a key's first value for its type; SNEMI-Affinity-UNet-MER.yaml over its base fails by that."""
+    for name, value in content.items():
+        if isinstance(value, Mapping) and isinstance(defaults.get(name), CfgNode):
+            _let_untyped_stay_untyped(defaults[name], value, f"{prefix}{name}.")
+        elif f"{prefix}{name}" in _UNTYPED:
+            defaults[name] = None
+
+
 def _value_of(text: Any) -> Any:
     if not isinstance(text, str):
         return text
@@ -56,12 +80,16 @@ def _value_of(text: Any) -> Any:
 
 def _written_out(defaults: CfgNode, content: Mapping[str, Any], path: tuple[str, ...] = ()) -> dict[str, Any]:
     """Nested keys with our short forms in full."""
-    found = {}
+    found: dict[str, Any] = {}
     for name, value in content.items():
         default = defaults.get(name)
         where = (*path, name)
+        if ".".join(where) in RENAMED:
+            continue
         if where == ("AUGMENTOR", "SYNTHETIC") and isinstance(value, bool):
             value = {"ENABLED": value}
+        if where == ("MODEL", "OUTPUT_ACT") and isinstance(value, str):
+            value = [[value]]  # Distance-Transform-Quantized.yaml: one activation for the one loss
         if where == ("AUGMENTOR", "SYNTHETIC", "PAIRS") and isinstance(value, str):
             value = [value] if value else []
         if isinstance(value, Mapping) and isinstance(default, CfgNode):

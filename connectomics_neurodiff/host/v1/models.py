@@ -8,15 +8,14 @@ from typing import Any
 
 from torch import nn
 
+from ...config.project import HOST_ARCHITECTURES, NORMALISATIONS
 from ...errors import ConfigError, did_you_mean
 from ...segmenters import SEGMENTERS, build_segmenter
 from ...synthesis import build_denoiser
+from .compat import import_host
 
 PREFIX = "neurodiff_"
 DENOISER = f"{PREFIX}denoiser"
-
-#: PyTC's names of normalisations, and ours.
-NORMALISATIONS = {"bn": "batch", "sync_bn": "batch", "gn": "group", "in": "instance", "none": "none"}
 
 
 def z_pooling(isotropy: Sequence[bool], levels: int) -> list[bool]:
@@ -73,3 +72,41 @@ def model_builders(denoiser: str, denoiser_options: Mapping[str, Any]) -> dict[s
         PREFIX + name: partial(segmenter_for_host, name) for name in SEGMENTERS
     }
     return builders | {DENOISER: partial(denoiser_for_host, dict(denoiser_options), denoiser)}
+
+
+def provide_host_networks() -> None:
+    """Add PyTC's U-Nets to our segmenters, so that the native engine can train a project's network.
+
+    Raises
+    ------
+    MissingDependency
+        If PyTC v1 is not installed.
+    """
+    import_host()
+    for name in HOST_ARCHITECTURES:
+        if name not in SEGMENTERS:
+            SEGMENTERS.register(name)(partial(_host_network, name))
+
+
+def _host_network(
+    name: str,
+    in_channels: int = 1,
+    out_channels: int = 3,
+    filters: Sequence[int] = (28, 36, 48, 64, 80),
+    z_pool: Sequence[bool] = (False, False, False, True, True),
+    norm: str = "batch",
+    block_type: str = "residual",
+) -> nn.Module:
+    """One of PyTC's networks; `z_pool` is its MODEL.ISOTROPY, one entry per level."""
+    from connectomics.model.build import MODEL_MAP
+
+    host_norm = {ours: theirs for theirs, ours in reversed(NORMALISATIONS.items())}[norm]
+    network: nn.Module = MODEL_MAP[name](
+        block_type=block_type,
+        in_channel=in_channels,
+        out_channel=out_channels,
+        filters=list(filters),
+        isotropy=list(z_pool),
+        norm_mode=host_norm,
+    )
+    return network
