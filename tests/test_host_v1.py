@@ -1,0 +1,439 @@
+"""The plugin for PyTC v1: our side of every signature it calls, and, where PyTC is installed, the real thing."""
+
+from __future__ import annotations
+
+import random
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import h5py
+import numpy as np
+import pytest
+import torch
+import yaml
+from tiny import neurodiff, settings
+from yacs.config import CfgNode
+
+from connectomics_neurodiff.affinities import affinities_from_labels
+from connectomics_neurodiff.config import load_config
+from connectomics_neurodiff.config.project import host_defaults, is_project, load_project
+from connectomics_neurodiff.errors import ConfigError, MissingDependency, MissingInput, UnknownName, ValueRangeError
+from connectomics_neurodiff.host import find_host, require_host, v1
+from connectomics_neurodiff.host.v1.compat import _replaced_if_broken, bounding_boxes, make_grid
+from connectomics_neurodiff.host.v1.losses import NeuroDiffWeightedBCE
+from connectomics_neurodiff.host.v1.models import model_builders, segmenter_for_host, z_pooling
+from connectomics_neurodiff.pipeline import run_pipeline
+from connectomics_neurodiff.pipeline.engines import choose_engine, load_engine
+from connectomics_neurodiff.volume import grow_phantom
+
+KIND = find_host().kind
+needs_host = pytest.mark.skipif(KIND != "v1", reason=f"needs pytorch_connectomics v1 (here: {KIND})")
+without_host = pytest.mark.skipif(KIND == "v1", reason="pytorch_connectomics v1 is installed here")
+
+# What PyTC's build_model passes to every network.
+HOST_ARGUMENTS: dict[str, Any] = {
+    "block_type": "residual", "in_channel": 1, "out_channel": 3, "filters": [4, 6, 8], "ks": [3, 3, 5],
+    "blocks": [2, 2, 2], "attn": "squeeze_excitation", "is_isotropic": False, "isotropy": [False, False, True],
+    "pad_mode": "replicate", "act_mode": "elu", "norm_mode": "bn", "pooling": False, "return_feats": None,
+}  # fmt: skip
+
+PROJECT = """
+MODEL:
+  ARCHITECTURE: superhuman
+  INPUT_SIZE: [6, 40, 40]
+  OUTPUT_SIZE: [6, 40, 40]
+  FILTERS: [4, 6, 8]
+  ISOTROPY: [False, False, True]
+  OUT_PLANES: 3
+  TARGET_OPT: ["2"]
+  LOSS_OPTION: [["WeightedBCEWithLogitsLoss", "DiceLoss"]]
+  LOSS_WEIGHT: [[1.0, 0.5]]
+  WEIGHT_OPT: [["1", "0"]]
+  OUTPUT_ACT: [["none", "sigmoid"]]
+  NORM_MODE: gn
+  LABEL_EROSION: 1
+DATASET:
+  IMAGE_NAME: image.h5
+  LABEL_NAME: label.h5
+  PAD_SIZE: [2, 8, 8]
+SOLVER:
+  LR_SCHEDULER_NAME: WarmupCosineLR
+  ITERATION_TOTAL: 2
+  WARMUP_ITERS: 1
+INFERENCE:
+  AUG_NUM: None
+"""
+
+
+def write(path: Path, text: str) -> str:
+    path.write_text(text)
+    return str(path)
+
+
+# Our side of PyTC's calls, without PyTC.
+
+
+def test_every_segmenter_is_built_from_what_the_host_passes() -> None:
+    builders = model_builders("neurodiff", {"preset": "small"})
+    assert set(builders) >= {"neurodiff_superhuman", "neurodiff_denoiser"}
+    network = builders["neurodiff_superhuman"](**HOST_ARGUMENTS)
+    assert network(torch.rand(1, 1, 5, 16, 20)).shape == (1, 3, 5, 16, 20)
+    assert sum(p.numel() for p in builders["neurodiff_denoiser"](**HOST_ARGUMENTS).parameters()) > 1e6
+
+
+def test_isotropy_has_an_entry_per_level_there_and_per_step_here() -> None:
+    assert z_pooling([False, True, False], 3) == [True, False]
+    assert z_pooling([True, False], 3) == [True, False]
+    with pytest.raises(ConfigError, match="3 or 2 entries"):
+        z_pooling([True], 3)
+    with pytest.raises(ConfigError, match=r"NORM_MODE is 'bm'.*'bn'"):
+        segmenter_for_host("superhuman", **HOST_ARGUMENTS | {"norm_mode": "bm"})
+
+
+def test_the_loss_takes_the_hosts_arguments() -> None:
+    logits, target = torch.tensor([[[0.0, 2.0]]]), torch.tensor([[[1.0, 0.0]]])
+    weight = torch.tensor([[[3.0, 1.0]]])
+    by_hand = (3 * np.log(2) + (2 + np.log(1 + np.exp(-2)))) / 4
+    assert float(NeuroDiffWeightedBCE()(pred=logits, target=target, weight_mask=weight)) == pytest.approx(by_hand)
+    assert float(NeuroDiffWeightedBCE()(logits, target)) == pytest.approx((np.log(2) + 2 + np.log(1 + np.exp(-2))) / 2)
+
+
+def tree() -> CfgNode:
+    cfg = CfgNode({"AUGMENTOR": {"ENABLED": True}, "MODEL": {"OUTPUT_ACT": [["none"]], "LABEL_EROSION": None}})
+    v1.add_config(cfg)
+    return cfg
+
+
+def test_the_short_forms_are_written_out_before_yacs_sees_them(tmp_path: Path) -> None:
+    cfg = tree()
+    cfg.merge_from_file(write(tmp_path / "a.yaml", "AUGMENTOR: {SYNTHETIC: True}"))
+    assert cfg.AUGMENTOR.SYNTHETIC.ENABLED is True
+    content = "AUGMENTOR: {SYNTHETIC: {PAIRS: a.h5, RATIO: 2}}\nNEURODIFF: {VOXEL_NM: [8, 8, 8]}"
+    cfg.merge_from_file(write(tmp_path / "b.yaml", content))
+    assert cfg.AUGMENTOR.SYNTHETIC.PAIRS == ["a.h5"]
+    assert cfg.AUGMENTOR.SYNTHETIC.RATIO == 2.0
+    cfg.merge_from_list(["AUGMENTOR.SYNTHETIC", "False", "NEURODIFF.SEED", "3", "MODEL.LABEL_EROSION", "1"])
+    assert (cfg.AUGMENTOR.SYNTHETIC.ENABLED, cfg.NEURODIFF.SEED, cfg.MODEL.LABEL_EROSION) == (False, 3, 1)
+    cfg.merge_from_file(write(tmp_path / "c.yaml", "MODEL: {LABEL_EROSION: [1, 2]}"))
+    assert cfg.MODEL.LABEL_EROSION == [1, 2]
+    assert cfg.clone().AUGMENTOR.SYNTHETIC.RATIO == 2.0
+
+
+def test_the_stand_in_for_make_grid_puts_images_where_they_belong() -> None:
+    images = torch.arange(3, dtype=torch.float32).reshape(3, 1, 1, 1).expand(3, 3, 4, 5)
+    grid = make_grid(images, nrow=2, padding=1)
+    assert grid.shape == (3, 2 * 5 + 1, 2 * 6 + 1)
+    assert (grid[:, 1:5, 7:12] == 1).all()
+    assert (grid[:, 6:10, 1:6] == 2).all()
+    assert grid[:, :, 6].abs().sum() == 0
+    assert float(make_grid(images * 10, normalize=True).max()) == 1
+
+
+def test_bounding_boxes_are_those_of_a_search() -> None:
+    label = np.random.default_rng(0).integers(0, 9, (3, 5, 7)) * 100
+    for row in bounding_boxes(label):
+        where = np.argwhere(label == row[0])
+        assert row[1:].tolist() == np.stack([where.min(0), where.max(0)], axis=1).ravel().tolist()
+    assert bounding_boxes(label)[:, 0].tolist() == sorted(np.unique(label))
+
+
+def test_stand_ins_are_only_there_for_what_is_broken_and_only_for_a_while() -> None:
+    def make() -> dict[str, Any]:
+        return {"yaml": SimpleNamespace()}
+
+    with _replaced_if_broken("yaml", make):
+        assert sys.modules["yaml"] is yaml
+    with _replaced_if_broken("no_such_package_", lambda: {"no_such_package_": SimpleNamespace(here=True)}):
+        import no_such_package_
+
+        assert no_such_package_.here
+    assert "no_such_package_" not in sys.modules
+
+
+# Without the host: what is told.
+
+
+@without_host
+def test_without_the_host_auto_is_native_and_host_is_an_error() -> None:
+    assert choose_engine("auto") == "native"
+    with pytest.raises(MissingDependency, match="pip install"):
+        load_engine("host")
+    with pytest.raises(UnknownName, match="Did you mean 'native'"):
+        choose_engine("nativ")
+
+
+@without_host
+def test_the_command_says_in_one_line_that_the_host_is_missing(tmp_path: Path) -> None:
+    result = neurodiff("run", "--engine", "host", *settings(tmp_path / "run"))
+    assert result.returncode == 2
+    assert "pytorch_connectomics is not installed" in result.stderr.splitlines()[-1]
+    assert not (tmp_path / "run").exists()
+
+
+def fake_host(folder: Path, mark: str) -> None:
+    (folder / "connectomics" / mark).parent.mkdir(parents=True)
+    (folder / "connectomics" / "__init__.py").touch()
+    (folder / "connectomics" / mark).touch()
+
+
+@without_host
+@pytest.mark.parametrize(
+    ("mark", "kind", "told"),
+    [("common/bounding_box.py", "google", "Google's"), ("something.py", "unknown", "none that this plugin knows")],
+)
+def test_other_packages_of_that_name_are_recognised(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mark: str, kind: str, told: str
+) -> None:
+    fake_host(tmp_path, mark)
+    monkeypatch.syspath_prepend(tmp_path)
+    assert find_host().kind == kind
+    with pytest.raises(MissingDependency, match=told):
+        require_host("v1")
+
+
+# A project's YAML, read without the host.
+
+
+def test_a_project_is_told_from_a_recipe_of_ours(tmp_path: Path) -> None:
+    assert is_project(write(tmp_path / "p.yaml", PROJECT), None)
+    assert not is_project(write(tmp_path / "o.yaml", "SOLVER: {ITERATION_TOTAL: 5}"), None)
+    assert not is_project(write(tmp_path / "n.yaml", "MODEL: {OUTPUT_SIZE: [1, 1, 1]}\nNEURODIFF: {SEED: 1}"), None)
+    assert not is_project(None, None)
+
+
+def test_a_project_says_the_same_in_our_configuration(tmp_path: Path) -> None:
+    project = load_project(
+        write(tmp_path / "p.yaml", PROJECT),
+        overrides=["AUGMENTOR.SYNTHETIC", "True", "NEURODIFF.VOXEL_NM", "[29, 6, 6]"],
+    )
+    cfg = project.cfg
+    assert not project.unsupported
+    assert set(project.without_effect) >= {"DATASET.PAD_SIZE", "MODEL.WEIGHT_OPT", "MODEL.OUTPUT_ACT"}
+    assert (cfg.MODEL.LOSS_OPTION, cfg.MODEL.LOSS_WEIGHT) == (["WeightedBCEWithLogitsLoss", "DiceLoss"], [1.0, 0.5])
+    assert (cfg.MODEL.ISOTROPY, cfg.MODEL.NORM_MODE) == ([False, True], "group")
+    assert cfg.NEURODIFF.SEGMENTER.LABEL_EROSION == 1
+    assert (cfg.SOLVER.NAME, cfg.SOLVER.BASE_LR, cfg.SOLVER.LR_SCHEDULER_NAME) == ("SGD", 0.001, "cosine")
+    assert cfg.AUGMENTOR.SYNTHETIC.ENABLED
+    assert cfg.NEURODIFF.VOXEL_NM == [29, 6, 6]
+    assert not cfg.NEURODIFF.SPLIT.SCORED
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("MODEL.TARGET_OPT", "['2', '4-1-1']"), ("MODEL.LOSS_OPTION", "[['WeightedMSE']]"),
+        ("SOLVER.SWA.ENABLED", "True"), ("DATASET.DO_CHUNK_TITLE", "1"), ("MODEL.OUTPUT_SIZE", "[4, 40, 40]"),
+        ("DATASET.DATA_SCALE", "[1.0, 0.5, 0.5]"), ("DATASET.IMAGE_NAME", "a.h5@b.h5"),
+        ("SOLVER.LR_SCHEDULER_NAME", "OneCycle"), ("MODEL.OUT_PLANES", "4"),
+    ],
+)  # fmt: skip
+def test_what_the_native_engine_cannot_honour_is_named(tmp_path: Path, key: str, value: str) -> None:
+    path = write(tmp_path / "p.yaml", PROJECT)
+    assert list(load_project(path, overrides=[key, value]).unsupported) == [key]
+    result = neurodiff("run", "--engine", "native", "--config-file", path, key, value)
+    assert result.returncode == 2
+    assert key in result.stderr.splitlines()[-1]
+
+
+def test_a_misspelt_key_of_a_project_gets_the_nearest_name(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"MODEL\.BLOCK_TYP in.*Did you mean 'MODEL\.BLOCK_TYPE'"):
+        load_project(write(tmp_path / "p.yaml", PROJECT), overrides=["MODEL.BLOCK_TYP", "x"])
+
+
+def write_project_data(folder: Path) -> None:
+    phantom = grow_phantom((12, 64, 72), (29, 6, 6), 0)
+    for name, array in (("image", (phantom.array("image") * 255).astype(np.uint8)), ("label", phantom.array("label"))):
+        with h5py.File(folder / f"{name}.h5", "w") as file:
+            file["main"] = array
+
+
+SMALL = [
+    "NEURODIFF.VOXEL_NM", "[29, 6, 6]", "AUGMENTOR.SYNTHETIC", "True", "NEURODIFF.DIFFUSION.PRESET", "small",
+    "NEURODIFF.DIFFUSION.ITERATIONS", "2", "NEURODIFF.DIFFUSION.PATCH", "[4, 24, 24]",
+    "NEURODIFF.DIFFUSION.SAMPLER_STEPS", "2", "NEURODIFF.DIFFUSION.TILE", "[12, 64, 64]",
+    "NEURODIFF.DIFFUSION.OVERLAP", "[2, 8, 8]", "NEURODIFF.PAIRS.GREY_LIMIT", "1.0",
+    "NEURODIFF.PAIRS.LEAST_VISIBILITY", "0.0", "SYSTEM.NUM_CPUS", "0",
+]  # fmt: skip
+
+
+def test_a_project_trains_on_mixed_pairs_under_the_native_engine(tmp_path: Path) -> None:
+    write_project_data(tmp_path)
+    path = write(tmp_path / "p.yaml", PROJECT)
+    where = ["DATASET.INPUT_PATH", str(tmp_path), "DATASET.OUTPUT_PATH", str(tmp_path / "run"), "SYSTEM.NUM_GPUS", "-1"]
+    result = neurodiff("run", "--engine", "native", "--config-file", path, *where, *SMALL)
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "run" / "pairs" / "copy_000.h5").exists()
+    assert (tmp_path / "run" / "segmenter" / "mixed" / "checkpoint.pt").exists()
+    assert not (tmp_path / "run" / "segmenter" / "real").exists()
+
+
+# With the host.
+
+
+@needs_host
+def test_the_table_of_the_hosts_keys_is_that_of_the_host() -> None:
+    from connectomics.config import get_cfg_defaults
+
+    def flat(node: Any, prefix: str = "") -> Any:
+        for name, value in node.items():
+            yield from flat(value, f"{prefix}{name}.") if isinstance(value, dict) else [(f"{prefix}{name}", value)]
+
+    listed = {key: list(value) if isinstance(value, tuple) else value for key, value in flat(get_cfg_defaults())}
+    assert host_defaults() == listed
+
+
+def host_cfg(tmp_path: Path, **pairs: Any) -> CfgNode:
+    from connectomics_neurodiff.host.v1.compat import import_host
+
+    import_host()
+    from connectomics.config import get_cfg_defaults
+
+    cfg = get_cfg_defaults()
+    v1.add_config(cfg)
+    cfg.MODEL.TARGET_OPT, cfg.MODEL.OUT_PLANES = ["2"], 3
+    cfg.MODEL.INPUT_SIZE = cfg.MODEL.OUTPUT_SIZE = [4, 16, 16]
+    cfg.DATASET.INPUT_PATH, cfg.DATASET.OUTPUT_PATH = str(tmp_path), str(tmp_path / "out")
+    cfg.DATASET.IMAGE_NAME, cfg.DATASET.LABEL_NAME, cfg.DATASET.PAD_SIZE = "image.h5", "label.h5", [0, 0, 0]
+    cfg.AUGMENTOR.ENABLED = False
+    cfg.DATASET.IMAGE_SCALE = cfg.DATASET.LABEL_SCALE = cfg.DATASET.DATA_SCALE
+    cfg.merge_from_list([text for pair in pairs.items() for text in pair])
+    return cfg
+
+
+def write_pairs(tmp_path: Path) -> list[str]:
+    paths = []
+    for seed in (1, 2):
+        phantom = grow_phantom((8, 40, 48), (29, 6, 6), seed)
+        paths.append(str(tmp_path / f"pair_{seed}.h5"))
+        with h5py.File(paths[-1], "w") as file:
+            file["image"] = np.full((8, 40, 48), 7, np.uint8)  # told from a real patch by its grey value
+            file["label"] = phantom.array("label")
+            file.attrs["resolution_nm"] = (29, 6, 6)
+    return paths
+
+
+@needs_host
+@pytest.mark.parametrize("ratio", [1.0, 0.5])
+def test_the_share_of_synthetic_patches_is_exact(tmp_path: Path, ratio: float) -> None:
+    write_project_data(tmp_path)
+    cfg = host_cfg(tmp_path)
+    cfg.AUGMENTOR.SYNTHETIC.ENABLED, cfg.AUGMENTOR.SYNTHETIC.PAIRS = True, write_pairs(tmp_path)
+    cfg.AUGMENTOR.SYNTHETIC.RATIO = ratio
+    v1.register(cfg)
+    try:
+        from connectomics.engine import trainer
+
+        dataset = trainer.build_dataloader(cfg, None, "train").dataset
+        grey = [float(np.ptp(dataset[i][1])) for i in range(2000)]
+    finally:
+        v1.unregister()
+    assert np.mean([value == 0 for value in grey]) == pytest.approx(ratio / (1 + ratio), rel=0.03)
+    first = dataset[17][1]
+    random.seed(99)
+    np.testing.assert_array_equal(dataset[17][1], first)
+
+
+@needs_host
+def test_register_puts_in_all_and_unregister_takes_out_all(tmp_path: Path) -> None:
+    cfg = host_cfg(tmp_path)
+    from connectomics.engine import trainer
+    from connectomics.model.build import MODEL_MAP
+
+    before, loader = dict(MODEL_MAP), trainer.build_dataloader
+    v1.register(cfg)
+    v1.register(cfg)
+    assert "neurodiff_superhuman" in MODEL_MAP
+    v1.unregister()
+    assert before == MODEL_MAP
+    cfg.AUGMENTOR.SYNTHETIC.ENABLED = True
+    with pytest.raises(MissingInput, match="without pairs"):
+        v1.register(cfg)
+    assert before == MODEL_MAP
+    assert trainer.build_dataloader is loader
+
+
+@needs_host
+def test_pairs_of_another_voxel_size_are_refused(tmp_path: Path) -> None:
+    cfg = host_cfg(tmp_path)
+    cfg.NEURODIFF.VOXEL_NM = [8, 8, 8]
+    cfg.AUGMENTOR.SYNTHETIC.ENABLED, cfg.AUGMENTOR.SYNTHETIC.PAIRS = True, write_pairs(tmp_path)
+    with pytest.raises(ValueRangeError, match="voxel size"):
+        v1.register(cfg)
+
+
+@needs_host
+@pytest.mark.parametrize("mode", ["mean", "min", "max"])
+@pytest.mark.parametrize("number", [None, 4, 8, 16])
+def test_perfect_affinities_come_back_from_test_time_augmentation(mode: str, number: int | None) -> None:
+    augmentor_class = v1.AffinityTestAugmentor
+    from connectomics.data.augmentation import TestAugmentor
+
+    label = torch.from_numpy(np.random.default_rng(0).integers(1, 4, (2, 1, 5, 12, 12)).astype(np.float32))
+
+    def perfect(image: torch.Tensor) -> torch.Tensor:
+        affinities = [affinities_from_labels(v[0].numpy().astype(np.uint32)).astype(np.float32) for v in image]
+        extra = image  # a second target beside the affinity: turned back, never shifted
+        return torch.cat([torch.from_numpy(np.stack(affinities)), extra], dim=1)
+
+    plain = TestAugmentor(mode=mode, num_aug=number, inference_act=lambda x: x)
+    ours = augmentor_class(plain, ["2", "0"], [3, 1])(perfect, label)
+    np.testing.assert_allclose(ours, perfect(label).numpy(), atol=1e-6)
+
+
+@needs_host
+def test_the_pipeline_runs_and_resumes_under_the_host(tmp_path: Path) -> None:
+    metrics = run_pipeline(load_config(overrides=settings(tmp_path / "whole")), engine="host")
+    assert set(metrics["mixed"]) == {"waterz", "multicut"}
+    half = settings(tmp_path / "half", NEURODIFF__DIFFUSION__SAVE_EVERY="4")
+    from connectomics_neurodiff.host.v1 import engine
+
+    real = engine._FitTrainer._log
+
+    def stop_at_five(self: Any, step: int, *rest: Any) -> None:
+        if step == 5:
+            raise KeyboardInterrupt
+        real(self, step, *rest)
+
+    engine._FitTrainer._log = stop_at_five  # type: ignore[method-assign]
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            run_pipeline(load_config(overrides=half), engine="host", stages=["diffusion"])
+    finally:
+        engine._FitTrainer._log = real  # type: ignore[method-assign]
+    run_pipeline(load_config(overrides=half), engine="host", stages=["diffusion", "masks", "pairs"])
+    with h5py.File(tmp_path / "whole/pairs/copy_000.h5") as one, h5py.File(tmp_path / "half/pairs/copy_000.h5") as two:
+        np.testing.assert_array_equal(one["image"][()], two["image"][()])
+
+
+@needs_host
+def test_one_checkpoint_paints_the_same_volume_under_both_engines(tmp_path: Path) -> None:
+    import shutil
+
+    run_pipeline(
+        load_config(overrides=settings(tmp_path / "a")), engine="native", stages=["diffusion", "masks", "pairs"]
+    )
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    (tmp_path / "b" / "pairs" / "copy_000.h5").unlink()
+    command = ["run", "--engine", "host", "--stages", "pairs", *settings(tmp_path / "b")]
+    result = neurodiff(*command)
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "a/pairs/copy_000.h5").read_bytes() == (tmp_path / "b/pairs/copy_000.h5").read_bytes()
+
+
+@needs_host
+def test_a_project_trains_on_mixed_pairs_under_the_host_and_predicts(tmp_path: Path) -> None:
+    write_project_data(tmp_path)
+    path = write(tmp_path / "p.yaml", PROJECT.replace("superhuman", "neurodiff_superhuman"))
+    where = ["DATASET.INPUT_PATH", str(tmp_path), "DATASET.OUTPUT_PATH", str(tmp_path / "run"), "SYSTEM.NUM_GPUS", "1"]
+    quiet = ["AUGMENTOR.ENABLED", "False", "INFERENCE.OUTPUT_PATH", str(tmp_path / "test")]
+    test = ["INFERENCE.IMAGE_NAME", "image.h5", "INFERENCE.AUG_NUM", "4", "INFERENCE.SAMPLES_PER_BATCH", "1"]
+    command = ["run", "--engine", "host", "--config-file", path]
+    result = neurodiff(*command, *where, *SMALL, *quiet, *test)
+    assert result.returncode == 0, result.stderr[-3000:]
+    checkpoint = tmp_path / "run" / "checkpoint_00002.pth.tar"
+    assert checkpoint.exists()
+    result = neurodiff(*command, "--inference", "--checkpoint", str(checkpoint), *where, *SMALL, *quiet, *test)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert list((tmp_path / "test").glob("*.h5"))
