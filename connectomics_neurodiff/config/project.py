@@ -113,7 +113,8 @@ def load_project(config_file: str, *, base: str | None = None, overrides: Sequen
         for name in reversed(key.split(".")):
             value = {name: value}
         merge(project.cfg, value, source=source)
-    validate(project.cfg)
+    if not project.unsupported:  # what cannot be honoured is told first, all of it
+        validate(project.cfg)
     project.cfg.freeze()
     return project
 
