@@ -166,6 +166,16 @@ def _take_to(target: str) -> Handler:
     return take
 
 
+def _take_gpus(project: Project, key: str, value: Any, _values: Mapping[str, Any]) -> None:
+    """As many as asked for and there are, as the host does; its default asks for four."""
+    import torch
+
+    there = torch.cuda.device_count()
+    if value > there:
+        project.without_effect[key] = f"{value!r}: {there} here" + ("" if there else ", so the CPU trains")
+    _set(project.cfg, key, min(value, there))
+
+
 def _take_file(project: Project, key: str, value: Any, _values: Mapping[str, Any]) -> None:
     names = value if isinstance(value, list) else str(value or "").split("@")
     if len(names) != 1 or names[0].endswith((".txt", ".json")) or "*" in names[0]:
@@ -269,13 +279,14 @@ HOST_ARCHITECTURES = ("unet_3d", "unet_plus_3d")
 _HANDLERS: dict[str, Handler] = {
     **dict.fromkeys(
         (
-            "SYSTEM.NUM_GPUS", "MODEL.ARCHITECTURE", "MODEL.FILTERS", "MODEL.BLOCK_TYPE", "MODEL.INPUT_SIZE",
+            "MODEL.ARCHITECTURE", "MODEL.FILTERS", "MODEL.BLOCK_TYPE", "MODEL.INPUT_SIZE",
             "DATASET.INPUT_PATH", "DATASET.OUTPUT_PATH", "SOLVER.NAME", "SOLVER.BASE_LR", "SOLVER.ITERATION_STEP",
             "SOLVER.ITERATION_SAVE", "SOLVER.ITERATION_TOTAL", "SOLVER.SAMPLES_PER_BATCH", "SOLVER.BETAS",
             "SOLVER.MOMENTUM", "SOLVER.WEIGHT_DECAY", "INFERENCE.SAMPLES_PER_BATCH",
         ),
         _take,
     ),
+    "SYSTEM.NUM_GPUS": _take_gpus,
     "SYSTEM.NUM_CPUS": _take_to("SYSTEM.NUM_WORKERS"),
     "DATASET.IMAGE_NAME": _take_file,
     "DATASET.LABEL_NAME": _take_file,
