@@ -151,6 +151,19 @@ def test_a_segmenter_is_built_from_any_kind_of_configuration(wrap):
     assert network(torch.zeros(1, 2, 4, 16, 20)).shape == (1, 12, 4, 16, 20)
 
 
+class Tagged(torch.Tensor):
+    """A subclass of tensors, as MONAI's MetaTensor, in which the host's batches come."""
+
+
+def test_batches_of_a_tensor_subclass_train_in_bfloat16():
+    network = architectures.build_from(v2_config(), "superhuman").train()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        logits = network(torch.rand(2, 1, 4, 16, 16).as_subclass(Tagged))
+        logits.float().mean().backward()
+    assert type(logits) is torch.Tensor
+    assert all(torch.isfinite(parameter.grad).all() for parameter in network.parameters())
+
+
 def test_options_come_from_params():
     def width(**params):
         config = v2_config(arch={"params": params})

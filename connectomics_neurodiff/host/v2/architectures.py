@@ -13,7 +13,7 @@ from ...errors import ConfigError
 from .config import look_up, plain
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
 PREFIX = "neurodiff_"
 Builder = Callable[[Any], "nn.Module"]
@@ -77,7 +77,15 @@ def build_from(cfg: Any, segmenter: str) -> nn.Module:
     )
     # The host's default precision becomes bfloat16 on a CPU, where oneDNN's convolutions are not to be trusted.
     use_sound_convolutions(network)
+    network.register_forward_pre_hook(_as_plain_tensors)
     return network
+
+
+def _as_plain_tensors(_module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """The host's batches are MONAI's MetaTensors; what a custom function makes of them may not be changed in place."""
+    import torch
+
+    return tuple(value.as_subclass(torch.Tensor) for value in inputs)
 
 
 def _refuse_what_is_not_supported(cfg: Any, name: str) -> None:
