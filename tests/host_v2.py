@@ -135,7 +135,7 @@ def run_python(*arguments: str, path: Path | None = None, cwd: Path | None = Non
         env=environment,
         cwd=cwd,
         check=False,
-        timeout=300,
+        timeout=600,
     )
 
 

@@ -100,8 +100,10 @@ def test_the_real_voxel_size_is_the_configuration_s_or_the_file_s(tmp_path, pair
     assert pairs.real_voxel_size(train_config(resolution=None, image=[str(pair_files[0])])) == VOXEL
     with h5py.File(tmp_path / "main.h5", "w") as bare:
         bare["main"] = np.zeros((2, 3, 4), np.uint8)
-    with pytest.raises(VoxelSizeMissing, match=r"set data\.train\.resolution"):
-        pairs.real_voxel_size(train_config(resolution=None, image=str(tmp_path / "main.h5")))
+    (tmp_path / "scan.nii").touch()
+    for name in ("main.h5", "scan.nii"):
+        with pytest.raises(VoxelSizeMissing, match=r"set data\.train\.resolution"):
+            pairs.real_voxel_size(train_config(resolution=None, image=str(tmp_path / name)))
 
 
 # --- Samples ---

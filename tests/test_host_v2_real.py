@@ -178,6 +178,15 @@ def test_workers_of_the_real_host_draw_the_same_samples(real_host, project, monk
         assert torch.equal(torch.as_tensor(alone["image"]), torch.as_tensor(shared["image"]))
 
 
+def test_pairs_join_volumes_that_the_real_host_reads_lazily(real_host, project, monkeypatch):
+    config = host_configuration(project, monkeypatch)
+    config.data.dataloader.use_preloaded_cache_train, config.data.dataloader.use_lazy_h5 = False, True
+    first, again = (real_host.dispatch.create_datamodule(config, mode="train").train_dataloader() for _ in range(2))
+    assert type(first.dataset.real).__name__ == "LazyH5VolumeDataset"
+    for one, other in zip(first, again, strict=True):
+        assert torch.equal(torch.as_tensor(one["image"]), torch.as_tensor(other["image"]))
+
+
 def test_the_real_host_trains_and_segments_with_one_command(real_host, project):
     command = "-m", "connectomics_neurodiff.host.v2", "--config", "project.yaml"
     trained = run_python(*command, cwd=project)

@@ -27,7 +27,15 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
-from ...errors import ConfigError, MissingInput, UnknownName, ValueRangeError, VoxelSizeMissing, did_you_mean
+from ...errors import (
+    ConfigError,
+    MissingInput,
+    UnknownName,
+    ValueRangeError,
+    VolumeFormatError,
+    VoxelSizeMissing,
+    did_you_mean,
+)
 from ...geometry import ZYX, voxel_size
 from ...pairs import is_synthetic, open_pair
 from ...seeding import rng_for
@@ -213,7 +221,7 @@ def real_voxel_size(cfg: Any) -> ZYX:
     first = images if isinstance(images, str) else next(iter(images), "")
     try:
         return read_voxel_size(first)
-    except VoxelSizeMissing as error:
+    except (VoxelSizeMissing, VolumeFormatError) as error:  # the host reads formats that we do not
         raise VoxelSizeMissing(
             f"{first} does not state its voxel size: set data.train.resolution: [z, y, x] in nm, e.g. [30, 6, 6]."
         ) from error
