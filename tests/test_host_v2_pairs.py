@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import pickle
 import random
 from pathlib import Path
 
@@ -213,6 +214,12 @@ def test_patches_of_pairs_look_like_the_host_s(pair_files):
         grey, ids = sample["image"].ravel(), sample["label"].ravel()
         assert len(set(zip(grey.tolist(), ids.tolist(), strict=True))) == len(set(ids.tolist()))
         assert np.array_equal(patches[index]["image"], sample["image"])
+
+
+def test_patches_of_pairs_travel_to_spawned_workers(pair_files):
+    patches = pair_patches(pair_files)
+    copy = pickle.loads(pickle.dumps(patches))
+    assert np.array_equal(copy[3]["image"], patches[3]["image"])
 
 
 def test_a_pair_smaller_than_the_patch_is_mirrored(tmp_path):
