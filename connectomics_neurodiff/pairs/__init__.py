@@ -2,7 +2,7 @@
 
 from .gate import GateReport, grey_value_gate, match_grey_values, membrane_gate, membrane_visibility
 from .mixing import is_synthetic
-from .store import MaskArrays, open_pairs, write_pair
+from .store import MaskArrays, open_pair, open_pairs, write_pair
 
 __all__ = [
     "GateReport",
@@ -12,6 +12,7 @@ __all__ = [
     "match_grey_values",
     "membrane_gate",
     "membrane_visibility",
+    "open_pair",
     "open_pairs",
     "write_pair",
 ]

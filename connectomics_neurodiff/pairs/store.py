@@ -114,13 +114,30 @@ def open_pairs(paths: Sequence[str | os.PathLike[str]], real: Volume) -> list[Vo
     ValueRangeError
         If a voxel size differs from the real one.
     """
-    pairs = [open_volume(Path(path)) for path in paths]
-    for path, pair in zip(paths, pairs, strict=True):
-        _check_pair(str(path), pair, real)
-    return pairs
+    return [open_pair(path, real.voxel_nm) for path in paths]
 
 
-def _check_pair(path: str, pair: Volume, real: Volume) -> None:
+def open_pair(path: str | os.PathLike[str], voxel_nm: Sequence[float]) -> Volume:
+    """Open one synthetic pair that is to be trained on together with real data of that voxel size.
+
+    Parameters
+    ----------
+    path : path
+        See :func:`open_pairs`.
+    voxel_nm : sequence of 3 floats
+        Voxel size (z, y, x) of the real data, nm.
+
+    Returns
+    -------
+    Volume
+        Lazily read.
+
+    Raises
+    ------
+    MissingInput, ShapeMismatch, LabelTypeError, ValueRangeError
+        As :func:`open_pairs`.
+    """
+    pair = open_volume(Path(path))
     if pair.image is None or pair.label is None:
         missing = "image" if pair.image is None else "label"
         raise MissingInput(f"A synthetic pair needs an image and a label; {path} has no {missing}.")
@@ -128,8 +145,9 @@ def _check_pair(path: str, pair: Volume, real: Volume) -> None:
         raise ShapeMismatch(f"Image and label of {path} must agree. Got {pair.image.shape} and {pair.label.shape}.")
     if not np.issubdtype(pair.label.dtype, np.integer):
         raise LabelTypeError(f"The label of {path} must be integers. Got {pair.label.dtype}.")
-    if not np.allclose(pair.voxel_nm, real.voxel_nm, rtol=_VOXEL_TOLERANCE, atol=0):
+    if not np.allclose(pair.voxel_nm, voxel_nm, rtol=_VOXEL_TOLERANCE, atol=0):
         raise ValueRangeError(
-            f"{path} must have the real volume's voxel size {tuple(real.voxel_nm)} nm (z, y, x). "
+            f"{path} must have the real volume's voxel size {tuple(voxel_nm)} nm (z, y, x). "
             f"Got {tuple(pair.voxel_nm)} nm."
         )
+    return pair
