@@ -168,7 +168,6 @@ def test_a_dry_run_says_what_would_be_done(tmp_path: Path) -> None:
         ("Did you mean 'evaluate'", ["evalute", "a.h5"]),
         ("does not exist", ["evaluate", "nowhere.h5", "--truth", "nowhere.h5"]),
         ("Did you mean 'waterz'", ["segment", "a.h5", "b.h5", "--method", "watrez"]),
-        ("native", ["run", "--engine", "host"]),
         ("Did you mean '--seed'", ["remodel", "a.h5", "b.h5", "--sed", "1"]),
         ("a seed is a whole number >= 0", ["phantom", "a.h5", "--seed", "-1"]),
         ("required: OUT.h5", ["phantom"]),
