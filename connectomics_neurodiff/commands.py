@@ -256,8 +256,8 @@ def predict(options: argparse.Namespace) -> None:
     from .affinities import CONVENTION
     from .checkpoints import load_checkpoint
     from .engine import resolve_device
+    from .pipeline.networks import trained_segmenter
     from .predict import predict_affinities
-    from .segmenters import segmenter_from_checkpoint
     from .volume import open_volume, write_volume
 
     _require_free(options.output, force=options.force)
@@ -267,7 +267,7 @@ def predict(options: argparse.Namespace) -> None:
         raise MissingInput(f"{options.volume} has no dataset 'image' to predict from.")
     tile = tuple(options.tile or checkpoint.patch)
     affinities = predict_affinities(
-        segmenter_from_checkpoint(checkpoint),
+        trained_segmenter(checkpoint),
         volume.image,
         tile=tile,
         overlap=tuple(size // 2 for size in tile),

@@ -135,10 +135,10 @@ def check_checkpoint(path: str) -> str:
         The arm that it was trained in: ``"mixed"``, or else ``"real"``.
     """
     from ..checkpoints import load_checkpoint
-    from ..segmenters import segmenter_from_checkpoint
+    from .networks import trained_segmenter
 
     found = load_checkpoint(path, kind="segmenter")
-    segmenter_from_checkpoint(found)
+    trained_segmenter(found)
     return "mixed" if found.extra.get("arm") == "mixed" else "real"
 
 

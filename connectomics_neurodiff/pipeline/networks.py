@@ -15,6 +15,8 @@ from ..errors import ConfigError
 if TYPE_CHECKING:
     import torch
 
+    from ..checkpoints import Checkpoint
+
 
 def device_and_precision(cfg: CfgNode) -> tuple[torch.device, str]:
     """Where networks run, and the arithmetic that "auto" stands for there."""
@@ -68,6 +70,14 @@ def provide_architecture(name: str) -> None:
         from ..host.v1 import provide_host_networks
 
         provide_host_networks()
+
+
+def trained_segmenter(checkpoint: Checkpoint) -> torch.nn.Module:
+    """The segmenter that a checkpoint holds, one of the host's included, in evaluation mode."""
+    from ..segmenters import segmenter_from_checkpoint
+
+    provide_architecture(checkpoint.architecture)
+    return segmenter_from_checkpoint(checkpoint)
 
 
 def world_size(cfg: CfgNode) -> dict[str, int]:

@@ -225,9 +225,8 @@ def make_predictions(run: Run) -> None:
 
 def _load_segmenter(path: str) -> torch.nn.Module:
     from ..checkpoints import load_checkpoint
-    from ..segmenters import segmenter_from_checkpoint
 
-    return segmenter_from_checkpoint(load_checkpoint(path, kind="segmenter"))
+    return networks.trained_segmenter(load_checkpoint(path, kind="segmenter"))
 
 
 def make_segmentations(run: Run) -> None:

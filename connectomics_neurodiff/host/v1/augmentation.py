@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from connectomics.data.augmentation import TestAugmentor
 from torch import Tensor
+from yacs.config import CfgNode
 
 from ...predict.augmented import turn_back, turn_image
 from ...training.pose import Pose
@@ -49,6 +50,14 @@ class AffinityTestAugmentor(TestAugmentor):  # type: ignore[misc]  # PyTC has no
         self.affinity_channels = [
             slice(int(start), int(start) + 3) for start, name in zip(starts, targets, strict=False) if name == AFFINITY
         ]
+
+    @classmethod
+    def build_from_cfg(cls, cfg: CfgNode, activation: bool = True) -> TestAugmentor:
+        """What PyTC's trainer calls: this augmentor for volumes with affinities, else PyTC's own."""
+        plain = TestAugmentor.build_from_cfg(cfg, activation)
+        if AFFINITY not in cfg.MODEL.TARGET_OPT or cfg.DATASET.DO_2D:
+            return plain
+        return cls(plain, cfg.MODEL.TARGET_OPT, plain.inference_act.split_channels)
 
     def _tta_3d(self, model: Any, data: Tensor) -> np.ndarray:
         """Predictions (b, c, z, y, x) in all poses, joined by mean, minimum or maximum of those that know."""

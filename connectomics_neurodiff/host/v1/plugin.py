@@ -19,7 +19,7 @@ _registered: ExitStack | None = None
 
 
 def register(cfg: CfgNode) -> None:
-    """Put our networks, loss and, if AUGMENTOR.SYNTHETIC is on, synthetic pairs into PyTC v1.
+    """Put our networks, loss, test-time augmentation and, if AUGMENTOR.SYNTHETIC is on, pairs into PyTC v1.
 
     Call it after loading the configuration (PyTC does not hand it to its models), before a trainer is made. Then
     MODEL.ARCHITECTURE knows ``neurodiff_superhuman`` and its like, MODEL.LOSS_OPTION ``NeuroDiffWeightedBCE``, and
@@ -45,6 +45,7 @@ def register(cfg: CfgNode) -> None:
     from connectomics.model.build import MODEL_MAP
     from connectomics.model.loss.criterion import Criterion
 
+    from .augmentation import AffinityTestAugmentor
     from .datasets import MixedVolumeDataset, load_synthetic, mixing_loader
 
     node = cfg.AUGMENTOR.SYNTHETIC
@@ -53,6 +54,7 @@ def register(cfg: CfgNode) -> None:
     unregister()
     stack = ExitStack()
     stack.enter_context(_added(MODEL_MAP, builders))
+    stack.enter_context(swapped(host_trainer, TestAugmentor=AffinityTestAugmentor))
     stack.enter_context(_added(Criterion.loss_dict, {LOSS_NAME: NeuroDiffWeightedBCE}))
     if synthetic is not None:
         mixed = partial(MixedVolumeDataset, synthetic=synthetic)

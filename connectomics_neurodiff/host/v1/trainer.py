@@ -11,13 +11,14 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from connectomics.engine import trainer as host_trainer
 from connectomics.engine.trainer import Trainer
 from torch import nn
 from yacs.config import CfgNode
 
 from ...errors import CheckpointMismatch
 from ...provenance import atomic_write
-from .augmentation import AFFINITY, AffinityTestAugmentor
+from .augmentation import AffinityTestAugmentor
 from .compat import bare, swapped
 
 
@@ -39,7 +40,6 @@ class NeuroDiffTrainer(Trainer):  # type: ignore[misc]  # PyTC has no types
     """
 
     model: Any
-    augmentor: Any
 
     def __init__(
         self,
@@ -49,10 +49,8 @@ class NeuroDiffTrainer(Trainer):  # type: ignore[misc]  # PyTC has no types
         rank: int | None = None,
         checkpoint: str | None = None,
     ) -> None:
-        super().__init__(cfg, device, mode, rank, checkpoint)
-        if mode == "test" and cfg.INFERENCE.AUG_NUM and AFFINITY in cfg.MODEL.TARGET_OPT and not cfg.DATASET.DO_2D:
-            channels = self.augmentor.inference_act.split_channels
-            self.augmentor = AffinityTestAugmentor(self.augmentor, cfg.MODEL.TARGET_OPT, channels)
+        with swapped(host_trainer, TestAugmentor=AffinityTestAugmentor):
+            super().__init__(cfg, device, mode, rank, checkpoint)
 
     def save_checkpoint(self, iteration: int, is_best: bool = False) -> None:
         """PyTC's checkpoint, written atomically, and with any SYSTEM.PARALLEL."""
