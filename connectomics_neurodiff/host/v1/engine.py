@@ -64,6 +64,10 @@ def fit(
     ValueRangeError
         If the loss stops being finite.
     """
+    if settings.nodes > 1:
+        raise ValueRangeError(
+            f"The host engine trains on one machine; SYSTEM.NUM_NODES is {settings.nodes}. Use --engine native."
+        )
     folder.mkdir(parents=True, exist_ok=True)
     device = resolve_device(settings.devices)
     network.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
@@ -133,7 +137,7 @@ class _FitTrainer(NeuroDiffTrainer):
         loader = _loader(dataset, settings, device, first_step)
         with swapped(
             host_trainer,
-            build_model=build_with(network, device),
+            build_model=build_with(network, device, settings.devices),
             build_optimizer=lambda _cfg, model: make_optimizer(model.parameters(), settings),
             build_lr_scheduler=lambda _cfg, optimizer: torch.optim.lr_scheduler.LambdaLR(
                 optimizer, lambda step: learning_rate_factor(step, settings)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Callable
 from functools import partial
@@ -104,13 +103,12 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     return content
 
 
-def build_with(network: nn.Module, device: torch.device) -> Callable[..., nn.Module]:
-    """A ``build_model`` that gives this network, on several GPUs side by side if there are several."""
+def build_with(network: nn.Module, device: torch.device, gpus: int) -> Callable[..., nn.Module]:
+    """A ``build_model`` that gives this network, on several GPUs side by side if `gpus` asks (-1: all there are)."""
 
     def build(_cfg: CfgNode, _device: torch.device, _rank: int | None = None) -> nn.Module:
         network.to(device)
-        if device.type == "cuda" and torch.cuda.device_count() > 1 and os.environ.get("LOCAL_RANK") is None:
-            return nn.DataParallel(network)
-        return network
+        wanted = (torch.cuda.device_count() if gpus < 0 else gpus) if device.type == "cuda" else 0
+        return nn.DataParallel(network, device_ids=list(range(wanted))) if wanted > 1 else network
 
     return build
