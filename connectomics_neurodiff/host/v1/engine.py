@@ -134,10 +134,11 @@ class _FitTrainer(NeuroDiffTrainer):
         self.first_step, self.folder = first_step, folder
         self.total, self.count = 0.0, 0  # of the unfinished row of the loss curve
         self.autocast = resolve_precision(settings.precision, device)
-        loader = _loader(dataset, settings, device, first_step)
+        replicas = _replicas(settings, device)
+        loader = _loader(dataset, settings, device, first_step, replicas)
         with swapped(
             host_trainer,
-            build_model=build_with(network, device, settings.devices),
+            build_model=build_with(network, device, replicas),
             build_optimizer=lambda _cfg, model: make_optimizer(model.parameters(), settings),
             build_lr_scheduler=lambda _cfg, optimizer: torch.optim.lr_scheduler.LambdaLR(
                 optimizer, lambda step: learning_rate_factor(step, settings)
@@ -249,8 +250,18 @@ class _FitTrainer(NeuroDiffTrainer):
             self.averaged.update_parameters(bare(self.model))
 
 
-def _loader(dataset: SampleSource, settings: FitSettings, device: torch.device, first_step: int) -> Iterator[Batch]:
-    numbers = SampleNumbers(first_step * settings.accumulate, settings.batch_size, 0, 1)
+def _replicas(settings: FitSettings, device: torch.device) -> int:
+    """GPUs side by side; 1 on the CPU."""
+    if device.type != "cuda":
+        return 1
+    return torch.cuda.device_count() if settings.devices < 0 else settings.devices
+
+
+def _loader(
+    dataset: SampleSource, settings: FitSettings, device: torch.device, first_step: int, replicas: int
+) -> Iterator[Batch]:
+    """Batches from `first_step` on; one batch holds those of all GPUs, as PyTC's does."""
+    numbers = SampleNumbers(first_step * settings.accumulate, settings.batch_size * replicas, 0, 1)
     loader: DataLoader[Batch] = DataLoader(
         dataset,  # type: ignore[arg-type]
         batch_sampler=numbers,

@@ -103,12 +103,11 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     return content
 
 
-def build_with(network: nn.Module, device: torch.device, gpus: int) -> Callable[..., nn.Module]:
-    """A ``build_model`` that gives this network, on several GPUs side by side if `gpus` asks (-1: all there are)."""
+def build_with(network: nn.Module, device: torch.device, replicas: int) -> Callable[..., nn.Module]:
+    """A ``build_model`` that gives this network, on several GPUs side by side if there are to be several."""
 
     def build(_cfg: CfgNode, _device: torch.device, _rank: int | None = None) -> nn.Module:
         network.to(device)
-        wanted = (torch.cuda.device_count() if gpus < 0 else gpus) if device.type == "cuda" else 0
-        return nn.DataParallel(network, device_ids=list(range(wanted))) if wanted > 1 else network
+        return nn.DataParallel(network, device_ids=list(range(replicas))) if replicas > 1 else network
 
     return build
