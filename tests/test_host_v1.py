@@ -29,7 +29,14 @@ from connectomics_neurodiff.pipeline.engines import choose_engine, load_engine
 from connectomics_neurodiff.volume import grow_phantom
 
 KIND = find_host().kind
-needs_host = pytest.mark.skipif(KIND != "v1", reason=f"needs pytorch_connectomics v1 (here: {KIND})")
+
+
+def needs_host(test: Any) -> Any:
+    """With the host, whose own warnings are none of ours."""
+    skipped = pytest.mark.skipif(KIND != "v1", reason=f"needs pytorch_connectomics v1 (here: {KIND})")
+    return pytest.mark.filterwarnings("ignore")(skipped(test))
+
+
 without_host = pytest.mark.skipif(KIND == "v1", reason="pytorch_connectomics v1 is installed here")
 
 # What PyTC's build_model passes to every network.
@@ -297,6 +304,7 @@ def host_cfg(tmp_path: Path, **pairs: Any) -> CfgNode:
     cfg.DATASET.INPUT_PATH, cfg.DATASET.OUTPUT_PATH = str(tmp_path), str(tmp_path / "out")
     cfg.DATASET.IMAGE_NAME, cfg.DATASET.LABEL_NAME, cfg.DATASET.PAD_SIZE = "image.h5", "label.h5", [0, 0, 0]
     cfg.AUGMENTOR.ENABLED = False
+    cfg.SYSTEM.NUM_CPUS = 0
     cfg.DATASET.IMAGE_SCALE = cfg.DATASET.LABEL_SCALE = cfg.DATASET.DATA_SCALE
     cfg.merge_from_list([text for pair in pairs.items() for text in pair])
     return cfg
