@@ -32,22 +32,18 @@ def run(options: argparse.Namespace) -> None:
     from .config import load_config
     from .config.project import is_project
     from .pipeline import choose_stages, run_pipeline
-    from .pipeline.engines import choose_engine, describe_engine, load_engine
 
     if is_project(options.config_file, options.config_base):
         _run_project(options)
         return
     cfg = load_config(options.config_file, base=options.config_base, overrides=options.settings)
-    engine = choose_engine(options.engine)
+    engine = _chosen_engine(options)
     stages = choose_stages(cfg, options.stages.split(",") if options.stages else (), inference=options.inference)
     if options.dry_run:
         from .pipeline.plan import describe_plan
 
-        load_engine(engine)
         print(describe_plan(cfg, stages))
-        print(describe_engine(engine))
         return
-    print(describe_engine(engine), file=sys.stderr)
     metrics = run_pipeline(
         cfg,
         stages=stages,
@@ -63,16 +59,23 @@ def run(options: argparse.Namespace) -> None:
         print(f"report: {folder / 'report.html'}")
 
 
-def _run_project(options: argparse.Namespace) -> None:
-    """A project of the host's: with its own trainer, or said in our configuration and run with ours."""
-    from .config import dump_config
-    from .config.project import load_project
-    from .pipeline import choose_stages, run_pipeline
+def _chosen_engine(options: argparse.Namespace) -> str:
+    """The engine that --engine asks for, loaded, and told in the first line."""
     from .pipeline.engines import choose_engine, describe_engine, load_engine
 
     engine = choose_engine(options.engine)
     load_engine(engine)
     print(describe_engine(engine), file=sys.stderr)
+    return engine
+
+
+def _run_project(options: argparse.Namespace) -> None:
+    """A project of the host's: with its own trainer, or said in our configuration and run with ours."""
+    from .config import dump_config
+    from .config.project import load_project
+    from .pipeline import choose_stages, run_pipeline
+
+    engine = _chosen_engine(options)
     if engine == "host":
         _run_project_on_host(options)
         return

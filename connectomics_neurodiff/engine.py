@@ -25,6 +25,7 @@ from .errors import CheckpointMismatch, StaleArtifactError, UnknownName, ValueRa
 from .memory import kept_memory
 from .progress import progress_bar
 from .provenance import atomic_write
+from .torchvision_repair import repair_torchvision
 
 if TYPE_CHECKING:
     import lightning
@@ -369,7 +370,10 @@ def fit(
         If `folder` holds the resume point of another training.
     ValueRangeError
         If the loss stops being finite.
+    MissingDependency
+        If Lightning would stumble over a torchvision made for another torch.
     """
+    repair_torchvision()
     folder.mkdir(parents=True, exist_ok=True)
     resume_point = folder / "last.ckpt"
     first_step = step_of_resume_point(resume_point, key)

@@ -112,6 +112,7 @@ def stand_in_host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[S
         del sys.modules[name]
     monkeypatch.syspath_prepend(write_stand_in(tmp_path / "site", STAND_IN))
     monkeypatch.setattr(v2, "repair_torchvision", lambda: False)
+    monkeypatch.setattr(v2, "has_torchvision", lambda: True)
     yield SimpleNamespace(
         architectures=importlib.import_module("connectomics.models.architectures"),
         decoders=importlib.import_module("connectomics.decoding.registry"),

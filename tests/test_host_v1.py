@@ -21,7 +21,7 @@ from connectomics_neurodiff.config import load_config
 from connectomics_neurodiff.config.project import host_defaults, is_project, load_project
 from connectomics_neurodiff.errors import ConfigError, MissingDependency, MissingInput, UnknownName, ValueRangeError
 from connectomics_neurodiff.host import find_host, require_host, v1
-from connectomics_neurodiff.host.v1.compat import _replaced_if_broken, bounding_boxes, make_grid
+from connectomics_neurodiff.host.v1.compat import _replaced_if_missing, bounding_boxes, make_grid
 from connectomics_neurodiff.host.v1.losses import NeuroDiffWeightedBCE
 from connectomics_neurodiff.host.v1.models import model_builders, segmenter_for_host, z_pooling
 from connectomics_neurodiff.pipeline import run_pipeline
@@ -146,13 +146,13 @@ def test_bounding_boxes_are_those_of_a_search() -> None:
     assert bounding_boxes(label)[:, 0].tolist() == sorted(np.unique(label))
 
 
-def test_stand_ins_are_only_there_for_what_is_broken_and_only_for_a_while() -> None:
+def test_stand_ins_are_only_there_for_what_is_missing_and_only_for_a_while() -> None:
     def make() -> dict[str, Any]:
         return {"yaml": SimpleNamespace()}
 
-    with _replaced_if_broken("yaml", make):
+    with _replaced_if_missing("yaml", make):
         assert sys.modules["yaml"] is yaml
-    with _replaced_if_broken("no_such_package_", lambda: {"no_such_package_": SimpleNamespace(here=True)}):
+    with _replaced_if_missing("no_such_package_", lambda: {"no_such_package_": SimpleNamespace(here=True)}):
         import no_such_package_
 
         assert no_such_package_.here

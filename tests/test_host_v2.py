@@ -74,6 +74,13 @@ def test_a_failure_leaves_nothing_half_registered(stand_in, monkeypatch):
     assert not stand_in.decoders.list_decoders()
 
 
+def test_without_torchvision_the_install_line_is_told(stand_in, monkeypatch):
+    monkeypatch.setattr(v2, "has_torchvision", lambda: False)
+    with pytest.raises(MissingDependency, match=r"Run: pip install --no-deps torchvision==0\.28\.0"):
+        v2.register()
+    assert registered(stand_in) == (set(), set(), False)
+
+
 def test_a_name_of_somebody_else_is_not_taken_over(stand_in):
     stand_in.decoders.register_decoder("neurodiff_multicut", print)
     with pytest.raises(ConfigError, match="decoders there is a 'neurodiff_multicut' already"):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import pickle
 import random
@@ -16,7 +15,6 @@ from host_v2 import VOXEL, settings_file, stand_in_host, write_pair_file
 
 from connectomics_neurodiff.errors import (
     ConfigError,
-    MissingDependency,
     MissingInput,
     UnknownName,
     UserError,
@@ -24,8 +22,8 @@ from connectomics_neurodiff.errors import (
     VoxelSizeMissing,
 )
 from connectomics_neurodiff.host import v2
-from connectomics_neurodiff.host.compat import repair_torchvision
 from connectomics_neurodiff.host.v2 import pairs
+from connectomics_neurodiff.torchvision_repair import repair_torchvision
 
 stand_in = pytest.fixture(stand_in_host)
 
@@ -269,8 +267,7 @@ def test_numbers_go_on_from_epoch_to_epoch(monkeypatch):
 
 
 def test_lightning_numbers_the_samples_through_epochs_and_resumes(tmp_path):
-    with contextlib.suppress(MissingDependency):  # lightning imports torchvision where there is one
-        repair_torchvision()
+    repair_torchvision()  # lightning imports torchvision where there is one
     import lightning
     from torch.utils.data import DataLoader
 

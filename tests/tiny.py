@@ -12,7 +12,7 @@ from conftest import REPOSITORY
 TINY = {
     "DATASET.IMAGE_NAME": "phantom",
     "AUGMENTOR.SYNTHETIC": "True",
-    "SYSTEM.NUM_CPUS": "1",
+    "SYSTEM.NUM_THREADS": "1",
     "SYSTEM.NUM_GPUS": "0",
     "SYSTEM.PRECISION": "fp32",
     "MODEL.FILTERS": "[8, 12]",

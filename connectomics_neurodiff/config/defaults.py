@@ -35,12 +35,12 @@ def _add_system(cfg: CfgNode) -> None:
     cfg.SYSTEM = CfgNode()
     # GPUs per machine. 0: CPU only. -1: all there are, CPU if there is none. [ours]
     cfg.SYSTEM.NUM_GPUS = -1
-    # CPU threads of the numerical libraries. 0: all cores. The last bits of a result depend on it.
+    # Data-loading processes per device. 0: load in the training process, best below four cores. [PyTC]
     cfg.SYSTEM.NUM_CPUS = 0
+    # CPU threads of the numerical libraries. 0: all cores. The last bits of a result depend on it. [ours]
+    cfg.SYSTEM.NUM_THREADS = 0
     # Machines of a distributed training, >= 1.
     cfg.SYSTEM.NUM_NODES = 1
-    # Data-loading processes per device. 0: load in the training process, best below four cores. [ours]
-    cfg.SYSTEM.NUM_WORKERS = 0
     # Arithmetic of the networks: "fp32", "bf16", or "auto" (bf16 where the device has instructions for it).
     cfg.SYSTEM.PRECISION = "auto"
 

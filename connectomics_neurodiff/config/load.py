@@ -79,13 +79,34 @@ def parse_overrides(overrides: Sequence[str]) -> Iterator[dict[str, Any]]:
     if len(overrides) % 2:
         raise ConfigError(f"Settings on the command line are KEY VALUE pairs. '{overrides[-1]}' has no value.")
     for key, text in zip(overrides[::2], overrides[1::2], strict=True):
-        try:
-            value = ast.literal_eval(text)
-        except (ValueError, SyntaxError):
-            value = text.lower() == "true" if text.lower() in ("true", "false") else text
-        for name in reversed(key.split(".")):
-            value = {name: value}
-        yield value
+        yield nested(key, value_of(text))
+
+
+def value_of(text: Any) -> Any:
+    """What a text on the command line or in a YAML looks like: a Python literal, a truth value, or itself."""
+    if not isinstance(text, str):
+        return text
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text.lower() == "true" if text.lower() in ("true", "false") else text
+
+
+def nested(key: str, value: Any) -> dict[str, Any]:
+    """``{"A": {"B": value}}`` of the key ``"A.B"``."""
+    content = value
+    for name in reversed(key.split(".")):
+        content = {name: content}
+    return dict(content)
+
+
+def written_out(key: str, value: Any) -> Any:
+    """The short forms of AUGMENTOR.SYNTHETIC in full: ``True`` for the group, one path for the list of pairs."""
+    if key == "AUGMENTOR.SYNTHETIC" and isinstance(value, bool):
+        return {"ENABLED": value}
+    if key == "AUGMENTOR.SYNTHETIC.PAIRS" and isinstance(value, str):
+        return [value] if value else []
+    return value
 
 
 def merge(cfg: CfgNode, content: Mapping[str, Any], *, source: str, prefix: str = "") -> None:
@@ -102,10 +123,7 @@ def merge(cfg: CfgNode, content: Mapping[str, Any], *, source: str, prefix: str 
             raise ConfigError(
                 f"Unknown key {key} in {source}.{did_you_mean(str(name), cfg)} Known here: {', '.join(cfg)}."
             )
-        if key == "AUGMENTOR.SYNTHETIC" and isinstance(value, bool):
-            value = {"ENABLED": value}
-        if key == "AUGMENTOR.SYNTHETIC.PAIRS" and isinstance(value, str):
-            value = [value] if value else []
+        value = written_out(key, value)
         if isinstance(cfg[name], CfgNode):
             if not isinstance(value, Mapping):
                 raise ConfigError(f"{key} in {source} is a group of keys ({', '.join(cfg[name])}). Got {value!r}.")

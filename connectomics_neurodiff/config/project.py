@@ -7,7 +7,6 @@ left out without a word.
 
 from __future__ import annotations
 
-import ast
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -20,7 +19,7 @@ from yacs.config import CfgNode
 
 from ..errors import ConfigError, did_you_mean
 from .defaults import default_config
-from .load import merge, parse_overrides, with_bases
+from .load import merge, nested, parse_overrides, value_of, with_bases
 from .validate import validate
 
 #: Groups of ours that a project may have besides the host's.
@@ -108,25 +107,13 @@ def load_project(config_file: str, *, base: str | None = None, overrides: Sequen
                 raise ConfigError(f"Unknown key {key} in {source}.{did_you_mean(key, values)}")
     project = Project(default_config())
     project.cfg.NEURODIFF.SPLIT.SCORED = False
-    _translate(project, {key: _literal(value) for key, value in values.items()})
+    _translate(project, {key: value_of(value) for key, value in values.items()})
     for source, key, value in own:
-        for name in reversed(key.split(".")):
-            value = {name: value}
-        merge(project.cfg, value, source=source)
+        merge(project.cfg, nested(key, value), source=source)
     if not project.unsupported:  # what cannot be honoured is told first, all of it
         validate(project.cfg)
     project.cfg.freeze()
     return project
-
-
-def _literal(value: Any) -> Any:
-    """yacs reads "None" and "(1, 2)" in a YAML as what they look like."""
-    if not isinstance(value, str):
-        return value
-    try:
-        return ast.literal_eval(value)
-    except (ValueError, SyntaxError):
-        return value
 
 
 def _translate(project: Project, values: Mapping[str, Any]) -> None:
@@ -149,21 +136,11 @@ Handler = Callable[[Project, str, Any, Mapping[str, Any]], None]
 
 
 def _set(cfg: CfgNode, key: str, value: Any) -> None:
-    content: Any = value
-    for name in reversed(key.split(".")):
-        content = {name: content}
-    merge(cfg, content, source="the project")
+    merge(cfg, nested(key, value), source="the project")
 
 
 def _take(project: Project, key: str, value: Any, _values: Mapping[str, Any]) -> None:
     _set(project.cfg, key, value)
-
-
-def _take_to(target: str) -> Handler:
-    def take(project: Project, _key: str, value: Any, _values: Mapping[str, Any]) -> None:
-        _set(project.cfg, target, value)
-
-    return take
 
 
 def _take_gpus(project: Project, key: str, value: Any, _values: Mapping[str, Any]) -> None:
@@ -177,11 +154,19 @@ def _take_gpus(project: Project, key: str, value: Any, _values: Mapping[str, Any
 
 
 def _take_file(project: Project, key: str, value: Any, _values: Mapping[str, Any]) -> None:
-    names = value if isinstance(value, list) else str(value or "").split("@")
-    if len(names) != 1 or names[0].endswith((".txt", ".json")) or "*" in names[0]:
+    file = single_file(value)
+    if file is None:
         project.unsupported[key] = f"{value!r}, only one file"
     else:
-        _set(project.cfg, key, names[0])
+        _set(project.cfg, key, file)
+
+
+def single_file(value: Any) -> str | None:
+    """The file that a key of the host's names; None if it names several, a list of tiles, or a pattern."""
+    names = value if isinstance(value, list) else str(value or "").split("@")
+    if len(names) != 1 or names[0].endswith((".txt", ".json")) or "*" in names[0]:
+        return None
+    return str(names[0])
 
 
 def _take_isotropy(project: Project, key: str, value: Any, values: Mapping[str, Any]) -> None:
@@ -282,12 +267,11 @@ _HANDLERS: dict[str, Handler] = {
             "MODEL.ARCHITECTURE", "MODEL.FILTERS", "MODEL.BLOCK_TYPE", "MODEL.INPUT_SIZE",
             "DATASET.INPUT_PATH", "DATASET.OUTPUT_PATH", "SOLVER.NAME", "SOLVER.BASE_LR", "SOLVER.ITERATION_STEP",
             "SOLVER.ITERATION_SAVE", "SOLVER.ITERATION_TOTAL", "SOLVER.SAMPLES_PER_BATCH", "SOLVER.BETAS",
-            "SOLVER.MOMENTUM", "SOLVER.WEIGHT_DECAY", "INFERENCE.SAMPLES_PER_BATCH",
+            "SOLVER.MOMENTUM", "SOLVER.WEIGHT_DECAY", "INFERENCE.SAMPLES_PER_BATCH", "SYSTEM.NUM_CPUS",
         ),
         _take,
     ),
     "SYSTEM.NUM_GPUS": _take_gpus,
-    "SYSTEM.NUM_CPUS": _take_to("SYSTEM.NUM_WORKERS"),
     "DATASET.IMAGE_NAME": _take_file,
     "DATASET.LABEL_NAME": _take_file,
     "MODEL.ISOTROPY": _take_isotropy,

@@ -100,7 +100,7 @@ def run_pipeline(
                 f"--checkpoint replaces the trained segmenter; it goes with --inference. Got {trained[0]}."
             )
         arm = check_checkpoint(checkpoint)
-    _use_threads(cfg.SYSTEM.NUM_CPUS)
+    _use_threads(cfg.SYSTEM.NUM_THREADS)
     parts = parts_of.open_parts(cfg)
     parts_of.check_pairs(cfg, parts["train"].volume)
     from . import stages as made_by
@@ -147,5 +147,5 @@ def _use_threads(count: int) -> None:
 
     cores = len(os.sched_getaffinity(0))
     if count > cores:
-        raise ConfigError(f"SYSTEM.NUM_CPUS may be at most {cores} on this machine (0: all of them). Got {count}.")
+        raise ConfigError(f"SYSTEM.NUM_THREADS may be at most {cores} on this machine (0: all of them). Got {count}.")
     torch.set_num_threads(count or cores)

@@ -95,7 +95,7 @@ def _device_settings(cfg: CfgNode) -> dict[str, Any]:
     return {
         "devices": cfg.SYSTEM.NUM_GPUS if device.type == "cuda" else 0,
         "nodes": cfg.SYSTEM.NUM_NODES,
-        "workers": cfg.SYSTEM.NUM_WORKERS,
+        "workers": cfg.SYSTEM.NUM_CPUS,
         "precision": precision,
     }
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from yacs.config import CfgNode
 
 from ..conditions import membrane_from_labels, with_background
 from ..config import as_dict
@@ -136,9 +137,12 @@ def _visibility(volume: Volume, membrane: np.ndarray) -> float:
 def pair_paths(run: Run) -> list[Path]:
     """Pair files that the mixed arm trains on: the user's, or those of this run that passed the gate."""
     given = list(run.cfg.AUGMENTOR.SYNTHETIC.PAIRS)
-    if given:
-        return [Path(path) for path in given]
-    reports = sorted((run.folder / "pairs").glob("copy_*.gate.json"))
-    copies = {f"copy_{copy:03d}.gate.json" for copy in range(run.cfg.NEURODIFF.REMODEL.COPIES)}
-    passed = [r for r in reports if r.name in copies and json.loads(r.read_text())["passed"]]
-    return [report.with_name(report.name.replace(".gate.json", ".h5")) for report in passed]
+    return [Path(path) for path in given] if given else passed_pairs(run.cfg)
+
+
+def passed_pairs(cfg: CfgNode) -> list[Path]:
+    """Pair files of the run with this configuration that passed the gate."""
+    folder = Path(cfg.DATASET.OUTPUT_PATH) / "pairs"
+    pairs = [folder / f"copy_{copy:03d}.h5" for copy in range(cfg.NEURODIFF.REMODEL.COPIES)]
+    reports = {pair: pair.with_suffix(".gate.json") for pair in pairs}
+    return [p for p, report in reports.items() if report.exists() and json.loads(report.read_text())["passed"]]

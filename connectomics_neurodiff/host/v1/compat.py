@@ -1,8 +1,8 @@
 """Importing PyTC v1 with today's libraries. A fix is applied only where the import really fails, and nowhere else.
 
 * torchvision: PyTC uses two of its functions, ``make_grid`` (pictures for TensorBoard) and ``rotate`` (copy-paste
-  augmentation). It is not among PyTC's requirements, and its wheel for CUDA cannot be imported beside a torch for the
-  CPU ("operator torchvision::nms does not exist"). Stand-ins take its place for the time of PyTC's import.
+  augmentation), and does not name it among its requirements. Where it is not installed, stand-ins take its place for
+  the time of PyTC's import; where it cannot be imported, ``torchvision_repair`` mends it.
 * em_util: the head of PyTC's branch v1.0 imports one function of it; the package is not on the package index and not
   among PyTC's requirements.
 """
@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -22,6 +23,7 @@ from scipy import ndimage
 from torch import Tensor
 
 from ...errors import MissingDependency
+from ...torchvision_repair import repair_torchvision
 from ..detect import require_host
 
 #: Name of the package on the index where it is not the name of the import.
@@ -39,12 +41,13 @@ def import_host() -> ModuleType:
     Raises
     ------
     MissingDependency
-        If another package answers to PyTC's name, or a package that PyTC needs is not installed.
+        If another package answers to PyTC's name, or a package that PyTC needs is not installed or broken.
     """
     require_host("v1")
+    repair_torchvision()
     with ExitStack() as stack:
-        stack.enter_context(_replaced_if_broken("torchvision", _torchvision))
-        stack.enter_context(_replaced_if_broken("em_util", _em_util))
+        stack.enter_context(_replaced_if_missing("torchvision", _torchvision))
+        stack.enter_context(_replaced_if_missing("em_util", _em_util))
         try:
             return importlib.import_module("connectomics.engine.trainer")
         except ModuleNotFoundError as error:
@@ -52,26 +55,25 @@ def import_host() -> ModuleType:
             raise MissingDependency(
                 f"pytorch_connectomics v1 needs the package '{name}': pip install {_PACKAGES.get(name, name)}"
             ) from error
+        except ImportError as error:  # one of today's libraries lacks what PyTC asks it for
+            raise MissingDependency(
+                f"pytorch_connectomics v1 cannot be imported here: {' '.join(str(error).split())}."
+            ) from error
 
 
 @contextmanager
-def _replaced_if_broken(name: str, make: Callable[[], dict[str, ModuleType]]) -> Iterator[None]:
-    """Within the block the modules of `make` stand in for a package that cannot be imported; afterwards it is gone."""
-    modules = make()
-    try:
-        for module in modules:
-            importlib.import_module(module)
-    except (ImportError, RuntimeError, OSError):  # a wheel for another torch fails with any of the three
-        for loaded in [m for m in sys.modules if m == name or m.startswith(f"{name}.")]:
-            del sys.modules[loaded]
-        sys.modules.update(modules)
-        try:
-            yield
-        finally:
-            for module in modules:
-                del sys.modules[module]
-    else:
+def _replaced_if_missing(name: str, make: Callable[[], dict[str, ModuleType]]) -> Iterator[None]:
+    """Within the block the modules of `make` stand in for a package that is not installed; afterwards it is gone."""
+    if name in sys.modules or importlib.util.find_spec(name) is not None:
         yield
+        return
+    modules = make()
+    sys.modules.update(modules)
+    try:
+        yield
+    finally:
+        for module in modules:
+            del sys.modules[module]
 
 
 def _as_modules(functions: dict[str, Callable[..., Any]]) -> dict[str, ModuleType]:

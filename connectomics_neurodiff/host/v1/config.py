@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import ast
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from yacs.config import CfgNode
 
 from ...config import default_config
-from ...config.project import RENAMED, host_defaults
+from ...config.load import nested, value_of, written_out
+from ...config.project import OWN, RENAMED, host_defaults
 
 
 def add_config(cfg: CfgNode) -> None:
@@ -38,22 +38,14 @@ class _Tree(CfgNode):  # type: ignore[misc]  # yacs has no types
             group, name = key.split(".")
             if name in cfg_other.get(group, {}):
                 super().merge_from_list([new, cfg_other[group][name]])
-        super().merge_from_other_cfg(CfgNode(_written_out(self, cfg_other)))
+        super().merge_from_other_cfg(CfgNode(_all_written_out(self, cfg_other)))
 
     def merge_from_list(self, cfg_list: Sequence[Any]) -> None:
         for key, text in zip(cfg_list[::2], cfg_list[1::2], strict=True):
-            *parents, leaf = key.split(".")
-            if (
-                key != "AUGMENTOR.SYNTHETIC"
-                and parents[:1] != ["NEURODIFF"]
-                and parents[:2] != ["AUGMENTOR", "SYNTHETIC"]
-            ):
+            if not key.startswith(OWN):
                 super().merge_from_list([key, text])
                 continue
-            content: Any = {leaf: _value_of(text)}
-            for name in reversed(parents):
-                content = {name: content}
-            self.merge_from_other_cfg(CfgNode(content))
+            self.merge_from_other_cfg(CfgNode(nested(key, value_of(text))))
 
 
 #: Keys that PyTC gives no type (None), which two files of one project may therefore fill with different ones.
@@ -69,31 +61,19 @@ def _let_untyped_stay_untyped(defaults: CfgNode, content: Mapping[str, Any], pre
             defaults[name] = None
 
 
-def _value_of(text: Any) -> Any:
-    if not isinstance(text, str):
-        return text
-    try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        return text.lower() == "true" if text.lower() in ("true", "false") else text
-
-
-def _written_out(defaults: CfgNode, content: Mapping[str, Any], path: tuple[str, ...] = ()) -> dict[str, Any]:
+def _all_written_out(defaults: CfgNode, content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested keys with our short forms in full."""
     found: dict[str, Any] = {}
     for name, value in content.items():
         default = defaults.get(name)
-        where = (*path, name)
-        if ".".join(where) in RENAMED:
+        key = f"{prefix}{name}"
+        if key in RENAMED:
             continue
-        if where == ("AUGMENTOR", "SYNTHETIC") and isinstance(value, bool):
-            value = {"ENABLED": value}
-        if where == ("MODEL", "OUTPUT_ACT") and isinstance(value, str):
+        value = written_out(key, value)
+        if key == "MODEL.OUTPUT_ACT" and isinstance(value, str):
             value = [[value]]  # Distance-Transform-Quantized.yaml: one activation for the one loss
-        if where == ("AUGMENTOR", "SYNTHETIC", "PAIRS") and isinstance(value, str):
-            value = [value] if value else []
         if isinstance(value, Mapping) and isinstance(default, CfgNode):
-            value = _written_out(default, value, where)
+            value = _all_written_out(default, value, f"{key}.")
         elif isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
             value = float(value)
         found[name] = value

@@ -15,7 +15,9 @@ from connectomics.config import load_cfg, save_all_cfg
 from yacs.config import CfgNode
 
 from ...config import default_config, validate
+from ...config.project import single_file
 from ...errors import ConfigError, MissingInput
+from ...pipeline.pairs_stage import passed_pairs
 from .config import add_config
 from .plugin import register, unregister
 from .trainer import NeuroDiffTrainer, last_checkpoint
@@ -57,7 +59,8 @@ def run_project(
     inference : bool
         Predict INFERENCE.IMAGE_NAME with a trained network; otherwise train.
     checkpoint : str
-        A checkpoint of PyTC's to start from or to predict with; empty: the last one of OUTPUT_PATH, if there is one.
+        A checkpoint of PyTC's to predict with, or to train on from; empty: a training goes on from the last one of
+        OUTPUT_PATH, if there is one.
     make_pairs : callable
         ``make_pairs(native_cfg, stages)``: our pipeline.
 
@@ -65,13 +68,19 @@ def run_project(
     -------
     pathlib.Path
         The folder that was written to.
+
+    Raises
+    ------
+    MissingInput
+        If a file that is named is not there, or prediction is asked for without a checkpoint.
     """
     folder = Path(cfg.DATASET.OUTPUT_PATH)
+    _require_files(cfg, inference=inference, checkpoint=checkpoint)
     synthetic = cfg.AUGMENTOR.SYNTHETIC
     if synthetic.ENABLED and not synthetic.PAIRS and not inference:
         native = native_config(cfg)
         make_pairs(native, PAIR_STAGES)
-        synthetic.PAIRS = [str(path) for path in sorted((folder / PAIRS_FOLDER / "pairs").glob("copy_*.h5"))]
+        synthetic.PAIRS = [str(path) for path in passed_pairs(native)]
     if inference:
         synthetic.ENABLED = False
     cfg.freeze()
@@ -79,7 +88,7 @@ def run_project(
     register(cfg)
     try:
         if inference:
-            _predict(cfg, device, checkpoint or _trained(cfg))
+            _predict(cfg, device, checkpoint)
         else:
             folder.mkdir(parents=True, exist_ok=True)
             save_all_cfg(cfg, str(folder))
@@ -110,10 +119,19 @@ def _predict(cfg: CfgNode, device: torch.device, checkpoint: str) -> None:
         trainer.test()
 
 
-def _trained(cfg: CfgNode) -> str:
-    raise MissingInput(
-        f"Inference into {cfg.DATASET.OUTPUT_PATH} needs --checkpoint: a checkpoint_XXXXX.pth.tar of the training."
-    )
+def _require_files(cfg: CfgNode, *, inference: bool, checkpoint: str) -> None:
+    """Refuse, before any work, what names a file that is not there; lists of tiles and patterns are PyTC's to read."""
+    if inference and not checkpoint:
+        raise MissingInput(
+            f"Inference into {cfg.INFERENCE.OUTPUT_PATH} needs --checkpoint: a checkpoint_XXXXX.pth.tar of the "
+            "training."
+        )
+    data = cfg.INFERENCE if inference else cfg.DATASET
+    folder = Path(data.INPUT_PATH or cfg.DATASET.INPUT_PATH)
+    names = [single_file(data.IMAGE_NAME)] + ([] if inference else [single_file(data.LABEL_NAME)])
+    for path in [folder / name for name in names if name] + ([Path(checkpoint)] if checkpoint else []):
+        if not path.exists():
+            raise MissingInput(f"No file at {path}.")
 
 
 def native_config(cfg: CfgNode) -> CfgNode:
@@ -128,7 +146,8 @@ def native_config(cfg: CfgNode) -> CfgNode:
     native.NEURODIFF = cfg.NEURODIFF.clone()
     native.NEURODIFF.SPLIT.SCORED = False
     native.AUGMENTOR.SYNTHETIC = cfg.AUGMENTOR.SYNTHETIC.clone()
-    native.SYSTEM.NUM_WORKERS = 0
+    native.SYSTEM.NUM_GPUS = min(cfg.SYSTEM.NUM_GPUS, torch.cuda.device_count())
+    native.SYSTEM.NUM_CPUS = cfg.SYSTEM.NUM_CPUS
     native.DATASET.INPUT_PATH = cfg.DATASET.INPUT_PATH
     native.DATASET.IMAGE_NAME = _one_file(cfg, "IMAGE_NAME")
     native.DATASET.LABEL_NAME = _one_file(cfg, "LABEL_NAME")
@@ -139,11 +158,10 @@ def native_config(cfg: CfgNode) -> CfgNode:
 
 
 def _one_file(cfg: CfgNode, key: str) -> str:
-    value = cfg.DATASET[key]
-    names = value if isinstance(value, list) else str(value or "").split("@")
-    if len(names) != 1 or not names[0] or cfg.DATASET.DO_CHUNK_TITLE or names[0].endswith((".txt", ".json")):
+    file = single_file(cfg.DATASET[key])
+    if not file or cfg.DATASET.DO_CHUNK_TITLE:
         raise ConfigError(
-            f"Pairs are made from one volume; DATASET.{key} is {value!r}. Make them with 'neurodiff run --stages "
-            "diffusion,masks,pairs' for each volume, and name the files in AUGMENTOR.SYNTHETIC.PAIRS."
+            f"Pairs are made from one volume; DATASET.{key} is {cfg.DATASET[key]!r}. Make them with 'neurodiff run "
+            "--stages diffusion,masks,pairs' for each volume, and name the files in AUGMENTOR.SYNTHETIC.PAIRS."
         )
-    return str(names[0])
+    return file

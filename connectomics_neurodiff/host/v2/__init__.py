@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...errors import ConfigError, MissingDependency, UserError
-from ..compat import repair_torchvision
+from ...torchvision_repair import INSTALL_TORCHVISION, has_torchvision, repair_torchvision
 from ..detect import require_host
 
 if TYPE_CHECKING:
@@ -59,6 +59,10 @@ def register(pairs: Sequence[str | Path] = (), ratio: float = 1.0) -> None:
     """
     global _registration
     require_host("v2")
+    if not has_torchvision():
+        raise MissingDependency(
+            f"pytorch_connectomics v2 needs torchvision, which is not installed. Run: {INSTALL_TORCHVISION}"
+        )
     repair_torchvision()
     from .pairs import PairSettings, expand
 

@@ -1,12 +1,16 @@
-"""Repairs of third-party packages that the host imports, applied only where their import really fails."""
+"""Repair of a torchvision that cannot be imported beside a torch for the CPU; applied only where that really happens.
+
+Nothing here uses torchvision, but Lightning (through torchmetrics) and pytorch_connectomics import it if it is there.
+"""
 
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import sys
 from typing import Any
 
-from ..errors import MissingDependency
+from .errors import MissingDependency
 
 INSTALL_TORCHVISION = "pip install --no-deps torchvision==0.28.0"
 #: What torchvision says at import beside a torch that cannot load its compiled part.
@@ -21,31 +25,28 @@ def repair_torchvision() -> bool:
 
     The package index has torchvision for CUDA only. Beside torch for the CPU its compiled part is not loaded, and its
     import stops at the first operator that it describes but nobody has defined: non-maximum suppression of boxes. No
-    host needs that operator, but v1 and v2 import torchvision for its image grids. So the operators are declared, still
-    without an implementation, and the import is repeated; calling them remains an error.
+    one here needs that operator. So the operators are declared, still without an implementation, and the import is
+    repeated; calling them remains an error.
 
     Returns
     -------
     bool
-        True if the repair was needed and done; False if torchvision works as it is.
+        True if the repair was needed and done; False if torchvision works as it is, or is not installed.
 
     Raises
     ------
     MissingDependency
-        If torchvision is not installed, or fails in another way; the message says what to run.
+        If torchvision fails in another way; the message says what to run.
     """
+    if not has_torchvision():
+        return False
     try:
         importlib.import_module("torchvision")
-    except ModuleNotFoundError as error:
-        if error.name != "torchvision":
-            raise
-        raise MissingDependency(
-            f"pytorch_connectomics needs torchvision, which is not installed. Run: {INSTALL_TORCHVISION}"
-        ) from error
-    except RuntimeError as error:
+    except (ImportError, RuntimeError, OSError) as error:  # a wheel for another torch fails with any of the three
         if _SYMPTOM not in str(error):
             raise MissingDependency(
-                f"torchvision does not fit the torch beside it ({error}). Run: {INSTALL_TORCHVISION}"
+                f"torchvision does not fit the torch beside it ({' '.join(str(error).split())}). "
+                f"Run: {INSTALL_TORCHVISION}"
             ) from error
     else:
         return False
@@ -53,6 +54,11 @@ def repair_torchvision() -> bool:
     _declare_box_operators()
     importlib.import_module("torchvision")
     return True
+
+
+def has_torchvision() -> bool:
+    """Whether torchvision is installed, sound or broken; it is not imported."""
+    return "torchvision" in sys.modules or importlib.util.find_spec("torchvision") is not None
 
 
 def _forget(package: str) -> None:

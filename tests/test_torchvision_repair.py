@@ -1,4 +1,4 @@
-"""Repairs of what the hosts import: torchvision beside a torch that cannot load its operators."""
+"""The repair of torchvision beside a torch that cannot load its operators."""
 
 from __future__ import annotations
 
@@ -18,15 +18,12 @@ BROKEN_TORCHVISION = """
     """
 
 
-def repair(folder: Path, init: str | None) -> subprocess.CompletedProcess[str]:
-    if init is not None:
-        (folder / "torchvision").mkdir()
-        (folder / "torchvision" / "__init__.py").write_text(textwrap.dedent(init))
-        (folder / "torchvision" / "left_behind.py").touch()
-    else:
-        (folder / "sitecustomize.py").write_text("import sys\nsys.modules['torchvision'] = None\n")
+def repair(folder: Path, init: str) -> subprocess.CompletedProcess[str]:
+    (folder / "torchvision").mkdir()
+    (folder / "torchvision" / "__init__.py").write_text(textwrap.dedent(init))
+    (folder / "torchvision" / "left_behind.py").touch()
     code = """
-        from connectomics_neurodiff.host.compat import repair_torchvision
+        from connectomics_neurodiff.torchvision_repair import repair_torchvision
         from connectomics_neurodiff.errors import UserError
         try:
             print(repair_torchvision(), repair_torchvision())
@@ -44,8 +41,9 @@ def test_a_sound_torchvision_is_left_alone(tmp_path):
     assert repair(tmp_path, "").stdout.split() == ["False", "False"]
 
 
-@pytest.mark.parametrize("init", [None, "raise RuntimeError('built for another torch')"])
-def test_no_torchvision_or_one_beyond_repair_is_told_in_one_line(tmp_path, init):
+@pytest.mark.parametrize("init", ["raise RuntimeError('built for another\\ntorch')", "raise OSError('libc10')"])
+def test_a_torchvision_beyond_repair_is_told_in_one_line(tmp_path, init):
     said = repair(tmp_path, init).stdout
     assert said.startswith("MissingDependency")
+    assert said.count("\n") == 1
     assert "pip install --no-deps torchvision==0.28.0" in said
