@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import random
 import sys
+from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -249,8 +251,8 @@ def test_a_misspelt_key_of_a_project_gets_the_nearest_name(tmp_path: Path) -> No
         load_project(write(tmp_path / "p.yaml", PROJECT), overrides=["MODEL.BLOCK_TYP", "x"])
 
 
-def write_project_data(folder: Path) -> None:
-    phantom = grow_phantom((12, 64, 72), (29, 6, 6), 0)
+def write_project_data(folder: Path, shape: tuple[int, int, int] = (12, 64, 72)) -> None:
+    phantom = grow_phantom(shape, (29, 6, 6), 0)
     for name, array in (("image", (phantom.array("image") * 255).astype(np.uint8)), ("label", phantom.array("label"))):
         with h5py.File(folder / f"{name}.h5", "w") as file:
             file["main"] = array
@@ -310,13 +312,13 @@ def host_cfg(tmp_path: Path, **pairs: Any) -> CfgNode:
     return cfg
 
 
-def write_pairs(tmp_path: Path) -> list[str]:
+def write_pairs(tmp_path: Path, shape: tuple[int, int, int] = (8, 40, 48)) -> list[str]:
     paths = []
     for seed in (1, 2):
-        phantom = grow_phantom((8, 40, 48), (29, 6, 6), seed)
+        phantom = grow_phantom(shape, (29, 6, 6), seed)
         paths.append(str(tmp_path / f"pair_{seed}.h5"))
         with h5py.File(paths[-1], "w") as file:
-            file["image"] = np.full((8, 40, 48), 7, np.uint8)  # told from a real patch by its grey value
+            file["image"] = np.full(shape, 7, np.uint8)  # told from a real patch by its grey value
             file["label"] = phantom.array("label")
             file.attrs["resolution_nm"] = (29, 6, 6)
     return paths
@@ -341,6 +343,103 @@ def test_the_share_of_synthetic_patches_is_exact(tmp_path: Path, ratio: float) -
     first = dataset[17][1]
     random.seed(99)
     np.testing.assert_array_equal(dataset[17][1], first)
+
+
+@needs_host
+def test_workers_and_a_resumed_training_draw_the_same_samples(tmp_path: Path) -> None:
+    write_project_data(tmp_path, (12, 88, 96))
+    cfg = host_cfg(tmp_path, **{"SOLVER.SAMPLES_PER_BATCH": 2})
+    cfg.AUGMENTOR.ENABLED = True  # the augmentation too follows from the number alone
+    cfg.AUGMENTOR.SYNTHETIC.ENABLED, cfg.AUGMENTOR.SYNTHETIC.PAIRS = True, write_pairs(tmp_path, (9, 80, 88))
+
+    def batches(count: int, **options: Any) -> list[torch.Tensor]:
+        v1.register(cfg, **options)
+        try:
+            from connectomics.data.augmentation import build_train_augmentor
+            from connectomics.engine import trainer
+
+            loader = iter(trainer.build_dataloader(cfg, build_train_augmentor(cfg), "train"))
+            return [next(loader).out_input.clone() for _ in range(count)]
+        finally:
+            v1.unregister()
+
+    whole = batches(6)
+    cfg.SYSTEM.NUM_CPUS = 2
+    torch.save({"iteration": 4}, tmp_path / "checkpoint_00004.pth.tar")
+    resumed = batches(2, checkpoint=tmp_path / "checkpoint_00004.pth.tar")
+    for expected, found in zip([*whole, *whole[4:]], [*batches(6), *resumed], strict=True):
+        torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    assert not torch.equal(whole[0], whole[4])
+
+
+def write_tiles(folder: Path) -> None:
+    """The project's volume as PyTC's tiles: a PNG per section and quarter, and the two JSON files."""
+    import imageio.v2 as imageio
+
+    with h5py.File(folder / "image.h5") as image, h5py.File(folder / "label.h5") as label:
+        arrays = {"image": image["main"][()], "label": label["main"][()].astype(np.uint8)}
+    depth, height, width = arrays["image"].shape
+    for name, array in arrays.items():
+        for z, (row, column) in product(range(depth), product(range(2), range(2))):
+            tile = array[z, row * 40 : (row + 1) * 40, column * 40 : (column + 1) * 40]
+            imageio.imwrite(folder / f"{name}_{z}_{row}_{column}.png", tile)
+        content = {
+            "image": [str(folder / f"{name}_{z}_{{row}}_{{column}}.png") for z in range(depth)],
+            "depth": depth, "height": height, "width": width, "dtype": "uint8",
+            "tile_size": 40, "tile_st": [0, 0], "tile_ratio": 1.0,
+        }  # fmt: skip
+        (folder / f"{name}.json").write_text(json.dumps(content))
+
+
+CHUNKS = [
+    "DATASET.DO_CHUNK_TITLE", "1", "DATASET.IMAGE_NAME", "image.json", "DATASET.LABEL_NAME", "label.json",
+    "DATASET.DATA_CHUNK_NUM", "[1, 2, 1]", "DATASET.DATA_CHUNK_ITER", "3", "SOLVER.ITERATION_TOTAL", "6",
+    "SOLVER.SAMPLES_PER_BATCH", "2",
+]  # fmt: skip
+
+
+@needs_host
+def test_chunks_of_tiles_train_on_pairs_and_go_on_in_the_numbers(tmp_path: Path) -> None:
+    write_project_data(tmp_path)
+    write_tiles(tmp_path)
+    cfg = host_cfg(tmp_path)
+    cfg.merge_from_list(CHUNKS)
+    cfg.AUGMENTOR.SYNTHETIC.ENABLED, cfg.AUGMENTOR.SYNTHETIC.PAIRS = True, write_pairs(tmp_path)
+    v1.register(cfg)
+    try:
+        from connectomics.data.dataset import get_dataset
+        from connectomics.engine import trainer
+
+        tiles = get_dataset(cfg, None, "train")
+        samples = []
+        for _ in range(2):
+            tiles.updatechunk()
+            loader = trainer.build_dataloader(cfg, None, "train", dataset=tiles.dataset)
+            samples += [loader.dataset[i] for i in range(6)]
+        tested = get_dataset(cfg, None, "test")
+        tested.updatechunk()
+    finally:
+        v1.unregister()
+    flat = [float(np.ptp(image)) == 0 for _, image, *_ in samples]
+    assert sum(flat) == 6
+    places = [tuple(place) for (place, *_), synthetic in zip(samples, flat, strict=True) if synthetic]
+    assert not {*places[:3]} & {*places[3:]}  # the second chunk does not repeat the numbers of the first
+    assert len(tested.dataset.volume) == 1  # no synthetic volume is predicted
+
+
+@needs_host
+def test_a_project_in_chunks_trains_under_the_host(tmp_path: Path) -> None:
+    write_project_data(tmp_path)
+    write_tiles(tmp_path)
+    pairs = ["AUGMENTOR.SYNTHETIC.PAIRS", str(write_pairs(tmp_path))]
+    where = ["DATASET.INPUT_PATH", str(tmp_path), "DATASET.OUTPUT_PATH", str(tmp_path / "run"), "SYSTEM.NUM_GPUS", "1"]
+    size = ["MODEL.INPUT_SIZE", "[4, 24, 24]", "MODEL.OUTPUT_SIZE", "[4, 24, 24]", "DATASET.PAD_SIZE", "[0, 0, 0]"]
+    path = write(tmp_path / "p.yaml", PROJECT.replace("superhuman", "neurodiff_superhuman"))
+    result = neurodiff("run", "--engine", "host", "--config-file", path, *where, *SMALL, *CHUNKS, *pairs, *size,
+                        "AUGMENTOR.ENABLED", "False")  # fmt: skip
+    assert result.returncode == 0, result.stderr[-3000:]
+    content = torch.load(tmp_path / "run" / "checkpoint_00006.pth.tar", weights_only=True)
+    assert content["iteration"] == 6
 
 
 @needs_host

@@ -98,6 +98,8 @@ class MixedVolumeDataset(VolumeDataset):  # type: ignore[misc]  # PyTC has no ty
     """
 
     augmentor: Any
+    #: Number of the first sample: a training that goes on, and the next chunk, go on in the numbers too.
+    first_number = 0
 
     def __init__(
         self, volume: list[np.ndarray], label: list[np.ndarray], valid_mask: Any = None, *args: Any,
@@ -108,7 +110,8 @@ class MixedVolumeDataset(VolumeDataset):  # type: ignore[misc]  # PyTC has no ty
         if not all(any(group) for group in large):
             kind = "real" if not any(large[0]) else "synthetic"
             raise ValueRangeError(
-                f"No {kind} volume is as large as the sample of {tuple(size)} voxels (with its padding)."
+                f"No {kind} volume is as large as a sample, {tuple(size.tolist())} voxels with the margin that the "
+                "augmentation needs. Make MODEL.INPUT_SIZE smaller, DATASET.PAD_SIZE larger, or the chunks fewer."
             )
         # PyTC drops volumes that are smaller than a sample; what is left keeps its order.
         self.real_count = sum(int(fits) for fits in large[0])
@@ -122,8 +125,8 @@ class MixedVolumeDataset(VolumeDataset):  # type: ignore[misc]  # PyTC has no ty
             self.augmentor = _SeededAugmentor(self.augmentor, self)
 
     def __getitem__(self, index: int) -> Any:
-        """Sample `index` in PyTC's form."""
-        self.sample_index, self.attempt = int(index), 0
+        """Sample number `first_number` + `index` in PyTC's form."""
+        self.sample_index, self.attempt = self.first_number + int(index), 0
         # PyTC's own draws (rejection) come from the global generator, which forked workers share.
         state = random.getstate()
         random.seed(int(self.rng("host").integers(2**62)))
@@ -168,12 +171,30 @@ class _SeededAugmentor:
         return self.augmentor(sample, state)
 
 
-def mixing_loader(plain: Callable[..., Any], synthetic: SyntheticVolumes) -> Callable[..., Any]:
-    """PyTC's ``build_dataloader``, which in training mixes synthetic volumes in."""
+def mixing_loader(plain: Callable[..., Any], synthetic: SyntheticVolumes, first_iteration: int) -> Callable[..., Any]:
+    """PyTC's ``build_dataloader``, which in training mixes synthetic volumes in, from this iteration on."""
+    next_iteration = first_iteration
 
     def build(cfg: CfgNode, augmentor: Any = None, mode: str = "train", **options: Any) -> Any:
-        if mode == "train":
-            options |= {"dataset_class": MixedVolumeDataset, "dataset_options": {"synthetic": synthetic}}
-        return plain(cfg, augmentor, mode, **options)
+        nonlocal next_iteration
+        if mode != "train":
+            return plain(cfg, augmentor, mode, **options)
+        options |= {"dataset_class": MixedVolumeDataset, "dataset_options": {"synthetic": synthetic}}
+        loader = plain(cfg, augmentor, mode, **options)
+        loader.dataset.first_number = next_iteration * cfg.SOLVER.SAMPLES_PER_BATCH
+        # Without chunks there is one loader; the next one would be another training's.
+        next_iteration += cfg.DATASET.DATA_CHUNK_ITER if cfg.DATASET.DO_CHUNK_TITLE else 0
+        return loader
 
     return build
+
+
+def mixing_chunk(synthetic: SyntheticVolumes) -> Callable[..., VolumeDataset]:
+    """What takes VolumeDataset's place where PyTC makes a dataset of a chunk of tiles: mixed if it is for training."""
+
+    def make(*args: Any, mode: str, **options: Any) -> VolumeDataset:
+        if mode != "train":
+            return VolumeDataset(*args, mode=mode, **options)
+        return MixedVolumeDataset(*args, mode=mode, synthetic=synthetic, **options)
+
+    return make

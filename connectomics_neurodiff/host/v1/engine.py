@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import redirect_stdout
 from pathlib import Path
@@ -75,7 +76,8 @@ def fit(
         use_sound_convolutions(network)
     resume = _resume_point(folder, key)
     first_step = 0 if resume is None else int(read_checkpoint(resume)["iteration"])
-    with open(folder / "host.log", "a") as log, redirect_stdout(log), kept_memory():
+    with open(folder / "host.log", "a") as log, redirect_stdout(log), kept_memory(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module=r"connectomics\.")  # of PyTC's own code, about its own prints
         trainer = _FitTrainer(network, loss, dataset, settings, folder, device, first_step, label, key)
         if resume is not None:
             trainer.resume(resume)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from functools import partial
+from pathlib import Path
 from typing import Any
 
 from yacs.config import CfgNode
@@ -18,7 +18,7 @@ from .models import model_builders
 _registered: ExitStack | None = None
 
 
-def register(cfg: CfgNode) -> None:
+def register(cfg: CfgNode, *, checkpoint: str | Path = "") -> None:
     """Put our networks, loss, test-time augmentation and, if AUGMENTOR.SYNTHETIC is on, pairs into PyTC v1.
 
     Call it after loading the configuration (PyTC does not hand it to its models), before a trainer is made. Then
@@ -30,13 +30,16 @@ def register(cfg: CfgNode) -> None:
     ----------
     cfg : CfgNode
         PyTC's configuration, loaded with ``add_cfg_func=add_config``.
+    checkpoint : path, optional
+        PyTC's checkpoint that a training goes on from: it then goes on in the numbers of the samples, too, instead of
+        drawing the first ones again.
 
     Raises
     ------
     MissingDependency
         If PyTC v1, or a package that it needs, is not there.
     UserError
-        If the pairs are missing or do not fit.
+        If the pairs are missing or do not fit, or the checkpoint cannot be read.
     """
     global _registered
     import_host()
@@ -46,10 +49,13 @@ def register(cfg: CfgNode) -> None:
     from connectomics.model.loss.criterion import Criterion
 
     from .augmentation import AffinityTestAugmentor
-    from .datasets import MixedVolumeDataset, load_synthetic, mixing_loader
+    from .datasets import load_synthetic, mixing_chunk, mixing_loader
+    from .trainer import read_checkpoint
 
     node = cfg.AUGMENTOR.SYNTHETIC
     synthetic = load_synthetic(cfg, node.PAIRS, cfg.NEURODIFF.VOXEL_NM) if node.ENABLED else None
+    resumed = checkpoint and not cfg.SOLVER.ITERATION_RESTART
+    first_iteration = int(read_checkpoint(Path(checkpoint)).get("iteration", 0)) if resumed else 0
     builders = model_builders(cfg.NEURODIFF.DIFFUSION.ARCHITECTURE, denoiser_options(cfg))
     unregister()
     stack = ExitStack()
@@ -57,10 +63,9 @@ def register(cfg: CfgNode) -> None:
     stack.enter_context(swapped(host_trainer, TestAugmentor=AffinityTestAugmentor))
     stack.enter_context(_added(Criterion.loss_dict, {LOSS_NAME: NeuroDiffWeightedBCE}))
     if synthetic is not None:
-        mixed = partial(MixedVolumeDataset, synthetic=synthetic)
-        loader = mixing_loader(host_trainer.build_dataloader, synthetic)
+        loader = mixing_loader(host_trainer.build_dataloader, synthetic, first_iteration)
         stack.enter_context(swapped(host_trainer, build_dataloader=loader))
-        stack.enter_context(swapped(dataset_tile, VolumeDataset=mixed))
+        stack.enter_context(swapped(dataset_tile, VolumeDataset=mixing_chunk(synthetic)))
     _registered = stack
 
 

@@ -85,14 +85,16 @@ def run_project(
         synthetic.ENABLED = False
     cfg.freeze()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    register(cfg)
+    if not inference:
+        checkpoint = checkpoint or str(last_checkpoint(folder) or "")
+    register(cfg, checkpoint=checkpoint)
     try:
         if inference:
             _predict(cfg, device, checkpoint)
         else:
             folder.mkdir(parents=True, exist_ok=True)
             save_all_cfg(cfg, str(folder))
-            _train(cfg, device, checkpoint or str(last_checkpoint(folder) or ""))
+            _train(cfg, device, checkpoint)
     finally:
         unregister()
     return folder
@@ -100,13 +102,15 @@ def run_project(
 
 def _train(cfg: CfgNode, device: torch.device, checkpoint: str) -> None:
     trainer = NeuroDiffTrainer(cfg, device, "train", checkpoint=checkpoint or None)
+    first = trainer.start_iter
     if cfg.DATASET.DO_CHUNK_TITLE:
         trainer.run_chunk("train")
-        return
-    trainer.total_iter_nums = cfg.SOLVER.ITERATION_TOTAL - trainer.start_iter
-    trainer.train()
-    if trainer.total_iter_nums > 0 and cfg.SOLVER.ITERATION_TOTAL % cfg.SOLVER.ITERATION_SAVE:
-        trainer.save_checkpoint(cfg.SOLVER.ITERATION_TOTAL - 1)  # PyTC saves on multiples only: the end would be lost
+        last = trainer.start_iter  # run_chunk moves it on; what is less than a chunk is left out
+    else:
+        trainer.train()
+        last = cfg.SOLVER.ITERATION_TOTAL
+    if last > first and last % cfg.SOLVER.ITERATION_SAVE:
+        trainer.save_checkpoint(last - 1)  # PyTC saves on multiples only: the end would be lost
 
 
 def _predict(cfg: CfgNode, device: torch.device, checkpoint: str) -> None:
