@@ -208,7 +208,8 @@ def test_other_packages_of_that_name_are_recognised(
 def test_a_project_is_told_from_a_recipe_of_ours(tmp_path: Path) -> None:
     assert is_project(write(tmp_path / "p.yaml", PROJECT), None)
     assert not is_project(write(tmp_path / "o.yaml", "SOLVER: {ITERATION_TOTAL: 5}"), None)
-    assert not is_project(write(tmp_path / "n.yaml", "MODEL: {OUTPUT_SIZE: [1, 1, 1]}\nNEURODIFF: {SEED: 1}"), None)
+    assert is_project(write(tmp_path / "n.yaml", f"{PROJECT}\nNEURODIFF: {{VOXEL_NM: [29, 6, 6], SEED: 1}}"), None)
+    assert not is_project(write(tmp_path / "r.yaml", f"{PROJECT}\nNEURODIFF: {{SPLIT: {{PURGE_NM: 0.0}}}}"), None)
     assert not is_project(None, None)
 
 

@@ -24,6 +24,8 @@ from .validate import validate
 
 #: Groups of ours that a project may have besides the host's.
 OWN = ("NEURODIFF", "AUGMENTOR.SYNTHETIC")
+#: Groups of NEURODIFF that make a configuration a recipe of ours, from data to scores.
+RECIPE = {"SPLIT", "PHANTOM", "SEGMENTER", "SEGMENT"}
 #: Keys that the host's own files name, and its configuration does not know (Scutoid-Base.yaml).
 RENAMED = {"DATASET.LABEL_EROSION": "MODEL.LABEL_EROSION"}
 NORMALISATIONS = {"bn": "batch", "sync_bn": "batch", "gn": "group", "in": "instance", "none": "none"}
@@ -65,15 +67,21 @@ def _flat(content: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, A
 
 
 def is_project(config_file: str | None, base: str | None) -> bool:
-    """Whether these files are a project of the host's: they name a key that only the host has, and none of ours."""
+    """Whether these files are a project of the host's: they name a key that only the host has, and no :data:`RECIPE`.
+
+    A project may have settings of ours for making its pairs (NEURODIFF.VOXEL_NM, NEURODIFF.DIFFUSION, ...) beside its
+    own keys; what is to be split, segmented and scored is said in recipes of ours alone.
+    """
     keys: set[str] = set()
     for path in (base, config_file):
         if path is not None:
             for content, _source in with_bases(Path(path), seen=()):
                 keys |= {key for key, _ in _flat(content)}
+                own = content.get("NEURODIFF")
+                if isinstance(own, Mapping) and RECIPE & set(own):
+                    return False
     ours = {key for key, _ in _flat(default_config())}
-    own = any(key.startswith("NEURODIFF") for key in keys)
-    return not own and any(key in host_defaults() and key not in ours for key in keys)
+    return any(key in host_defaults() and key not in ours for key in keys)
 
 
 def load_project(config_file: str, *, base: str | None = None, overrides: Sequence[str] = ()) -> Project:
