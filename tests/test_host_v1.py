@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
+import inspect
 import json
 import random
+import re
 import sys
 from itertools import product
 from pathlib import Path
@@ -15,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from host_v1 import KIND, host_or_stand_in, stand_in_signatures
 from tiny import neurodiff, settings
 from yacs.config import CfgNode
 
@@ -23,20 +27,26 @@ from connectomics_neurodiff.config import load_config
 from connectomics_neurodiff.config.project import host_defaults, is_project, load_project
 from connectomics_neurodiff.errors import ConfigError, MissingDependency, MissingInput, UnknownName, ValueRangeError
 from connectomics_neurodiff.host import find_host, require_host, v1
-from connectomics_neurodiff.host.v1.compat import _replaced_if_missing, bounding_boxes, make_grid
+from connectomics_neurodiff.host.v1.compat import _replaced_if_missing, bounding_boxes, import_host, make_grid
 from connectomics_neurodiff.host.v1.losses import NeuroDiffWeightedBCE
 from connectomics_neurodiff.host.v1.models import model_builders, segmenter_for_host, z_pooling
 from connectomics_neurodiff.pipeline import run_pipeline
 from connectomics_neurodiff.pipeline.engines import choose_engine, load_engine
 from connectomics_neurodiff.volume import grow_phantom
 
-KIND = find_host().kind
-
 
 def needs_host(test: Any) -> Any:
     """With the host, whose own warnings are none of ours."""
     skipped = pytest.mark.skipif(KIND != "v1", reason=f"needs pytorch_connectomics v1 (here: {KIND})")
     return pytest.mark.filterwarnings("ignore")(skipped(test))
+
+
+host = pytest.fixture(host_or_stand_in)
+
+
+def with_host(test: Any) -> Any:
+    """With the host or its stand-in."""
+    return pytest.mark.filterwarnings("ignore")(pytest.mark.usefixtures("host")(test))
 
 
 without_host = pytest.mark.skipif(KIND == "v1", reason="pytorch_connectomics v1 is installed here")
@@ -294,9 +304,21 @@ def test_the_table_of_the_hosts_keys_is_that_of_the_host() -> None:
     assert host_defaults() == listed
 
 
-def host_cfg(tmp_path: Path, **pairs: Any) -> CfgNode:
-    from connectomics_neurodiff.host.v1.compat import import_host
+@needs_host
+def test_the_stand_in_has_the_signatures_of_the_host() -> None:
+    import_host()
+    for place, arguments in stand_in_signatures().items():
+        module, _, path = place.partition(":")
+        if path.split(".")[0].startswith("_") and path.split(".")[0] not in ("_pad", "_rescale"):
+            continue
+        found: Any = importlib.import_module(module)
+        for name in path.split("."):
+            found = getattr(found, name)
+        parameters = [name for name in inspect.signature(found).parameters if name != "self"]
+        assert parameters[: len(arguments)] == arguments or set(arguments) <= set(parameters), place
 
+
+def host_cfg(tmp_path: Path, **pairs: Any) -> CfgNode:
     import_host()
     from connectomics.config import get_cfg_defaults
 
@@ -325,7 +347,7 @@ def write_pairs(tmp_path: Path, shape: tuple[int, int, int] = (8, 40, 48)) -> li
     return paths
 
 
-@needs_host
+@with_host
 @pytest.mark.parametrize("ratio", [1.0, 0.5])
 def test_the_share_of_synthetic_patches_is_exact(tmp_path: Path, ratio: float) -> None:
     write_project_data(tmp_path)
@@ -346,7 +368,7 @@ def test_the_share_of_synthetic_patches_is_exact(tmp_path: Path, ratio: float) -
     np.testing.assert_array_equal(dataset[17][1], first)
 
 
-@needs_host
+@with_host
 def test_workers_and_a_resumed_training_draw_the_same_samples(tmp_path: Path) -> None:
     write_project_data(tmp_path, (12, 88, 96))
     cfg = host_cfg(tmp_path, **{"SOLVER.SAMPLES_PER_BATCH": 2})
@@ -399,7 +421,7 @@ CHUNKS = [
 ]  # fmt: skip
 
 
-@needs_host
+@with_host
 def test_chunks_of_tiles_train_on_pairs_and_go_on_in_the_numbers(tmp_path: Path) -> None:
     write_project_data(tmp_path)
     write_tiles(tmp_path)
@@ -428,7 +450,7 @@ def test_chunks_of_tiles_train_on_pairs_and_go_on_in_the_numbers(tmp_path: Path)
     assert len(tested.dataset.volume) == 1  # no synthetic volume is predicted
 
 
-@needs_host
+@with_host
 def test_a_project_in_chunks_trains_under_the_host(tmp_path: Path) -> None:
     write_project_data(tmp_path)
     write_tiles(tmp_path)
@@ -443,7 +465,27 @@ def test_a_project_in_chunks_trains_under_the_host(tmp_path: Path) -> None:
     assert content["iteration"] == 6
 
 
-@needs_host
+@with_host
+@pytest.mark.parametrize(
+    ("key", "value", "told"),
+    [
+        ("MODEL.ARCHITECTURE", "unet_3b", "Did you mean 'unet_3d'"),
+        ("MODEL.FILTERS", "[4]", "ISOTROPY needs 1 or 0 entries for 1 FILTERS"),
+        ("DATASET.LABEL_NAME", "lable.h5", "No file at .*lable.h5"),
+        ("INFERENCE.AUG_NUMBER", "4", "AUG_NUMBER"),
+    ],
+)
+def test_what_the_host_cannot_do_is_told_before_any_work(tmp_path: Path, key: str, value: str, told: str) -> None:
+    write_project_data(tmp_path)
+    path = write(tmp_path / "p.yaml", PROJECT.replace("superhuman", "neurodiff_superhuman"))
+    where = ["DATASET.INPUT_PATH", str(tmp_path), "DATASET.OUTPUT_PATH", str(tmp_path / "run"), "SYSTEM.NUM_GPUS", "1"]
+    result = neurodiff("run", "--engine", "host", "--config-file", path, *where, *SMALL, key, value)
+    assert result.returncode == 2, result.stderr
+    assert re.search(told, result.stderr.splitlines()[-1])
+    assert not (tmp_path / "run").exists()
+
+
+@with_host
 def test_register_puts_in_all_and_unregister_takes_out_all(tmp_path: Path) -> None:
     cfg = host_cfg(tmp_path)
     from connectomics.engine import trainer
@@ -462,7 +504,7 @@ def test_register_puts_in_all_and_unregister_takes_out_all(tmp_path: Path) -> No
     assert trainer.build_dataloader is loader
 
 
-@needs_host
+@with_host
 def test_pairs_of_another_voxel_size_are_refused(tmp_path: Path) -> None:
     cfg = host_cfg(tmp_path)
     cfg.NEURODIFF.VOXEL_NM = [8, 8, 8]
@@ -471,7 +513,7 @@ def test_pairs_of_another_voxel_size_are_refused(tmp_path: Path) -> None:
         v1.register(cfg)
 
 
-@needs_host
+@with_host
 @pytest.mark.parametrize("mode", ["mean", "min", "max"])
 @pytest.mark.parametrize("number", [None, 4, 8, 16])
 def test_perfect_affinities_come_back_from_test_time_augmentation(mode: str, number: int | None) -> None:
@@ -490,7 +532,7 @@ def test_perfect_affinities_come_back_from_test_time_augmentation(mode: str, num
     np.testing.assert_allclose(ours, perfect(label).numpy(), atol=1e-6)
 
 
-@needs_host
+@with_host
 def test_the_pipeline_runs_and_resumes_under_the_host(tmp_path: Path) -> None:
     metrics = run_pipeline(load_config(overrides=settings(tmp_path / "whole")), engine="host")
     assert set(metrics["mixed"]) == {"waterz", "multicut"}
@@ -515,7 +557,7 @@ def test_the_pipeline_runs_and_resumes_under_the_host(tmp_path: Path) -> None:
         np.testing.assert_array_equal(one["image"][()], two["image"][()])
 
 
-@needs_host
+@with_host
 def test_one_checkpoint_paints_the_same_volume_under_both_engines(tmp_path: Path) -> None:
     import shutil
 

@@ -56,6 +56,7 @@ def command(folder: Path, *options: str, **changes: str) -> list[str]:
 
 def neurodiff(*arguments: str, cwd: Path = REPOSITORY) -> subprocess.CompletedProcess[str]:
     """Run a command of the package and return what it printed."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
+    paths = os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")]))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
     arguments_of = [sys.executable, "-m", "connectomics_neurodiff", *arguments]
     return subprocess.run(arguments_of, capture_output=True, text=True, cwd=cwd, env=environment, check=False)

@@ -7,16 +7,19 @@ pipeline from the project's own training volume.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from connectomics.config import load_cfg, save_all_cfg
+from connectomics.model.build import MODEL_MAP, build_model
 from yacs.config import CfgNode
 
 from ...config import default_config, validate
 from ...config.project import single_file
-from ...errors import ConfigError, MissingInput
+from ...errors import ConfigError, MissingInput, UnknownName, did_you_mean
 from ...pipeline.pairs_stage import passed_pairs
 from .config import add_config
 from .plugin import register, unregister
@@ -73,9 +76,12 @@ def run_project(
     ------
     MissingInput
         If a file that is named is not there, or prediction is asked for without a checkpoint.
+    ConfigError
+        If PyTC refuses the network or the data.
     """
     folder = Path(cfg.DATASET.OUTPUT_PATH)
     _require_files(cfg, inference=inference, checkpoint=checkpoint)
+    _require_network(cfg)
     synthetic = cfg.AUGMENTOR.SYNTHETIC
     if synthetic.ENABLED and not synthetic.PAIRS and not inference:
         native = native_config(cfg)
@@ -101,7 +107,8 @@ def run_project(
 
 
 def _train(cfg: CfgNode, device: torch.device, checkpoint: str) -> None:
-    trainer = NeuroDiffTrainer(cfg, device, "train", checkpoint=checkpoint or None)
+    with _refusals():
+        trainer = NeuroDiffTrainer(cfg, device, "train", checkpoint=checkpoint or None)
     first = trainer.start_iter
     if cfg.DATASET.DO_CHUNK_TITLE:
         trainer.run_chunk("train")
@@ -114,13 +121,42 @@ def _train(cfg: CfgNode, device: torch.device, checkpoint: str) -> None:
 
 
 def _predict(cfg: CfgNode, device: torch.device, checkpoint: str) -> None:
-    trainer = NeuroDiffTrainer(cfg, device, "test", checkpoint=checkpoint)
+    with _refusals():
+        trainer = NeuroDiffTrainer(cfg, device, "test", checkpoint=checkpoint)
     if cfg.DATASET.DO_CHUNK_TITLE:
         trainer.run_chunk("test")
     elif cfg.INFERENCE.DO_SINGLY:
         trainer.test_singly()
     else:
         trainer.test()
+
+
+def _require_network(cfg: CfgNode) -> None:
+    """Build the network once, so that what PyTC refuses is told before the pairs are made."""
+    cfg = cfg.clone()
+    cfg.AUGMENTOR.SYNTHETIC.ENABLED = False
+    register(cfg)
+    name = cfg.MODEL.ARCHITECTURE
+    try:
+        if name not in MODEL_MAP:
+            raise UnknownName(
+                f"No MODEL.ARCHITECTURE '{name}'.{did_you_mean(name, MODEL_MAP)} Known: {', '.join(MODEL_MAP)}."
+            )
+        with _refusals():
+            build_model(cfg, torch.device("cpu"))
+    finally:
+        unregister()
+
+
+@contextmanager
+def _refusals() -> Iterator[None]:
+    """PyTC refuses a configuration with assertions, many without a word; their text, or their place, is told."""
+    try:
+        yield
+    except AssertionError as error:
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        said = " ".join(str(error).split()) or f"{place.line} ({Path(place.filename).name}:{place.lineno})"
+        raise ConfigError(f"pytorch_connectomics refuses this configuration: {said}.") from error
 
 
 def _require_files(cfg: CfgNode, *, inference: bool, checkpoint: str) -> None:
