@@ -34,6 +34,8 @@ def run(options: argparse.Namespace) -> None:
     from .pipeline import choose_stages, run_pipeline
 
     if is_project(options.config_file, options.config_base):
+        if options.config_file is None:  # the base alone is the project
+            options.config_file, options.config_base = options.config_base, None
         _run_project(options)
         return
     cfg = load_config(options.config_file, base=options.config_base, overrides=options.settings)
@@ -79,6 +81,8 @@ def _run_project(options: argparse.Namespace) -> None:
     if engine == "host":
         _run_project_on_host(options)
         return
+    if options.checkpoint and not options.inference:
+        raise ConfigError("--checkpoint of a project goes with --engine host; the native engine goes on by itself.")
     project = load_project(options.config_file, base=options.config_base, overrides=options.settings)
     for key, reason in project.without_effect.items():
         print(f"native engine: no effect: {key} {reason}", file=sys.stderr)
@@ -103,7 +107,8 @@ def _run_project(options: argparse.Namespace) -> None:
 
 
 def _run_project_on_host(options: argparse.Namespace) -> None:
-    from .host.v1.project import load_project, run_project
+    from .host.v1.checks import check_project
+    from .host.v1.project import describe_project, load_project, run_project
     from .pipeline import run_pipeline
 
     if options.stages:
@@ -111,14 +116,18 @@ def _run_project_on_host(options: argparse.Namespace) -> None:
     cfg = load_project(
         options.config_file, base=options.config_base, overrides=options.settings, inference=options.inference
     )
+    checkpoint = options.checkpoint or ""
     if options.dry_run:
-        print(cfg.dump())
+        check_project(cfg, inference=options.inference, checkpoint=checkpoint)
+        print(describe_project(cfg, inference=options.inference, checkpoint=checkpoint))
         return
 
     def make_pairs(native: Any, stages: Sequence[str]) -> None:
         run_pipeline(native, stages=stages, force=options.force, engine="host")
 
-    folder = run_project(cfg, inference=options.inference, checkpoint=options.checkpoint or "", make_pairs=make_pairs)
+    folder = run_project(
+        cfg, inference=options.inference, checkpoint=checkpoint, force=options.force, make_pairs=make_pairs
+    )
     print(f"written to: {folder}")
 
 

@@ -309,7 +309,12 @@ def save_resume_point(trainer: lightning.Trainer, path: Path) -> None:
 
 
 def step_of_resume_point(path: Path, key: str) -> int:
-    """Optimiser step of a resume point, 0 if there is none; checks that it belongs to this training."""
+    """Optimiser step of a resume point, 0 if there is none; checks that it belongs to this training and engine."""
+    if any(path.parent.glob("checkpoint_*.pth.tar")):
+        raise StaleArtifactError(
+            f"{path.parent} holds a training of the host engine. Go on with --engine host, choose another "
+            "DATASET.OUTPUT_PATH, or use --force to start anew."
+        )
     if not path.exists():
         return 0
     try:

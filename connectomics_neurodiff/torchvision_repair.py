@@ -40,20 +40,27 @@ def repair_torchvision() -> bool:
     """
     if not has_torchvision():
         return False
+    error = _failure()
+    if error is None:
+        return False
+    if _SYMPTOM in str(error):
+        _forget("torchvision")
+        _declare_box_operators()
+        error = _failure()
+        if error is None:
+            return True
+    raise MissingDependency(
+        f"torchvision does not fit the torch beside it ({' '.join(str(error).split())}). Run: {INSTALL_TORCHVISION}"
+    ) from error
+
+
+def _failure() -> Exception | None:
+    """How the import of torchvision fails; None if it does not."""
     try:
         importlib.import_module("torchvision")
-    except (ImportError, RuntimeError, OSError) as error:  # a wheel for another torch fails with any of the three
-        if _SYMPTOM not in str(error):
-            raise MissingDependency(
-                f"torchvision does not fit the torch beside it ({' '.join(str(error).split())}). "
-                f"Run: {INSTALL_TORCHVISION}"
-            ) from error
-    else:
-        return False
-    _forget("torchvision")
-    _declare_box_operators()
-    importlib.import_module("torchvision")
-    return True
+    except Exception as error:  # a wheel for another torch fails in many ways
+        return error
+    return None
 
 
 def has_torchvision() -> bool:

@@ -328,6 +328,7 @@ def test_the_command_registers_and_runs_the_host(stand_in, tmp_path):
     ("changes", "line"),
     [
         (v2_config(arch={"type": "neurodiff_superhuman", "params": {"filers": [4, 6]}}), "Did you mean 'filters'"),
+        (v2_config(arch={"type": "neurodiff_superhumn"}), "Did you mean 'neurodiff_superhuman'"),
         ({"decoding": {"steps": [{"name": "neurodiff_waterz"}]}}, "needs the voxel size"),
         ({"data": {"train": {"dataset_type": "neurodiff_pairs"}}}, "needs pairs"),
     ],

@@ -83,6 +83,8 @@ def test_pairs_are_switched_on_and_given_once(tmp_path, pair_files):
         pairs.settings_for(train_config(dataset_type=None), given)
     with pytest.raises(UnknownName, match="Did you mean 'neurodiff_pairs'"):
         pairs.settings_for(train_config(dataset_type="neurodiff_pair"), None)
+    with pytest.raises(UnknownName, match="Did you mean 'neurodiff_pairs'"):
+        pairs.settings_for(train_config(dataset_type="Neurodif_pairs", json="pairs.json"), None)
     with pytest.raises(MissingInput, match=r"named by data\.train\.json"):
         pairs.settings_for(train_config(json=str(tmp_path / "none.json")), None)
 

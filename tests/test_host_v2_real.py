@@ -13,7 +13,7 @@ import pytest
 import torch
 from host_v2 import DECODERS, OURS, VOXEL, brute_force, run_python, settings_file
 
-from connectomics_neurodiff.errors import MissingDependency, UnknownName
+from connectomics_neurodiff.errors import UnknownName
 from connectomics_neurodiff.host import find_host, v2
 from connectomics_neurodiff.host.detect import explain
 from connectomics_neurodiff.metrics import evaluate
@@ -29,10 +29,7 @@ def real_host():
     found = find_host()
     if found.kind != "v2":
         pytest.skip(f"pytorch_connectomics v2 is missing: {explain(found)}")
-    try:
-        v2.register()
-    except MissingDependency as error:
-        pytest.skip(str(error))
+    v2.register()
     yield SimpleNamespace(
         architectures=importlib.import_module("connectomics.models.architectures"),
         decoders=importlib.import_module("connectomics.decoding.registry"),

@@ -99,6 +99,35 @@ def load_project(config_file: str, *, base: str | None = None, overrides: Sequen
     ConfigError
         If a key is neither the host's nor ours, or a value cannot work.
     """
+    values, own = read_settings(config_file, base=base, overrides=overrides)
+    project = Project(default_config())
+    project.cfg.NEURODIFF.SPLIT.SCORED = False
+    _translate(project, {key: value_of(value) for key, value in values.items()})
+    for source, key, value in own:
+        merge(project.cfg, nested(key, value), source=source)
+    if not project.unsupported:  # what cannot be honoured is told first, all of it
+        validate(project.cfg)
+    project.cfg.freeze()
+    return project
+
+
+def read_settings(
+    config_file: str, *, base: str | None = None, overrides: Sequence[str] = ()
+) -> tuple[dict[str, Any], list[tuple[str, str, Any]]]:
+    """All that the files and the command line say.
+
+    Returns
+    -------
+    values : dict of str to Any
+        The host's keys, dotted, with its defaults where nothing is said.
+    own : list of (source, key, value)
+        What is said of our groups, in order.
+
+    Raises
+    ------
+    ConfigError
+        If a key is neither the host's nor ours.
+    """
     values, own = dict(host_defaults()), []
     sources = [
         (str(path), content) for path in (base, config_file) if path for content, _ in with_bases(Path(path), ())
@@ -113,15 +142,7 @@ def load_project(config_file: str, *, base: str | None = None, overrides: Sequen
                 values[key] = value
             else:
                 raise ConfigError(f"Unknown key {key} in {source}.{did_you_mean(key, values)}")
-    project = Project(default_config())
-    project.cfg.NEURODIFF.SPLIT.SCORED = False
-    _translate(project, {key: value_of(value) for key, value in values.items()})
-    for source, key, value in own:
-        merge(project.cfg, nested(key, value), source=source)
-    if not project.unsupported:  # what cannot be honoured is told first, all of it
-        validate(project.cfg)
-    project.cfg.freeze()
-    return project
+    return values, own
 
 
 def _translate(project: Project, values: Mapping[str, Any]) -> None:
@@ -151,6 +172,11 @@ def _take(project: Project, key: str, value: Any, _values: Mapping[str, Any]) ->
     _set(project.cfg, key, value)
 
 
+def _take_architecture(project: Project, key: str, value: Any, _values: Mapping[str, Any]) -> None:
+    """Ours under the name that it has among the host's, or under its own."""
+    _set(project.cfg, key, value.removeprefix(PREFIX))
+
+
 def _take_gpus(project: Project, key: str, value: Any, _values: Mapping[str, Any]) -> None:
     """As many as asked for and there are, as the host does; its default asks for four."""
     import torch
@@ -169,12 +195,17 @@ def _take_file(project: Project, key: str, value: Any, _values: Mapping[str, Any
         _set(project.cfg, key, file)
 
 
+def file_names(value: Any) -> list[str]:
+    """The files, or folders, that a key of the host's names; not what stands in a text file or fits a pattern."""
+    names = [str(name) for name in (value if isinstance(value, list | tuple) else str(value or "").split("@"))]
+    return [name for name in names if name and not name.endswith(".txt") and "*" not in name]
+
+
 def single_file(value: Any) -> str | None:
-    """The file that a key of the host's names; None if it names several, a list of tiles, or a pattern."""
-    names = value if isinstance(value, list) else str(value or "").split("@")
-    if len(names) != 1 or names[0].endswith((".txt", ".json")) or "*" in names[0]:
-        return None
-    return str(names[0])
+    """The volume that a key of the host's names; None if it names several, a list, tiles, or a pattern."""
+    names = file_names(value)
+    alone = names == (list(value) if isinstance(value, list | tuple) else [value])
+    return names[0] if alone and len(names) == 1 and not names[0].endswith(".json") else None
 
 
 def _take_isotropy(project: Project, key: str, value: Any, values: Mapping[str, Any]) -> None:
@@ -268,17 +299,20 @@ def _take_augmentation(project: Project, key: str, value: Any, values: Mapping[s
 
 #: Networks of the host's that the native engine can train where the host is installed.
 HOST_ARCHITECTURES = ("unet_3d", "unet_plus_3d")
+#: What stands before the names of our networks among the host's.
+PREFIX = "neurodiff_"
 
 _HANDLERS: dict[str, Handler] = {
     **dict.fromkeys(
         (
-            "MODEL.ARCHITECTURE", "MODEL.FILTERS", "MODEL.BLOCK_TYPE", "MODEL.INPUT_SIZE",
+            "MODEL.FILTERS", "MODEL.BLOCK_TYPE", "MODEL.INPUT_SIZE",
             "DATASET.INPUT_PATH", "DATASET.OUTPUT_PATH", "SOLVER.NAME", "SOLVER.BASE_LR", "SOLVER.ITERATION_STEP",
             "SOLVER.ITERATION_SAVE", "SOLVER.ITERATION_TOTAL", "SOLVER.SAMPLES_PER_BATCH", "SOLVER.BETAS",
             "SOLVER.MOMENTUM", "SOLVER.WEIGHT_DECAY", "INFERENCE.SAMPLES_PER_BATCH", "SYSTEM.NUM_CPUS",
         ),
         _take,
     ),
+    "MODEL.ARCHITECTURE": _take_architecture,
     "SYSTEM.NUM_GPUS": _take_gpus,
     "DATASET.IMAGE_NAME": _take_file,
     "DATASET.LABEL_NAME": _take_file,

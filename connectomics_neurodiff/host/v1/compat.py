@@ -52,12 +52,18 @@ def import_host() -> ModuleType:
             return importlib.import_module("connectomics.engine.trainer")
         except ModuleNotFoundError as error:
             name = (error.name or "").split(".")[0]
+            if name == "connectomics":
+                raise MissingDependency(
+                    f"This version of pytorch_connectomics is none that the plugin knows ({error}). Known: v1.0.0 and "
+                    "the head of its branch v1.0."
+                ) from error
             raise MissingDependency(
                 f"pytorch_connectomics v1 needs the package '{name}': pip install {_PACKAGES.get(name, name)}"
             ) from error
-        except ImportError as error:  # one of today's libraries lacks what PyTC asks it for
+        except Exception as error:  # whatever its import runs into with today's libraries
             raise MissingDependency(
-                f"pytorch_connectomics v1 cannot be imported here: {' '.join(str(error).split())}."
+                f"pytorch_connectomics v1 cannot be imported here: {type(error).__name__}: "
+                f"{' '.join(str(error).split())}."
             ) from error
 
 
@@ -141,7 +147,7 @@ def bounding_boxes(label: np.ndarray, uid: np.ndarray | None = None) -> np.ndarr
 
 @contextmanager
 def swapped(module: Any, **names: Any) -> Iterator[None]:
-    """Within the block a module has other values under these names."""
+    """Within the block a module has other values under these names; what somebody else then puts there stays."""
     before = {name: getattr(module, name) for name in names}
     try:
         for name, value in names.items():
@@ -149,7 +155,8 @@ def swapped(module: Any, **names: Any) -> Iterator[None]:
         yield
     finally:
         for name, value in before.items():
-            setattr(module, name, value)
+            if getattr(module, name) is names[name]:
+                setattr(module, name, value)
 
 
 def bare(network: torch.nn.Module) -> torch.nn.Module:

@@ -24,6 +24,15 @@ def add_config(cfg: CfgNode) -> None:
     object.__setattr__(cfg, "__class__", _Tree)  # yacs takes a plain assignment for a key
 
 
+def our_part(cfg: CfgNode) -> CfgNode:
+    """Our configuration with the groups that PyTC's has from us."""
+    native = default_config()
+    native.NEURODIFF = cfg.NEURODIFF.clone()
+    native.AUGMENTOR.SYNTHETIC = cfg.AUGMENTOR.SYNTHETIC.clone()
+    native.DATASET.IMAGE_NAME = str(cfg.DATASET.IMAGE_NAME)
+    return native
+
+
 class _Tree(CfgNode):  # type: ignore[misc]  # yacs has no types
     """PyTC's root node, which writes our short forms out before it merges."""
 

@@ -5,18 +5,25 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import h5py
 import numpy as np
 from connectomics.data.dataset import VolumeDataset
 from connectomics.data.dataset.build import _pad, _rescale
+from fastremap import renumber
 from yacs.config import CfgNode
 
+from ...config.project import single_file
 from ...errors import ConfigError, MissingInput, ValueRangeError
 from ...geometry import voxel_size
 from ...pairs import is_synthetic, open_pairs
 from ...seeding import rng_for
-from ...volume import Volume, open_volume
+from ...volume import Volume, open_array, open_volume
+
+#: Targets of PyTC's whose labels are classes: foreground, and semantic segmentation.
+SEMANTIC = {"0", "9"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,15 +74,42 @@ def load_synthetic(cfg: CfgNode, paths: Sequence[str], voxel_nm: Sequence[float]
         raise ConfigError(
             "AUGMENTOR.SYNTHETIC works with one label per volume, without TARGET_OPT_MULTISEG_SPLIT or LOAD_2D."
         )
+    semantic = [name for name in cfg.MODEL.TARGET_OPT if name.split("-")[0] in SEMANTIC]
+    if semantic or cfg.DATASET.LABEL_BINARY or cfg.DATASET.LABEL_MAG:
+        raise ConfigError(
+            "Synthetic pairs carry the ids of neurons; AUGMENTOR.SYNTHETIC does not go with classes (MODEL.TARGET_OPT "
+            f"{' and '.join(sorted(SEMANTIC))}), DATASET.LABEL_BINARY or LABEL_MAG. Got MODEL.TARGET_OPT "
+            f"{list(cfg.MODEL.TARGET_OPT)}."
+        )
     pairs = _open(paths, voxel_nm)
+    _require_grey_type(cfg, paths)
     images, labels = [], []
     for pair in pairs:
         grey = np.round(pair.array("image") * 255).astype(np.uint8)
         images.append(_pad(_rescale(grey, cfg.DATASET.IMAGE_SCALE, 3), cfg.DATASET.PAD_SIZE, cfg.DATASET.PAD_MODE))
-        label = _rescale(pair.array("label"), cfg.DATASET.LABEL_SCALE, 0)
+        label = _rescale(renumber(pair.array("label"))[0], cfg.DATASET.LABEL_SCALE, 0)
         labels.append(_pad(label, cfg.DATASET.PAD_SIZE, cfg.DATASET.PAD_MODE))
     node = cfg.AUGMENTOR.SYNTHETIC
     return SyntheticVolumes(images, labels, float(node.RATIO), int(cfg.NEURODIFF.SEED))
+
+
+def _require_grey_type(cfg: CfgNode, paths: Sequence[str]) -> None:
+    """Grey values must mean the same in both: 0..255 as they are stored.
+
+    PyTC takes uint8 as it is, and stretches other types between their extremes, which are not those of the pairs.
+    """
+    types = {str(path): open_array(path, ("image",)).dtype for path in paths}
+    real = single_file(cfg.DATASET.IMAGE_NAME)
+    if real and not cfg.DATASET.DO_CHUNK_TITLE:
+        path = Path(cfg.DATASET.INPUT_PATH) / real
+        if path.suffix in (".h5", ".hdf5"):
+            with h5py.File(path) as file:
+                types[str(path)] = file[next(iter(file))].dtype  # PyTC takes the first one
+        else:
+            types[str(path)] = open_array(path, ("image",)).dtype
+    for name, dtype in types.items():
+        if dtype != np.uint8:
+            raise ValueRangeError(f"Real and synthetic images that are mixed must both be uint8. {name} is {dtype}.")
 
 
 def _open(paths: Sequence[str], voxel_nm: Sequence[float]) -> list[Volume]:

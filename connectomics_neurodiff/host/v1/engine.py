@@ -93,6 +93,11 @@ def check_resume_point(folder: Path, key: str) -> None:
 
 
 def _resume_point(folder: Path, key: str) -> Path | None:
+    if (folder / "last.ckpt").exists():
+        raise StaleArtifactError(
+            f"{folder} holds a training of the native engine. Go on with --engine native, choose another "
+            "DATASET.OUTPUT_PATH, or use --force to start anew."
+        )
     path = last_checkpoint(folder)
     if path is not None and read_checkpoint(path).get("neurodiff_key") != key:
         raise StaleArtifactError(

@@ -8,13 +8,12 @@ from typing import Any
 
 from torch import nn
 
-from ...config.project import HOST_ARCHITECTURES, NORMALISATIONS
+from ...config.project import HOST_ARCHITECTURES, NORMALISATIONS, PREFIX
 from ...errors import ConfigError, did_you_mean
 from ...segmenters import SEGMENTERS, build_segmenter
 from ...synthesis import build_denoiser
 from .compat import import_host
 
-PREFIX = "neurodiff_"
 DENOISER = f"{PREFIX}denoiser"
 
 

@@ -7,13 +7,17 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from yacs.config import CfgNode
 
+from ...config import validate
+from ...errors import ConfigError
 from ...pipeline.networks import denoiser_options
 from .compat import import_host, swapped
+from .config import our_part
 from .losses import NAME as LOSS_NAME
 from .losses import NeuroDiffWeightedBCE
-from .models import model_builders
+from .models import DENOISER, model_builders
 
 _registered: ExitStack | None = None
 
@@ -39,10 +43,14 @@ def register(cfg: CfgNode, *, checkpoint: str | Path = "") -> None:
     MissingDependency
         If PyTC v1, or a package that it needs, is not there.
     UserError
-        If the pairs are missing or do not fit, or the checkpoint cannot be read.
+        If our part of the configuration cannot work, somebody else has taken one of our names, the pairs are missing or
+        do not fit, or the checkpoint cannot be read.
     """
     global _registered
     import_host()
+    if "NEURODIFF" not in cfg or "SYNTHETIC" not in cfg.AUGMENTOR:
+        raise ConfigError("The configuration lacks our groups: load it with add_cfg_func=v1.add_config.")
+    validate(our_part(cfg))
     from connectomics.data.dataset import dataset_tile
     from connectomics.engine import trainer as host_trainer
     from connectomics.model.build import MODEL_MAP
@@ -57,16 +65,18 @@ def register(cfg: CfgNode, *, checkpoint: str | Path = "") -> None:
     resumed = checkpoint and not cfg.SOLVER.ITERATION_RESTART
     first_iteration = int(read_checkpoint(Path(checkpoint)).get("iteration", 0)) if resumed else 0
     builders = model_builders(cfg.NEURODIFF.DIFFUSION.ARCHITECTURE, denoiser_options(cfg))
+    with torch.device("meta"):
+        builders[DENOISER]()  # neither memory nor numbers: whether it can be built
     unregister()
-    stack = ExitStack()
-    stack.enter_context(_added(MODEL_MAP, builders))
-    stack.enter_context(swapped(host_trainer, TestAugmentor=AffinityTestAugmentor))
-    stack.enter_context(_added(Criterion.loss_dict, {LOSS_NAME: NeuroDiffWeightedBCE}))
-    if synthetic is not None:
-        loader = mixing_loader(host_trainer.build_dataloader, synthetic, first_iteration)
-        stack.enter_context(swapped(host_trainer, build_dataloader=loader))
-        stack.enter_context(swapped(dataset_tile, VolumeDataset=mixing_chunk(synthetic)))
-    _registered = stack
+    with ExitStack() as stack:
+        stack.enter_context(_added(MODEL_MAP, builders))
+        stack.enter_context(_added(Criterion.loss_dict, {LOSS_NAME: NeuroDiffWeightedBCE}))
+        stack.enter_context(swapped(host_trainer, TestAugmentor=AffinityTestAugmentor))
+        if synthetic is not None:
+            loader = mixing_loader(host_trainer.build_dataloader, synthetic, first_iteration)
+            stack.enter_context(swapped(host_trainer, build_dataloader=loader))
+            stack.enter_context(swapped(dataset_tile, VolumeDataset=mixing_chunk(synthetic)))
+        _registered = stack.pop_all()
 
 
 def unregister() -> None:
@@ -79,7 +89,10 @@ def unregister() -> None:
 
 @contextmanager
 def _added(target: dict[str, Any], entries: Mapping[str, Any]) -> Iterator[None]:
-    """Within the block a dictionary has more entries."""
+    """Within the block a dictionary has more entries; somebody else's are not replaced."""
+    taken = target.keys() & entries.keys()
+    if taken:
+        raise ConfigError(f"pytorch_connectomics knows '{min(taken)}' already, by somebody else; rename that one.")
     target.update(entries)
     try:
         yield

@@ -7,27 +7,37 @@ pipeline from the project's own training volume.
 from __future__ import annotations
 
 import argparse
-import traceback
-from collections.abc import Callable, Iterator, Sequence
+import random
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
-from connectomics.config import load_cfg, save_all_cfg
-from connectomics.model.build import MODEL_MAP, build_model
+from connectomics.config import load_cfg
 from yacs.config import CfgNode
 
-from ...config import default_config, validate
-from ...config.project import single_file
-from ...errors import ConfigError, MissingInput, UnknownName, did_you_mean
+from ...config import validate
+from ...config.project import read_settings, single_file
+from ...errors import ConfigError, OutputExists, StaleArtifactError, UserError
 from ...pipeline.pairs_stage import passed_pairs
-from .config import add_config
+from ...pipeline.run import discard_training, run_folder
+from ...provenance import hash_of_file
+from ...seeding import rng_for
+from .checks import check_project, refusals
+from .config import add_config, our_part
 from .plugin import register, unregister
-from .trainer import NeuroDiffTrainer, last_checkpoint
+from .trainer import NeuroDiffTrainer, last_checkpoint, read_checkpoint
 
 #: Where the pairs of a project are made, below its OUTPUT_PATH.
 PAIRS_FOLDER = "neurodiff"
 PAIR_STAGES = ("diffusion", "masks", "pairs")
+#: What may change between two sessions of one training: how long, how watched, on what machine, what is predicted.
+_FREE = (
+    "SYSTEM.", "MONITOR.", "INFERENCE.", "NEURODIFF.", "AUGMENTOR.SYNTHETIC.", "DATASET.OUTPUT_PATH",
+    "DATASET.INPUT_PATH", "DATASET.VAL_", "SOLVER.ITERATION_",
+)  # fmt: skip
 
 
 def load_project(
@@ -40,18 +50,26 @@ def load_project(
     ConfigError
         If a key or value is not one of PyTC's or ours.
     """
+    read_settings(config_file, base=base, overrides=overrides)  # names the nearest key, and where the wrong one stands
     options = argparse.Namespace(
         config_file=config_file, config_base=base, opts=list(overrides), inference=inference, distributed=False
     )
     try:
-        cfg = load_cfg(options, freeze=False, add_cfg_func=add_config)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Configs are mutable")  # so they must be: the pairs come in later
+            cfg = load_cfg(options, freeze=False, add_cfg_func=add_config)
     except (KeyError, ValueError, AssertionError) as error:  # yacs raises all three
         raise ConfigError(f"{config_file}: {' '.join(str(error).split())}") from error
     return cfg
 
 
 def run_project(
-    cfg: CfgNode, *, inference: bool, checkpoint: str, make_pairs: Callable[[CfgNode, Sequence[str]], object]
+    cfg: CfgNode,
+    *,
+    inference: bool,
+    checkpoint: str,
+    force: bool,
+    make_pairs: Callable[[CfgNode, Sequence[str]], object],
 ) -> Path:
     """Train, or with `inference` predict, with PyTC's trainer.
 
@@ -64,6 +82,8 @@ def run_project(
     checkpoint : str
         A checkpoint of PyTC's to predict with, or to train on from; empty: a training goes on from the last one of
         OUTPUT_PATH, if there is one.
+    force : bool
+        Discard the training of other settings that OUTPUT_PATH holds, or the prediction.
     make_pairs : callable
         ``make_pairs(native_cfg, stages)``: our pipeline.
 
@@ -74,44 +94,113 @@ def run_project(
 
     Raises
     ------
-    MissingInput
-        If a file that is named is not there, or prediction is asked for without a checkpoint.
-    ConfigError
-        If PyTC refuses the network or the data.
+    UserError
+        As :func:`check_project`; if the folder is not a run's, another run works in it, it holds a training with other
+        settings, or a prediction.
     """
-    folder = Path(cfg.DATASET.OUTPUT_PATH)
-    _require_files(cfg, inference=inference, checkpoint=checkpoint)
-    _require_network(cfg)
-    synthetic = cfg.AUGMENTOR.SYNTHETIC
-    if synthetic.ENABLED and not synthetic.PAIRS and not inference:
-        native = native_config(cfg)
-        make_pairs(native, PAIR_STAGES)
-        synthetic.PAIRS = [str(path) for path in passed_pairs(native)]
-    if inference:
-        synthetic.ENABLED = False
-    cfg.freeze()
+    check_project(cfg, inference=inference, checkpoint=checkpoint)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if not inference:
-        checkpoint = checkpoint or str(last_checkpoint(folder) or "")
-    register(cfg, checkpoint=checkpoint)
-    try:
-        if inference:
-            _predict(cfg, device, checkpoint)
-        else:
-            folder.mkdir(parents=True, exist_ok=True)
-            save_all_cfg(cfg, str(folder))
-            _train(cfg, device, checkpoint)
-    finally:
-        unregister()
+    if inference:
+        cfg.AUGMENTOR.SYNTHETIC.ENABLED = False
+        cfg.freeze()
+        with _registered(cfg):
+            _predict(cfg, device, checkpoint, force=force)
+        return Path(cfg.DATASET.OUTPUT_PATH)
+    with run_folder(cfg) as folder:
+        if cfg.AUGMENTOR.SYNTHETIC.ENABLED and not cfg.AUGMENTOR.SYNTHETIC.PAIRS:
+            native = native_config(cfg)
+            make_pairs(native, PAIR_STAGES)
+            cfg.AUGMENTOR.SYNTHETIC.PAIRS = [str(path) for path in passed_pairs(native)]
+        cfg.freeze()
+        settings = training_settings(cfg)
+        start = _start_of_training(folder, settings, checkpoint, force=force)
+        with _registered(cfg, checkpoint=start):
+            _train(cfg, device, start, settings)
     return folder
 
 
-def _train(cfg: CfgNode, device: torch.device, checkpoint: str) -> None:
-    with _refusals():
+def describe_project(cfg: CfgNode, *, inference: bool, checkpoint: str) -> str:
+    """What :func:`run_project` would do, for ``--dry-run``."""
+    data, folder = cfg.DATASET, Path(cfg.DATASET.OUTPUT_PATH)
+    lines = [f"project of pytorch_connectomics v1: {cfg.MODEL.ARCHITECTURE}, patches of {cfg.MODEL.INPUT_SIZE} voxels"]
+    if inference:
+        return "\n".join([*lines, f"predicts {data.IMAGE_NAME} with {checkpoint} -> {folder}"])
+    synthetic = cfg.AUGMENTOR.SYNTHETIC
+    if synthetic.ENABLED and not synthetic.PAIRS:
+        native = native_config(cfg)
+        count = native.NEURODIFF.REMODEL.COPIES
+        lines.append(f"makes synthetic pairs ({', '.join(PAIR_STAGES)}: {count}) -> {native.DATASET.OUTPUT_PATH}")
+    mixed = f", with synthetic pairs {synthetic.RATIO:g} : 1" if synthetic.ENABLED else ""
+    last = checkpoint or last_checkpoint(folder)
+    lines.append(f"trains on {data.IMAGE_NAME}{mixed}, {cfg.SOLVER.ITERATION_TOTAL} iterations -> {folder}")
+    return "\n".join([*lines, f"goes on from {last}"] if last else lines)
+
+
+def training_settings(cfg: CfgNode) -> dict[str, str]:
+    """What a training's result depends on, by key, as text; the pairs by their content."""
+    found = {key: repr(value) for key, value in _flat(cfg) if not key.startswith(_FREE)}
+    synthetic = cfg.AUGMENTOR.SYNTHETIC
+    if synthetic.ENABLED:
+        found["AUGMENTOR.SYNTHETIC.RATIO"] = repr(synthetic.RATIO)
+        found["AUGMENTOR.SYNTHETIC.PAIRS"] = " ".join(hash_of_file(path) for path in synthetic.PAIRS)
+    return found | {"AUGMENTOR.SYNTHETIC.ENABLED": repr(synthetic.ENABLED), "NEURODIFF.SEED": repr(cfg.NEURODIFF.SEED)}
+
+
+def _flat(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in node.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def _start_of_training(folder: Path, settings: Mapping[str, str], checkpoint: str, *, force: bool) -> str:
+    """The checkpoint to go on from, or "" -- never one of a training with other settings."""
+    last = last_checkpoint(folder)
+    if last is None:
+        return checkpoint
+    try:
+        _require_same_settings(last, settings)
+    except UserError:
+        if not force:
+            raise
+        if Path(checkpoint).parent.resolve() != folder.resolve():
+            discard_training(folder)
+        return checkpoint
+    return checkpoint or str(last)
+
+
+def _require_same_settings(checkpoint: Path, settings: Mapping[str, str]) -> None:
+    before = read_checkpoint(checkpoint).get("neurodiff_settings", {})
+    changed = [key for key in sorted({*before, *settings}) if before.get(key) != settings.get(key)]
+    if changed:
+        key = changed[0]
+        raise StaleArtifactError(
+            f"{checkpoint} belongs to a training with other settings ({key}: {before.get(key)} -> {settings.get(key)}"
+            f"{', ...' if len(changed) > 1 else ''}). Choose another DATASET.OUTPUT_PATH, or use --force to start anew."
+        )
+
+
+@contextmanager
+def _registered(cfg: CfgNode, checkpoint: str = "") -> Iterator[None]:
+    register(cfg, checkpoint=checkpoint)
+    try:
+        yield
+    finally:
+        unregister()
+
+
+def _train(cfg: CfgNode, device: torch.device, checkpoint: str, settings: dict[str, str]) -> None:
+    with refusals(), _seeded(cfg.NEURODIFF.SEED):
         trainer = NeuroDiffTrainer(cfg, device, "train", checkpoint=checkpoint or None)
+    trainer.project_settings = settings
     first = trainer.start_iter
+    if first >= cfg.SOLVER.ITERATION_TOTAL:
+        print(f"nothing left to train: {checkpoint} is at iteration {first} of {cfg.SOLVER.ITERATION_TOTAL}")
+        return
     if cfg.DATASET.DO_CHUNK_TITLE:
-        trainer.run_chunk("train")
+        with refusals():
+            trainer.run_chunk("train")
         last = trainer.start_iter  # run_chunk moves it on; what is less than a chunk is left out
     else:
         trainer.train()
@@ -120,72 +209,47 @@ def _train(cfg: CfgNode, device: torch.device, checkpoint: str) -> None:
         trainer.save_checkpoint(last - 1)  # PyTC saves on multiples only: the end would be lost
 
 
-def _predict(cfg: CfgNode, device: torch.device, checkpoint: str) -> None:
-    with _refusals():
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """Within the block what PyTC draws from the global generators, as the first weights, follows from the seed."""
+    state = random.getstate()
+    rng = rng_for(seed, "host project")
+    with torch.random.fork_rng():
+        torch.manual_seed(int(rng.integers(2**62)))
+        random.seed(int(rng.integers(2**62)))
+        try:
+            yield
+        finally:
+            random.setstate(state)
+
+
+def _predict(cfg: CfgNode, device: torch.device, checkpoint: str, *, force: bool) -> None:
+    with refusals():
         trainer = NeuroDiffTrainer(cfg, device, "test", checkpoint=checkpoint)
     if cfg.DATASET.DO_CHUNK_TITLE:
-        trainer.run_chunk("test")
+        trainer.run_chunk("test")  # leaves out the chunks that are there
     elif cfg.INFERENCE.DO_SINGLY:
         trainer.test_singly()
     else:
+        target = Path(trainer.output_dir) / trainer.test_filename
+        if target.exists() and not force:
+            raise OutputExists(
+                f"{target} exists; nothing was overwritten. Name another INFERENCE.OUTPUT_PATH or OUTPUT_NAME, or use "
+                "--force."
+            )
         trainer.test()
 
 
-def _require_network(cfg: CfgNode) -> None:
-    """Build the network once, so that what PyTC refuses is told before the pairs are made."""
-    cfg = cfg.clone()
-    cfg.AUGMENTOR.SYNTHETIC.ENABLED = False
-    register(cfg)
-    name = cfg.MODEL.ARCHITECTURE
-    try:
-        if name not in MODEL_MAP:
-            raise UnknownName(
-                f"No MODEL.ARCHITECTURE '{name}'.{did_you_mean(name, MODEL_MAP)} Known: {', '.join(MODEL_MAP)}."
-            )
-        with _refusals():
-            build_model(cfg, torch.device("cpu"))
-    finally:
-        unregister()
-
-
-@contextmanager
-def _refusals() -> Iterator[None]:
-    """PyTC refuses a configuration with assertions, many without a word; their text, or their place, is told."""
-    try:
-        yield
-    except AssertionError as error:
-        place = traceback.extract_tb(error.__traceback__)[-1]
-        said = " ".join(str(error).split()) or f"{place.line} ({Path(place.filename).name}:{place.lineno})"
-        raise ConfigError(f"pytorch_connectomics refuses this configuration: {said}.") from error
-
-
-def _require_files(cfg: CfgNode, *, inference: bool, checkpoint: str) -> None:
-    """Refuse, before any work, what names a file that is not there; lists of tiles and patterns are PyTC's to read."""
-    if inference and not checkpoint:
-        raise MissingInput(
-            f"Inference into {cfg.INFERENCE.OUTPUT_PATH} needs --checkpoint: a checkpoint_XXXXX.pth.tar of the "
-            "training."
-        )
-    data = cfg.INFERENCE if inference else cfg.DATASET
-    folder = Path(data.INPUT_PATH or cfg.DATASET.INPUT_PATH)
-    names = [single_file(data.IMAGE_NAME)] + ([] if inference else [single_file(data.LABEL_NAME)])
-    for path in [folder / name for name in names if name] + ([Path(checkpoint)] if checkpoint else []):
-        if not path.exists():
-            raise MissingInput(f"No file at {path}.")
-
-
 def native_config(cfg: CfgNode) -> CfgNode:
-    """Configuration of the run that makes a project's pairs, from PyTC's keys and our group.
+    """Configuration of the run that makes a project's pairs, from PyTC's keys and our groups.
 
     Raises
     ------
     ConfigError
         If the project's training volume is not one image file and one label file.
     """
-    native = default_config()
-    native.NEURODIFF = cfg.NEURODIFF.clone()
+    native = our_part(cfg)
     native.NEURODIFF.SPLIT.SCORED = False
-    native.AUGMENTOR.SYNTHETIC = cfg.AUGMENTOR.SYNTHETIC.clone()
     native.SYSTEM.NUM_GPUS = min(cfg.SYSTEM.NUM_GPUS, torch.cuda.device_count())
     native.SYSTEM.NUM_CPUS = cfg.SYSTEM.NUM_CPUS
     native.DATASET.INPUT_PATH = cfg.DATASET.INPUT_PATH

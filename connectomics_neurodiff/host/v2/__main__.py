@@ -38,6 +38,7 @@ def main() -> int:
 
 
 def _run_host() -> None:
+    from .architectures import check_architecture
     from .decoders import check_steps
     from .pairs import check_training
 
@@ -50,6 +51,7 @@ def _run_host() -> None:
     # Where its clone keeps the tutorials that --demo reads; an installed package has none, and says so.
     prepare_cli_args(args, require_host("v2").folders[0].parent)
     cfg: Any = setup_config(args)
+    check_architecture(cfg)
     check_steps(cfg)
     if args.mode == "train":
         check_training(cfg, None)

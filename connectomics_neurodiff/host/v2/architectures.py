@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from ...errors import ConfigError
+from ...errors import ConfigError, UnknownName, did_you_mean
 from .config import look_up, plain
 
 if TYPE_CHECKING:
@@ -17,6 +17,20 @@ if TYPE_CHECKING:
 
 PREFIX = "neurodiff_"
 Builder = Callable[[Any], "nn.Module"]
+
+
+def check_architecture(cfg: Any) -> None:
+    """Check that ``model.arch.type``, if it has our prefix, is one of our segmenters.
+
+    Raises
+    ------
+    UnknownName
+        If it is not; the host would end with a traceback.
+    """
+    name = str(look_up(cfg, "model.arch.type", ""))
+    known = builders()
+    if name.startswith(PREFIX) and name not in known:
+        raise UnknownName(f"No model.arch.type '{name}'.{did_you_mean(name, known)} Known: {', '.join(known)}.")
 
 
 def builders() -> dict[str, Builder]:

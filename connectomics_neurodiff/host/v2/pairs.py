@@ -19,6 +19,7 @@ import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -160,7 +161,7 @@ def settings_for(cfg: Any, given: PairSettings | None) -> PairSettings | None:
     """
     kind = str(look_up(cfg, "data.train.dataset_type", ""))
     if kind != DATASET_TYPE:
-        if kind.startswith("neurodiff"):
+        if kind.lower().startswith("neurodif") or get_close_matches(kind.lower(), [DATASET_TYPE], cutoff=0.8):
             raise UnknownName(f"No data.train.dataset_type '{kind}'.{did_you_mean(kind, [DATASET_TYPE])}")
         if given is not None:
             raise ConfigError(

@@ -28,6 +28,7 @@ def load_cfg(args, freeze=True, add_cfg_func=None):
     cfg.merge_from_list(args.opts)
     if args.inference:
         cfg.DATASET.OUTPUT_PATH = cfg.INFERENCE.OUTPUT_PATH
+        cfg.DATASET.IMAGE_NAME = cfg.INFERENCE.IMAGE_NAME
     cfg.DATASET.IMAGE_SCALE = cfg.DATASET.LABEL_SCALE = cfg.DATASET.DATA_SCALE
     if freeze:
         cfg.freeze()

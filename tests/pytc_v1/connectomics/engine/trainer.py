@@ -4,7 +4,7 @@ import torch
 
 from ..data.augmentation import TestAugmentor, build_train_augmentor
 from ..data.dataset import build_dataloader, get_dataset
-from ..model.build import build_model
+from ..model.build import build_model, update_state_dict
 from ..model.loss.criterion import Criterion
 
 
@@ -16,7 +16,7 @@ def build_lr_scheduler(cfg, optimizer):
     return torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0)
 
 
-class Monitor:
+class _Monitor:
     def update(self, iter_total, loss, losses_vis, lr=0.1):
         return False
 
@@ -36,7 +36,7 @@ class Trainer:
             self.update_checkpoint(checkpoint)
             self.augmentor = build_train_augmentor(self.cfg)
             self.criterion = Criterion.build_from_cfg(self.cfg, self.device)
-            self.monitor = Monitor()
+            self.monitor = _Monitor()
             self.total_iter_nums = cfg.SOLVER.ITERATION_TOTAL - self.start_iter
             self.total_time = 0
         else:
@@ -79,7 +79,7 @@ class Trainer:
         if checkpoint is None:
             return
         content = torch.load(checkpoint, map_location=self.device)
-        self.model.module.load_state_dict(content["state_dict"])
+        self.model.module.load_state_dict(update_state_dict(self.cfg, content["state_dict"], mode=self.mode))
         if self.mode == "train":
             self.optimizer.load_state_dict(content["optimizer"])
             self.lr_scheduler.load_state_dict(content["lr_scheduler"])

@@ -3,6 +3,10 @@ import torch
 MODEL_MAP = {"unet_3d": lambda **kwargs: torch.nn.Conv3d(kwargs["in_channel"], kwargs["out_channel"], 1)}
 
 
+def update_state_dict(cfg, model_dict, mode="train"):
+    return model_dict
+
+
 def build_model(cfg, device, rank=None):
     assert cfg.MODEL.ARCHITECTURE in MODEL_MAP
     network = MODEL_MAP[cfg.MODEL.ARCHITECTURE](

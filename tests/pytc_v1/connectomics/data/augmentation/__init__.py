@@ -1,7 +1,7 @@
 import numpy as np
 
 
-class SplitActivation:
+class _SplitActivation:
     def __init__(self, channels):
         self.split_channels = channels
 
@@ -20,7 +20,7 @@ class TestAugmentor:
     def build_from_cfg(cls, cfg, activation=True):
         channels = [3 if name == "2" else 1 for name in cfg.MODEL.TARGET_OPT]
         return cls(
-            cfg.INFERENCE.AUG_MODE, cfg.DATASET.DO_2D, cfg.INFERENCE.AUG_NUM, inference_act=SplitActivation(channels)
+            cfg.INFERENCE.AUG_MODE, cfg.DATASET.DO_2D, cfg.INFERENCE.AUG_NUM, inference_act=_SplitActivation(channels)
         )
 
     def __call__(self, model, data):

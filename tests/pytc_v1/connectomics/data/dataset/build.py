@@ -1,4 +1,3 @@
-import json
 import os
 
 import h5py
@@ -6,7 +5,7 @@ import numpy as np
 from torch.utils.data import DataLoader
 
 from .dataset_tile import TileDataset
-from .dataset_volume import Batch, VolumeDataset
+from .dataset_volume import VolumeDataset, _Batch
 
 
 def _rescale(data, scales, order):
@@ -20,12 +19,7 @@ def _pad(data, pad_size, pad_mode):
 
 
 def _read(cfg, name):
-    path = os.path.join(cfg.DATASET.INPUT_PATH, name)
-    if path.endswith(".json"):  # of a tile set, whose first tile lies beside its volume here
-        with open(path) as file:
-            assert json.load(file)["depth"]
-        path = path.replace(".json", ".h5")
-    with h5py.File(path) as file:
+    with h5py.File(os.path.join(cfg.DATASET.INPUT_PATH, name)) as file:
         return np.array(file["main"])
 
 
@@ -48,9 +42,17 @@ def get_dataset(
         "data_mean": cfg.DATASET.MEAN,
         "data_std": cfg.DATASET.STD,
     }
-    image, label = _read(cfg, cfg.DATASET.IMAGE_NAME), _read(cfg, cfg.DATASET.LABEL_NAME)
     if cfg.DATASET.DO_CHUNK_TITLE == 1:
-        return TileDataset(cfg.DATASET.DATA_CHUNK_NUM, image, label, mode, cfg.DATASET.DATA_CHUNK_ITER, **shared)
+        files = [[os.path.join(cfg.DATASET.INPUT_PATH, cfg.DATASET[key])] for key in ("IMAGE_NAME", "LABEL_NAME")]
+        return TileDataset(
+            chunk_num=cfg.DATASET.DATA_CHUNK_NUM,
+            chunk_iter=cfg.DATASET.DATA_CHUNK_ITER,
+            volume_json=files[0],
+            label_json=files[1],
+            mode=mode,
+            **shared,
+        )
+    image, label = _read(cfg, cfg.DATASET.IMAGE_NAME), _read(cfg, cfg.DATASET.LABEL_NAME)
     count = cfg.SOLVER.ITERATION_TOTAL * cfg.SOLVER.SAMPLES_PER_BATCH
     return dataset_class(
         volume=[image], label=[label], valid_mask=None, iter_num=count, mode=mode, **shared, **dataset_options
@@ -65,7 +67,7 @@ def build_dataloader(
     rank=None,
     dataset_class=VolumeDataset,
     dataset_options={},  # noqa: B006  # PyTC's
-    cf=Batch,
+    cf=_Batch,
 ):
     if dataset is None:
         dataset = get_dataset(cfg, augmentor, mode, rank, dataset_class, dataset_options)

@@ -1,12 +1,24 @@
+import json
+
+import h5py
+
 from . import VolumeDataset
+
+
+def _read(path):
+    """The volume that stands beside the JSON file of its tiles here."""
+    with open(path) as file:
+        assert json.load(file)["depth"]
+    with h5py.File(path.replace(".json", ".h5")) as file:
+        return file["main"][()]
 
 
 class TileDataset:
     """Chunks of one volume along y, made one after the other."""
 
-    def __init__(self, chunk_num, volume, label, mode, chunk_iter, **kwargs):
+    def __init__(self, chunk_num, chunk_iter, volume_json, label_json, mode, **kwargs):
         self.chunk_num, self.mode, self.chunk_iter, self.kwargs = chunk_num, mode, chunk_iter, kwargs
-        self.arrays, self.next_chunk = (volume, label), 0
+        self.arrays, self.next_chunk = (_read(volume_json[0]), _read(label_json[0])), 0
 
     def updatechunk(self, do_load=True):
         self.chunk = self.next_chunk % self.chunk_num[1]

@@ -37,6 +37,7 @@ class VolumeDataset(Dataset):
         fits = [(np.array(sample_label_size) <= v.shape).all() for v in volume]
         self.volume = [v for v, keep in zip(volume, fits, strict=True) if keep]
         self.label = None if label is None else [v for v, keep in zip(label, fits, strict=True) if keep]
+        self.do_relabel = do_relabel
         self.mode, self.augmentor, self.sample_volume_size = mode, augmentor, np.array(sample_volume_size)
         self.volume_size = [np.array(v.shape) for v in self.volume]
         self.sample_num = np.array([np.prod(size - self.sample_volume_size + 1) for size in self.volume_size])
@@ -62,7 +63,7 @@ class VolumeDataset(Dataset):
         return place, image, [target], [[np.ones_like(target)]]
 
 
-class Batch:
+class _Batch:
     """What PyTC's collate functions make of samples."""
 
     def __init__(self, samples):
