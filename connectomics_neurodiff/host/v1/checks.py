@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -120,7 +121,7 @@ def _require_network(cfg: CfgNode) -> None:
             raise UnknownName(
                 f"No MODEL.ARCHITECTURE '{name}'.{did_you_mean(name, MODEL_MAP)} Known: {', '.join(MODEL_MAP)}."
             )
-        with refusals():
+        with refusals(), redirect_stdout(sys.stderr):  # it prints what it builds
             build_model(cfg, torch.device("cpu"))
     finally:
         unregister()
