@@ -31,9 +31,11 @@ REQUIRED = [
     "matplotlib>=3.9",
     "jinja2>=3.1",
 ]
+SEGMENTERS = ["monai>=1.5", "einops>=0.8"]
 VIEW = ["neuroglancer>=2.40"]
 TEST = [
     *VIEW,
+    *SEGMENTERS,
     "pytest>=8",
     "pytest-xdist>=3.6",
     "hypothesis>=6.100",
@@ -56,7 +58,7 @@ setup(
     py_modules=["connectomics_neurodiff_finder"],
     package_data={"connectomics_neurodiff": ["py.typed", "report/*.html", "config/*.yaml"]},
     install_requires=REQUIRED,
-    extras_require={"view": VIEW, "cuda": ["mamba-ssm>=2.2"], "test": TEST},
+    extras_require={"segmenters": SEGMENTERS, "view": VIEW, "cuda": ["mamba-ssm>=2.2"], "test": TEST},
     entry_points={"console_scripts": ["neurodiff=connectomics_neurodiff.cli:main"]},
     classifiers=[
         "Development Status :: 4 - Beta",

@@ -39,6 +39,7 @@ from connectomics_neurodiff.host.v1.losses import NeuroDiffWeightedBCE
 from connectomics_neurodiff.host.v1.models import model_builders, segmenter_for_host, z_pooling
 from connectomics_neurodiff.pipeline import run_pipeline
 from connectomics_neurodiff.pipeline.engines import choose_engine, load_engine
+from connectomics_neurodiff.segmenters import SEGMENTERS
 from connectomics_neurodiff.volume import grow_phantom
 
 
@@ -102,10 +103,12 @@ def write(path: Path, text: str) -> str:
 
 
 def test_every_segmenter_is_built_from_what_the_host_passes() -> None:
-    builders = model_builders("neurodiff", {"preset": "small"})
+    builders = model_builders("neurodiff", {"preset": "small"}, {"feature_size": 12})
     assert set(builders) >= {"neurodiff_superhuman", "neurodiff_denoiser"}
-    network = builders["neurodiff_superhuman"](**HOST_ARGUMENTS)
-    assert network(torch.rand(1, 1, 5, 16, 20)).shape == (1, 3, 5, 16, 20)
+    assert {f"neurodiff_{name}" for name in SEGMENTERS} < set(builders)
+    for name in SEGMENTERS:
+        network = builders[f"neurodiff_{name}"](**HOST_ARGUMENTS).eval()
+        assert network(torch.rand(1, 1, 5, 16, 20)).shape == (1, 3, 5, 16, 20)
     assert sum(p.numel() for p in builders["neurodiff_denoiser"](**HOST_ARGUMENTS).parameters()) > 1e6
 
 
@@ -115,7 +118,7 @@ def test_isotropy_has_an_entry_per_level_there_and_per_step_here() -> None:
     with pytest.raises(ConfigError, match="3 or 2 entries"):
         z_pooling([True], 3)
     with pytest.raises(ConfigError, match=r"NORM_MODE is 'bm'.*'bn'"):
-        segmenter_for_host("superhuman", **HOST_ARGUMENTS | {"norm_mode": "bm"})
+        segmenter_for_host({}, "superhuman", **HOST_ARGUMENTS | {"norm_mode": "bm"})
 
 
 def test_the_loss_takes_the_hosts_arguments() -> None:

@@ -49,13 +49,15 @@ def _add_model(cfg: CfgNode) -> None:
     cfg.MODEL = CfgNode()
     # Affinity network, by registered name. [paper] uses Superhuman.
     cfg.MODEL.ARCHITECTURE = "superhuman"
-    # Channels per level. [superhuman]
-    cfg.MODEL.FILTERS = [28, 36, 48, 64, 80]
+    # Channels per level, finest first. Empty: as the architecture's authors published them.
+    cfg.MODEL.FILTERS = []
     # Per pooling step, true: pool z as well (isotropic data); false: in-plane only. One entry fewer than FILTERS.
-    # [superhuman] never pools z.
-    cfg.MODEL.ISOTROPY = [False, False, False, False]
-    # Normalisation: "batch", "group", "instance" or "none".
+    # Empty: as published; [superhuman] never pools z, [segmamba] always.
+    cfg.MODEL.ISOTROPY = []
+    # Normalisation of superhuman: "batch", "group", "instance" or "none".
     cfg.MODEL.NORM_MODE = "batch"
+    # Channels of SwinUNETR's first stage, a multiple of 12; 24: 15.7 million parameters. [pytc] has 48.
+    cfg.MODEL.SWIN_UNETR_FEATURE_SIZE = 24
     # Image channels, and affinity channels (z, y, x).
     cfg.MODEL.IN_PLANES = 1
     cfg.MODEL.OUT_PLANES = 3
@@ -249,6 +251,12 @@ def _add_segmenter(node: CfgNode) -> None:
     # Erode touching labels by this many voxels in the affinity target, so that a boundary is learnt between cells that
     # touch without a gap. 0 where the labels have gaps (AC3/AC4).
     node.SEGMENTER.LABEL_EROSION = 0
+    # seg_mamba: 3 scans (forwards, backwards, across sections) with a skip connection around them [segmamba]; 1 and
+    # false are the variant in the table of [paper].
+    node.SEGMENTER.SCAN_ORIENTATIONS = 3
+    node.SEGMENTER.SCAN_RESIDUAL = True
+    # seg_mamba, swin_unetr: recompute activations in the backward pass; less memory, a third more time.
+    node.SEGMENTER.CHECKPOINTING = False
 
 
 def _add_agglomeration(node: CfgNode) -> None:

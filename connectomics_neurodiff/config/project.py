@@ -25,7 +25,7 @@ from .validate import validate
 #: Groups of ours that a project may have besides the host's.
 OWN = ("NEURODIFF", "AUGMENTOR.SYNTHETIC")
 #: Groups of NEURODIFF that make a configuration a recipe of ours, from data to scores.
-RECIPE = {"SPLIT", "PHANTOM", "SEGMENTER", "SEGMENT"}
+RECIPE = {"SPLIT", "PHANTOM", "SEGMENT"}
 #: Keys that the host's own files name, and its configuration does not know (Scutoid-Base.yaml).
 RENAMED = {"DATASET.LABEL_EROSION": "MODEL.LABEL_EROSION"}
 NORMALISATIONS = {"bn": "batch", "sync_bn": "batch", "gn": "group", "in": "instance", "none": "none"}
@@ -305,7 +305,7 @@ PREFIX = "neurodiff_"
 _HANDLERS: dict[str, Handler] = {
     **dict.fromkeys(
         (
-            "MODEL.FILTERS", "MODEL.BLOCK_TYPE", "MODEL.INPUT_SIZE",
+            "MODEL.FILTERS", "MODEL.SWIN_UNETR_FEATURE_SIZE", "MODEL.BLOCK_TYPE", "MODEL.INPUT_SIZE",
             "DATASET.INPUT_PATH", "DATASET.OUTPUT_PATH", "SOLVER.NAME", "SOLVER.BASE_LR", "SOLVER.ITERATION_STEP",
             "SOLVER.ITERATION_SAVE", "SOLVER.ITERATION_TOTAL", "SOLVER.SAMPLES_PER_BATCH", "SOLVER.BETAS",
             "SOLVER.MOMENTUM", "SOLVER.WEIGHT_DECAY", "INFERENCE.SAMPLES_PER_BATCH", "SYSTEM.NUM_CPUS",

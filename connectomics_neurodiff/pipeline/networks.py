@@ -154,13 +154,30 @@ def denoiser_options(cfg: CfgNode) -> dict[str, Any]:
 
 def segmenter_options(cfg: CfgNode) -> dict[str, Any]:
     """Keyword arguments of :func:`~connectomics_neurodiff.segmenters.build_segmenter`."""
-    host = {"block_type": cfg.MODEL.BLOCK_TYPE} if cfg.MODEL.ARCHITECTURE in HOST_ARCHITECTURES else {}
-    return host | {
-        "in_channels": cfg.MODEL.IN_PLANES,
-        "out_channels": cfg.MODEL.OUT_PLANES,
-        "filters": list(cfg.MODEL.FILTERS),
-        "z_pool": list(cfg.MODEL.ISOTROPY),
-        "norm": cfg.MODEL.NORM_MODE,
+    from ..segmenters import options_of
+
+    return options_of(
+        cfg.MODEL.ARCHITECTURE,
+        {
+            "in_channels": cfg.MODEL.IN_PLANES,
+            "out_channels": cfg.MODEL.OUT_PLANES,
+            "filters": list(cfg.MODEL.FILTERS),
+            "z_pool": list(cfg.MODEL.ISOTROPY),
+            "norm": cfg.MODEL.NORM_MODE,
+            "block_type": cfg.MODEL.BLOCK_TYPE,
+            **shared_options(cfg),
+        },
+    )
+
+
+def shared_options(cfg: CfgNode) -> dict[str, Any]:
+    """Options of single segmenters, from keys that have the same meaning in the host's configuration."""
+    node = cfg.NEURODIFF.SEGMENTER
+    return {
+        "feature_size": cfg.MODEL.SWIN_UNETR_FEATURE_SIZE,
+        "orientations": node.SCAN_ORIENTATIONS,
+        "residual": node.SCAN_RESIDUAL,
+        "checkpointing": node.CHECKPOINTING,
     }
 
 

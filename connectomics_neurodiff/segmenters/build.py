@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import nn
@@ -54,6 +54,18 @@ def build_segmenter(name: str, in_channels: int = 1, out_channels: int = 3, **op
         if count < 1:
             raise ValueRangeError(f"{title} must be at least 1. Got {count}.")
     return entry(in_channels=in_channels, out_channels=out_channels, **options)
+
+
+def options_of(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Of the options that a configuration holds for all segmenters, those that this one has.
+
+    Raises
+    ------
+    UnknownName
+        If there is no such segmenter.
+    """
+    known = inspect.signature(SEGMENTERS.get(name)).parameters
+    return {key: value for key, value in given.items() if key in known}
 
 
 def segmenter_from_checkpoint(checkpoint: Checkpoint) -> nn.Module:

@@ -12,10 +12,10 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from ..errors import UnknownName, ValueRangeError, did_you_mean
 from .build import SEGMENTERS
+from .padding import pad_to_multiple
 
 #: Feature maps per level of Lee et al., finest first.
 PAPER_FILTERS = (28, 36, 48, 64, 80)
@@ -121,7 +121,7 @@ class Superhuman(nn.Module):
     in_channels, out_channels : int
         1 image in, 3 affinity channels (z, y, x) out. With the defaults the network has 1,555,471 parameters.
     filters : sequence of int
-        Feature maps per level, finest first; at least two levels.
+        Feature maps per level, finest first; at least two levels. Empty means those of the paper.
     z_pool : sequence of bool
         For each of the ``len(filters) - 1`` poolings whether z is halved too. All false, for sections much thicker
         than a pixel, as published; set the last ones, or all, for isotropic volumes. Empty means all false.
@@ -149,7 +149,7 @@ class Superhuman(nn.Module):
         self,
         in_channels: int = 1,
         out_channels: int = 3,
-        filters: Sequence[int] = PAPER_FILTERS,
+        filters: Sequence[int] = (),
         z_pool: Sequence[bool] = (),
         norm: str = "batch",
         upsample: str = "transposed",
@@ -159,6 +159,7 @@ class Superhuman(nn.Module):
         _check_choice("norm", norm, list(_NORMS))
         _check_choice("upsample", upsample, _UPSAMPLERS)
         _check_choice("skip", skip, _SKIPS)
+        filters = list(filters) or list(PAPER_FILTERS)
         if len(filters) < 2 or min(filters) < 1:
             raise ValueRangeError(f"Superhuman needs filters >= 1 on at least two levels. Got {list(filters)}.")
         halve_z = list(z_pool) or [False] * (len(filters) - 1)
@@ -200,12 +201,9 @@ class Superhuman(nn.Module):
             (b, out_channels, z, y, x) logits.
         """
         z, y, x = image.shape[2:]
-        missing = [-size % multiple for size, multiple in zip((z, y, x), self.multiple, strict=True)]
         # The coarsest level needs more than one voxel, or there is nothing to normalise over.
-        missing[1:] = [max(gap, 2 * self.multiple[i] - (y, x)[i - 1]) for i, gap in enumerate(missing[1:], start=1)]
-        if any(missing):
-            image = functional.pad(image, (0, missing[2], 0, missing[1], 0, missing[0]), mode="replicate")
-        features = self.embed(image)
+        least = (self.multiple[0], 2 * self.multiple[1], 2 * self.multiple[2])
+        features = self.embed(pad_to_multiple(image, self.multiple, least))
         skips = []
         for module, pool in zip(self.down[:-1], self.pool, strict=True):
             features = module(features)

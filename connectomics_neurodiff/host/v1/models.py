@@ -10,7 +10,7 @@ from torch import nn
 
 from ...config.project import HOST_ARCHITECTURES, NORMALISATIONS, PREFIX
 from ...errors import ConfigError, did_you_mean
-from ...segmenters import SEGMENTERS, build_segmenter
+from ...segmenters import SEGMENTERS, build_segmenter, options_of
 from ...synthesis import build_denoiser
 from .compat import import_host
 
@@ -32,6 +32,7 @@ def z_pooling(isotropy: Sequence[bool], levels: int) -> list[bool]:
 
 
 def segmenter_for_host(
+    ours: Mapping[str, Any],
     architecture: str,
     *,
     in_channel: int,
@@ -43,21 +44,18 @@ def segmenter_for_host(
 ) -> nn.Module:
     """Build a segmenter from the arguments that PyTC's ``build_model`` passes to every model.
 
-    The arguments of PyTC's own blocks (block_type, attn, pad_mode, act_mode, pooling, ...) have no counterpart.
+    The arguments of PyTC's own blocks (block_type, attn, pad_mode, act_mode, pooling, ...) have no counterpart; `ours`
+    are options that PyTC does not pass on.
     """
     if norm_mode not in NORMALISATIONS:
         raise ConfigError(
             f"MODEL.NORM_MODE is '{norm_mode}'.{did_you_mean(norm_mode, NORMALISATIONS)} "
             f"Known: {', '.join(NORMALISATIONS)}."
         )
-    return build_segmenter(
-        architecture,
-        in_channels=in_channel,
-        out_channels=out_channel,
-        filters=list(filters),
-        z_pool=z_pooling(isotropy, len(filters)),
-        norm=NORMALISATIONS[norm_mode],
-    )
+    options = options_of(architecture, dict(ours) | {"filters": list(filters), "norm": NORMALISATIONS[norm_mode]})
+    if "filters" in options:
+        options["z_pool"] = z_pooling(isotropy, len(filters))
+    return build_segmenter(architecture, in_channel, out_channel, **options)
 
 
 def denoiser_for_host(options: Mapping[str, Any], architecture: str, **_unused: Any) -> nn.Module:
@@ -65,10 +63,12 @@ def denoiser_for_host(options: Mapping[str, Any], architecture: str, **_unused: 
     return build_denoiser(architecture, **options)
 
 
-def model_builders(denoiser: str, denoiser_options: Mapping[str, Any]) -> dict[str, Callable[..., nn.Module]]:
+def model_builders(
+    denoiser: str, denoiser_options: Mapping[str, Any], segmenter_options: Mapping[str, Any]
+) -> dict[str, Callable[..., nn.Module]]:
     """What goes into PyTC's MODEL_MAP: every segmenter of ours, and the denoiser."""
     builders: dict[str, Callable[..., nn.Module]] = {
-        PREFIX + name: partial(segmenter_for_host, name) for name in SEGMENTERS
+        PREFIX + name: partial(segmenter_for_host, dict(segmenter_options), name) for name in SEGMENTERS
     }
     return builders | {DENOISER: partial(denoiser_for_host, dict(denoiser_options), denoiser)}
 

@@ -12,7 +12,7 @@ from yacs.config import CfgNode
 
 from ...config import validate
 from ...errors import ConfigError
-from ...pipeline.networks import denoiser_options
+from ...pipeline.networks import denoiser_options, shared_options
 from .compat import import_host, swapped
 from .config import our_part
 from .losses import NAME as LOSS_NAME
@@ -64,7 +64,7 @@ def register(cfg: CfgNode, *, checkpoint: str | Path = "") -> None:
     synthetic = load_synthetic(cfg, node.PAIRS, cfg.NEURODIFF.VOXEL_NM) if node.ENABLED else None
     resumed = checkpoint and not cfg.SOLVER.ITERATION_RESTART
     first_iteration = int(read_checkpoint(Path(checkpoint)).get("iteration", 0)) if resumed else 0
-    builders = model_builders(cfg.NEURODIFF.DIFFUSION.ARCHITECTURE, denoiser_options(cfg))
+    builders = model_builders(cfg.NEURODIFF.DIFFUSION.ARCHITECTURE, denoiser_options(cfg), shared_options(cfg))
     with torch.device("meta"):
         builders[DENOISER]()  # neither memory nor numbers: whether it can be built
     unregister()
