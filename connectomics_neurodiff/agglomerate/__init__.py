@@ -2,14 +2,18 @@
 
 ``fragments_from_affinities`` makes small, pure fragments by watershed; an agglomerator merges them: ``waterz``
 (hierarchical, median affinity) or ``multicut``. ``segment`` does both, ``segment_sweep`` gives many thresholds for the
-price of one. waterz, bioimage-cpp and python-elf are imported when they are used; PyPI's ``elf`` is another package.
+price of one. ``segment_blockwise`` runs any segmenter over a volume larger than memory, block by block;
+``stitch_blocks`` joins what the blocks hold. waterz, bioimage-cpp and python-elf are imported when they are used;
+PyPI's ``elf`` is another package.
 """
 
 from .affinity_input import affinities_from_interior, as_affinities
+from .blockwise import segment_blockwise
 from .fragments import fragments_from_affinities
 from .hierarchical import waterz_sweep
 from .multicut import multicut_sweep
 from .segment import AGGLOMERATORS, PUBLISHED_THRESHOLDS, segment, segment_sweep
+from .stitching import stitch_blocks
 
 __all__ = [
     "AGGLOMERATORS",
@@ -19,6 +23,8 @@ __all__ = [
     "fragments_from_affinities",
     "multicut_sweep",
     "segment",
+    "segment_blockwise",
     "segment_sweep",
+    "stitch_blocks",
     "waterz_sweep",
 ]
