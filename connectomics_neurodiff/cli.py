@@ -178,13 +178,17 @@ def _add_segmentation_commands(commands: Any) -> None:
     segment = _add_command(
         commands,
         "segment",
-        "affinities to a segmentation",
-        "neurodiff segment affinities.h5 segmentation.h5 --method waterz --threshold 0.3",
+        "affinities to a segmentation; with agq, an image to a segmentation",
+        "neurodiff segment affinities.h5 segmentation.h5 --method waterz --threshold 0.3\n"
+        "  neurodiff segment cells.h5 segmentation.h5 --method agq --checkpoint checkpoint.pt",
     )
-    segment.add_argument("affinities", metavar="AFFINITIES.h5")
+    segment.add_argument("affinities", metavar="AFFINITIES.h5", help="affinities; with agq, a volume with an image")
     _add_output(segment)
-    segment.add_argument("--method", choices=("waterz", "multicut"), required=True)
-    segment.add_argument("--threshold", type=float, help="0..1 (default: waterz .30, multicut .25)")
+    segment.add_argument("--method", choices=("waterz", "multicut", "agq"), required=True)
+    segment.add_argument("--threshold", type=float, help="0..1 (default: waterz .30, multicut .25; agq has none)")
+    segment.add_argument("--checkpoint", metavar="FILE", help="agq: the trained segmenter, which tells neurons apart")
+    segment.add_argument("--tile", nargs=3, type=int, metavar=("Z", "Y", "X"), help="agq: block, halves overlap")
+    _add_device(segment)
     _add_voxel_size(segment)
 
     evaluate = _add_command(

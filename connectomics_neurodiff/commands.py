@@ -300,11 +300,45 @@ def segment(options: argparse.Namespace) -> None:
     from .volume import open_array, read_voxel_size, write_volume
 
     _require_free(options.output, force=options.force)
+    if options.method == "agq":
+        _segment_image(options)
+        return
+    if options.checkpoint or options.tile:
+        raise ConfigError(f"--checkpoint and --tile go with --method agq; {options.method} takes affinities alone.")
     voxel_nm = read_voxel_size(options.affinities, voxel_nm=_voxel_size(options))
     affinities = np.asarray(open_array(options.affinities, ("affinity", "main")))
     threshold = PUBLISHED_THRESHOLDS[options.method] if options.threshold is None else options.threshold
     label = segment_affinities(affinities, options.method, threshold, voxel_nm)
     write_volume(options.output, {"label": label}, voxel_nm, {"method": options.method, "threshold": threshold})
+
+
+def _segment_image(options: argparse.Namespace) -> None:
+    import numpy as np
+
+    from .agglomerate import segment_image
+    from .checkpoints import load_checkpoint
+    from .engine import resolve_device
+    from .pipeline.networks import trained_segmenter
+    from .volume import open_volume, write_volume
+
+    if not options.checkpoint or options.threshold is not None:
+        raise ConfigError("--method agq needs --checkpoint, a segmenter trained as 'agq', and has no --threshold.")
+    checkpoint = load_checkpoint(options.checkpoint, kind="segmenter")
+    if checkpoint.architecture != "agq":
+        raise ConfigError(f"{options.checkpoint} holds the segmenter '{checkpoint.architecture}', not 'agq'.")
+    volume = open_volume(options.affinities, voxel_nm=_voxel_size(options))
+    if volume.image is None:
+        raise MissingInput(f"{options.affinities} has no dataset 'image' to segment.")
+    tile = tuple(options.tile or checkpoint.patch)
+    label = segment_image(
+        trained_segmenter(checkpoint),
+        volume.image,
+        block=tile,
+        overlap=tuple(size // 2 for size in tile),
+        precision=options.precision,
+        device=resolve_device(options.gpus),
+    )
+    write_volume(options.output, {"label": np.asarray(label)}, volume.voxel_nm, {"method": "agq"})
 
 
 def evaluate(options: argparse.Namespace) -> None:

@@ -17,7 +17,7 @@ from connectomics_neurodiff.errors import UnknownName, UserError, ValueRangeErro
 from connectomics_neurodiff.segmenters import SEGMENTERS, build_segmenter, options_of, segmenter_from_checkpoint
 from connectomics_neurodiff.segmenters.padding import pad_to_multiple
 from connectomics_neurodiff.segmenters.seg_mamba import TriOrientatedMamba, across_sections, along_sections
-from connectomics_neurodiff.training import weighted_bce
+from connectomics_neurodiff.training import affinity_loss, agq_loss, weighted_bce
 from connectomics_neurodiff.volume import grow_phantom
 
 #: Every registered segmenter, small.
@@ -25,6 +25,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "superhuman": {"filters": [6, 8, 10]},
     "swin_unetr": {"feature_size": 12},
     "seg_mamba": {"filters": [6, 8, 10]},
+    "agq": {"filters": [6, 8, 10], "width": 8, "learned_queries": 4, "guided_queries": 4},
 }
 every_segmenter = pytest.mark.parametrize("name", sorted(SMALL))
 
@@ -66,8 +67,14 @@ def test_a_sample_does_not_depend_on_its_batch(name: str) -> None:
 def test_every_parameter_gets_a_gradient(name: str) -> None:
     network = build(name)
     # The smallest patch that leaves more than one voxel on the coarsest level of the deepest of them, and no symmetry.
-    logits = network(image_of(2, 1, 33, 65, 65) if name == "swin_unetr" else image_of(2, 1, 6, 20, 24))
-    weighted_bce(logits, (image_of(*logits.shape, seed=1) > 0.4).float(), torch.ones_like(logits)).backward()
+    image = image_of(2, 1, 33, 65, 65) if name == "swin_unetr" else image_of(2, 1, 6, 20, 24)
+    target = (image_of(2, 3, *image.shape[2:], seed=1) > 0.4).float()
+    batch = {"image": image, "affinity": target, "weight": torch.ones_like(target)}
+    if name == "agq":  # its queries learn from neurons
+        halves = torch.arange(image.shape[-1]).expand(image[:, 0].shape) // 12 + 1
+        batch |= {"instances": halves, "known": torch.ones_like(halves, dtype=torch.bool), "number": torch.arange(2)}
+    loss = agq_loss if name == "agq" else affinity_loss
+    loss(network, batch)[0].backward()
     without = [key for key, p in network.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
     assert not without
 

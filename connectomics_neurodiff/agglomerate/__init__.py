@@ -11,6 +11,7 @@ from .affinity_input import affinities_from_interior, as_affinities
 from .blockwise import segment_blockwise
 from .fragments import fragments_from_affinities
 from .hierarchical import waterz_sweep
+from .instances import segment_image
 from .multicut import multicut_sweep
 from .segment import AGGLOMERATORS, PUBLISHED_THRESHOLDS, segment, segment_sweep
 from .stitching import stitch_blocks
@@ -24,6 +25,7 @@ __all__ = [
     "multicut_sweep",
     "segment",
     "segment_blockwise",
+    "segment_image",
     "segment_sweep",
     "stitch_blocks",
     "waterz_sweep",

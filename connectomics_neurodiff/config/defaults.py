@@ -257,11 +257,17 @@ def _add_segmenter(node: CfgNode) -> None:
     node.SEGMENTER.SCAN_RESIDUAL = True
     # seg_mamba, swin_unetr: recompute activations in the backward pass; less memory, a third more time.
     node.SEGMENTER.CHECKPOINTING = False
+    # agq: channels of the queries, a multiple of 8; learned queries >= 2; most components of the affinities that become
+    # queries, and the voxels of the working grid above which they do. [agq] 64, 100, 100, 100.
+    node.SEGMENTER.QUERY_WIDTH = 64
+    node.SEGMENTER.LEARNED_QUERIES = 100
+    node.SEGMENTER.GUIDED_QUERIES = 100
+    node.SEGMENTER.SMALLEST_COMPONENT = 100
 
 
 def _add_agglomeration(node: CfgNode) -> None:
     node.SEGMENT = CfgNode()
-    # Agglomerations to run, by registered name.
+    # Agglomerations to run: "waterz", "multicut", and with the segmenter agq also "agq", its own instances.
     node.SEGMENT.METHODS = ["waterz", "multicut"]
     # Thresholds tried on the tune split, 0..1: waterz merges below it; multicut's is beta. [published] .30 and .25.
     node.SEGMENT.WATERZ_THRESHOLDS = [0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9]

@@ -137,11 +137,13 @@ def _validate_names(cfg: CfgNode) -> None:
     _require(cfg.MODEL.TARGET_OPT == ["2"], "MODEL.TARGET_OPT", "['2'] (affinity z, y, x)", cfg.MODEL.TARGET_OPT)
     _require(cfg.MODEL.IN_PLANES == 1, "MODEL.IN_PLANES", "1 (one grey image)", cfg.MODEL.IN_PLANES)
     _require(cfg.MODEL.OUT_PLANES == 3, "MODEL.OUT_PLANES", "3 (affinity z, y, x)", cfg.MODEL.OUT_PLANES)
-    _require(
-        bool(segment.METHODS), "NEURODIFF.SEGMENT.METHODS", "a list with waterz, multicut or both", segment.METHODS
-    )
+    _require(bool(segment.METHODS), "NEURODIFF.SEGMENT.METHODS", "a list of waterz, multicut and agq", segment.METHODS)
     for method in segment.METHODS:
-        _require_choice("NEURODIFF.SEGMENT.METHODS", method, ("waterz", "multicut"))
+        _require_choice("NEURODIFF.SEGMENT.METHODS", method, ("waterz", "multicut", "agq"))
+        if method == "agq":  # the segmenter's own instances, without a threshold
+            key, architecture = "MODEL.ARCHITECTURE", cfg.MODEL.ARCHITECTURE
+            _require(architecture == "agq", key, "agq for the method agq", architecture)
+            continue
         key = f"{method.upper()}_THRESHOLDS"
         inside = bool(segment[key]) and all(isinstance(t, int | float) and 0 <= t <= 1 for t in segment[key])
         _require(inside, f"NEURODIFF.SEGMENT.{key}", "a list of numbers in [0, 1]", segment[key])

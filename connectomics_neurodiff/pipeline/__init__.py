@@ -105,6 +105,7 @@ def run_pipeline(
     parts_of.check_pairs(cfg, parts["train"].volume)
     from . import stages as made_by
     from .pairs_stage import make_pairs
+    from .segmentations_stage import make_segmentations
 
     makers: dict[str, Callable[[Run], None]] = {
         "diffusion": made_by.make_diffusion,
@@ -112,7 +113,7 @@ def run_pipeline(
         "pairs": make_pairs,
         "segmenter": made_by.make_segmenter,
         "predictions": made_by.make_predictions,
-        "segmentations": made_by.make_segmentations,
+        "segmentations": make_segmentations,
         "metrics": made_by.make_metrics,
         "report": make_report,
     }

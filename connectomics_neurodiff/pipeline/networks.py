@@ -80,6 +80,13 @@ def trained_segmenter(checkpoint: Checkpoint) -> torch.nn.Module:
     return segmenter_from_checkpoint(checkpoint)
 
 
+def load_segmenter(path: str) -> torch.nn.Module:
+    """The segmenter in a checkpoint file, as :func:`trained_segmenter`."""
+    from ..checkpoints import load_checkpoint
+
+    return trained_segmenter(load_checkpoint(path, kind="segmenter"))
+
+
 def world_size(cfg: CfgNode) -> dict[str, int]:
     """How many devices train together, as a setting of what they train: their batches add up. Nothing for one."""
     import torch
@@ -178,6 +185,10 @@ def shared_options(cfg: CfgNode) -> dict[str, Any]:
         "orientations": node.SCAN_ORIENTATIONS,
         "residual": node.SCAN_RESIDUAL,
         "checkpointing": node.CHECKPOINTING,
+        "width": node.QUERY_WIDTH,
+        "learned_queries": node.LEARNED_QUERIES,
+        "guided_queries": node.GUIDED_QUERIES,
+        "smallest_component": node.SMALLEST_COMPONENT,
     }
 
 

@@ -150,7 +150,8 @@ def _draw_thresholds(run: Run, path: Path) -> bool:
 
 
 def _draw_segmentations(run: Run, path: Path) -> bool:
-    files = {key: run.folder / "segmentations" / f"{'_'.join(key)}.h5" for key in _tunings(run)}
+    keys = [(arm, method) for arm in run.arms for method in run.cfg.NEURODIFF.SEGMENT.METHODS]
+    files = {key: run.folder / "segmentations" / f"{'_'.join(key)}.h5" for key in keys}
     labels = {key: np.asarray(open_array(file, ("label",))) for key, file in files.items() if file.exists()}
     if labels:
         test = run.parts["test"].load()

@@ -104,6 +104,13 @@ class Run:
             raise MissingInput(f"{path} is not there yet: run the stage '{stage}' first.")
         return hash_of_file(path)
 
+    def segmenter_of(self, arm: str) -> tuple[str, str]:
+        """Path and content hash of the segmenter that stands for an arm: the user's, or the run's own."""
+        if self.checkpoint:
+            return self.checkpoint, hash_of_file(self.checkpoint)
+        relative = f"segmenter/{arm}/checkpoint.pt"
+        return str(self.folder / relative), self.hash_of(relative)
+
     def metrics(self) -> dict[str, Any]:
         """Content of metrics.json; empty before that stage has run."""
         path = self.folder / "metrics.json"

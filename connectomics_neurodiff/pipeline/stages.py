@@ -12,14 +12,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..affinities import CONVENTION
-from ..agglomerate import fragments_from_affinities, segment_sweep
 from ..config import as_dict
 from ..errors import CheckpointMismatch, StaleArtifactError, UserError
-from ..metrics import evaluate, tune_threshold
+from ..metrics import evaluate
 from ..pairs import (
     open_pairs,
 )
-from ..provenance import Provenance, hash_of, hash_of_file, write_json
+from ..provenance import hash_of, hash_of_file, write_json
 from ..remodel import SignatureLibrary, remodel
 from ..seeding import rng_for
 from ..volume import Volume, open_array, write_volume
@@ -27,9 +26,13 @@ from . import networks
 from .pairs_stage import pair_paths
 from .parts import hash_of_source
 from .run import Run, discard_training
+from .segmentations_stage import QUERIES
 
 if TYPE_CHECKING:
     import torch
+    from yacs.config import CfgNode
+
+    from ..engine import Loss, SampleSource
 
 logger = logging.getLogger("connectomics_neurodiff")
 
@@ -132,7 +135,6 @@ def _require_pairs(run: Run) -> None:
 def _train_arm(run: Run, arm: str) -> None:
     from ..checkpoints import save_checkpoint
     from ..segmenters import build_segmenter
-    from ..training import AffinityPatches, AugmentOptions, affinity_loss
 
     cfg = run.cfg
     settings = {
@@ -154,20 +156,10 @@ def _train_arm(run: Run, arm: str) -> None:
     _forget_other_training(run, target.parent, provenance.key)
     train = run.parts["train"].load()
     synthetic = [pair.load() for pair in open_pairs(paths, train)]
-    patches = AffinityPatches(
-        [train],
-        synthetic,
-        patch=tuple(cfg.MODEL.INPUT_SIZE),
-        seed=cfg.NEURODIFF.SEED,
-        ratio=settings["RATIO"],
-        augment=AugmentOptions(**networks.augment_probabilities(cfg)),
-        label_erosion=cfg.NEURODIFF.SEGMENTER.LABEL_EROSION,
-    )
+    patches, loss = _samples_and_loss(cfg, train, synthetic, settings["RATIO"])
     options = networks.segmenter_options(cfg)
     network = _built_with_seed(run, "segmenter", lambda: build_segmenter(cfg.MODEL.ARCHITECTURE, **options))
     fit_settings = networks.segmenter_fit_settings(cfg)
-    terms = dict(zip(cfg.MODEL.LOSS_OPTION, cfg.MODEL.LOSS_WEIGHT, strict=True))
-    loss = partial(affinity_loss, terms=terms)
     network = run.engine.fit(
         network, loss, patches, fit_settings, target.parent, label=f"segmenter, {arm}", key=provenance.key
     )
@@ -188,6 +180,25 @@ def _train_arm(run: Run, arm: str) -> None:
     run.finish(target, provenance)
 
 
+def _samples_and_loss(cfg: CfgNode, train: Volume, synthetic: list[Volume], ratio: float) -> tuple[SampleSource, Loss]:
+    """What a segmenter learns from: affinities; or, if it tells neurons apart itself, instances too."""
+    from ..training import AffinityPatches, AugmentOptions, InstancePatches, affinity_loss, agq_loss
+
+    instances = cfg.MODEL.ARCHITECTURE == QUERIES
+    patches = (InstancePatches if instances else AffinityPatches)(
+        [train],
+        synthetic,
+        patch=tuple(cfg.MODEL.INPUT_SIZE),
+        seed=cfg.NEURODIFF.SEED,
+        ratio=ratio,
+        augment=AugmentOptions(**networks.augment_probabilities(cfg)),
+        label_erosion=cfg.NEURODIFF.SEGMENTER.LABEL_EROSION,
+    )
+    if instances:
+        return patches, partial(agq_loss, seed=cfg.NEURODIFF.SEED)
+    return patches, partial(affinity_loss, terms=dict(zip(cfg.MODEL.LOSS_OPTION, cfg.MODEL.LOSS_WEIGHT, strict=True)))
+
+
 def make_predictions(run: Run) -> None:
     """Affinities of the tune and test parts, per arm -> predictions/{arm}_{part}.h5."""
     from ..predict import predict_affinities
@@ -197,8 +208,7 @@ def make_predictions(run: Run) -> None:
     settings = as_dict(node) | {"PRECISION": precision}
     overlap = [t - s for t, s in zip(node.INPUT_SIZE, node.STRIDE, strict=True)]
     for arm in run.arms:
-        weights = run.checkpoint or str(run.folder / "segmenter" / arm / "checkpoint.pt")
-        weights_hash = hash_of_file(weights) if run.checkpoint else run.hash_of(f"segmenter/{arm}/checkpoint.pt")
+        weights, weights_hash = run.segmenter_of(arm)
         network = None
         for name in ("tune", "test"):
             part = run.parts[name]
@@ -206,7 +216,7 @@ def make_predictions(run: Run) -> None:
             target = run.folder / "predictions" / f"{arm}_{name}.h5"
             if run.is_done(target, provenance):
                 continue
-            network = network or _load_segmenter(weights)
+            network = network or networks.load_segmenter(weights)
             volume = part.load()
             affinities = predict_affinities(
                 network,
@@ -223,57 +233,6 @@ def make_predictions(run: Run) -> None:
             run.finish(target, provenance)
 
 
-def _load_segmenter(path: str) -> torch.nn.Module:
-    from ..checkpoints import load_checkpoint
-
-    return networks.trained_segmenter(load_checkpoint(path, kind="segmenter"))
-
-
-def make_segmentations(run: Run) -> None:
-    """Tune on the tune part, segment the test part -> segmentations/{arm}_{method}.h5 and .tuning.json."""
-    node = run.cfg.NEURODIFF.SEGMENT
-    for arm in run.arms:
-        pending = []
-        for method in node.METHODS:
-            settings = {
-                "METHOD": method,
-                "CRITERION": node.CRITERION,
-                "THRESHOLDS": node[f"{method.upper()}_THRESHOLDS"],
-            }
-            parents = {name: run.hash_of(f"predictions/{arm}_{name}.h5") for name in ("tune", "test")}
-            provenance = run.provenance("segmentations", settings, truth=run.parts["tune"].identity, **parents)
-            target = run.folder / "segmentations" / f"{arm}_{method}.h5"
-            if not run.is_done(target, provenance):
-                pending.append((method, target, provenance))
-        if pending:
-            _segment_arm(run, arm, pending)
-
-
-def _segment_arm(run: Run, arm: str, pending: list[tuple[str, Path, Provenance]]) -> None:
-    voxel_nm = run.parts["test"].volume.voxel_nm
-    truth = run.parts["tune"].load().array("label")
-    affinities = {
-        name: np.asarray(open_array(run.folder / "predictions" / f"{arm}_{name}.h5", ("affinity",)))
-        for name in ("tune", "test")
-    }
-    fragments = {name: fragments_from_affinities(array, voxel_nm) for name, array in affinities.items()}
-    for method, target, provenance in pending:
-        thresholds = provenance.settings["THRESHOLDS"]
-        sweep = segment_sweep(affinities["tune"], fragments["tune"], method, thresholds)
-        tuning = tune_threshold(sweep, truth, criterion=run.cfg.NEURODIFF.SEGMENT.CRITERION)
-        ((_, label),) = segment_sweep(affinities["test"], fragments["test"], method, [tuning.threshold])
-        write_json(
-            target.with_suffix(".tuning.json"),
-            {
-                "threshold": tuning.threshold,
-                "criterion": run.cfg.NEURODIFF.SEGMENT.CRITERION,
-                "scores": [[threshold, scores.as_dict()] for threshold, scores in tuning.scores.items()],
-            },
-        )
-        write_volume(target, {"label": label}, voxel_nm, {"method": method, "threshold": tuning.threshold})
-        run.finish(target, provenance)
-
-
 def make_metrics(run: Run) -> None:
     """Score every segmentation against the test part -> metrics.json."""
     truth = run.parts["test"].load().array("label")
@@ -285,8 +244,9 @@ def make_metrics(run: Run) -> None:
             run.hash_of(f"segmentations/{name}.h5")
             label = np.asarray(open_array(run.folder / "segmentations" / f"{name}.h5", ("label",)))
             metrics.setdefault(arm, {})[method] = evaluate(label, truth).as_dict()
-            tuning = json.loads((run.folder / "segmentations" / f"{name}.tuning.json").read_text())
-            thresholds.setdefault(arm, {})[method] = tuning["threshold"]
+            if method != QUERIES:
+                tuning = json.loads((run.folder / "segmentations" / f"{name}.tuning.json").read_text())
+                thresholds.setdefault(arm, {})[method] = tuning["threshold"]
     metrics["synthesis"] = _synthesis_metrics(run)
     metrics["seconds"] = run.seconds
     provenance = run.provenance("metrics", as_dict(run.cfg), **{n: p.identity for n, p in run.parts.items()})

@@ -41,7 +41,9 @@ class TriOrientatedMamba(nn.Module):
         inner, rank = EXPANSION * channels, math.ceil(channels / 16)
         self.in_proj = nn.Linear(channels, 2 * inner, bias=False)
         self.out_proj = nn.Linear(inner, channels, bias=False)
-        self.directions = nn.ModuleList(StateSpaceDirection(inner, rank, STATES, TAPS) for _ in range(orientations))
+        self.directions: Any = nn.ModuleList(
+            StateSpaceDirection(inner, rank, STATES, TAPS) for _ in range(orientations)
+        )
 
     def forward(self, tokens: Tensor, sections: int) -> Tensor:
         """Map tokens (b, l, c), section after section, to (b, l, c)."""

@@ -242,10 +242,12 @@ class _FitTrainer(NeuroDiffTrainer):
         """(prediction, volume, target, weight) as PyTC's monitor draws them: one channel of each, bounded."""
         target = batch.get("affinity", batch.get("target"))
         image = batch.get("image", batch.get("noisy"))
-        if target is None or image is None or self.output is None:
+        if target is None or image is None:
             raise RuntimeError(f"A batch of {sorted(batch)} has nothing to show.")
         weight = torch.ones_like(target[:, -1:])
-        return self.output[:, -1:].float(), image, [target[:, -1:]], [[weight]]
+        # A loss that asks the network for more than its output, as that of agq, leaves no output to show.
+        shown = torch.zeros_like(target) if self.output is None else self.output
+        return shown[:, -1:].float(), image, [target[:, -1:]], [[weight]]
 
     def backward_pass(self, loss: Tensor) -> None:
         """PyTC's step, with clipping, and the average updated."""

@@ -1,0 +1,91 @@
+"""The stage between predictions and scores: tuned agglomeration of the affinities, or the segmenter's own instances."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from ..agglomerate import fragments_from_affinities, segment_image, segment_sweep
+from ..config import as_dict
+from ..metrics import tune_threshold
+from ..provenance import Provenance, write_json
+from ..volume import open_array, write_volume
+from . import networks
+from .run import Run
+
+#: The segmenter that tells neurons apart by itself, and the method that takes its word.
+QUERIES = "agq"
+
+
+def make_segmentations(run: Run) -> None:
+    """Tune on the tune part, segment the test part -> segmentations/{arm}_{method}.h5 and .tuning.json."""
+    node = run.cfg.NEURODIFF.SEGMENT
+    for arm in run.arms:
+        pending = []
+        for method in node.METHODS:
+            if method == QUERIES:
+                _segment_with_queries(run, arm)
+                continue
+            settings = {
+                "METHOD": method,
+                "CRITERION": node.CRITERION,
+                "THRESHOLDS": node[f"{method.upper()}_THRESHOLDS"],
+            }
+            parents = {name: run.hash_of(f"predictions/{arm}_{name}.h5") for name in ("tune", "test")}
+            provenance = run.provenance("segmentations", settings, truth=run.parts["tune"].identity, **parents)
+            target = run.folder / "segmentations" / f"{arm}_{method}.h5"
+            if not run.is_done(target, provenance):
+                pending.append((method, target, provenance))
+        if pending:
+            _segment_arm(run, arm, pending)
+
+
+def _segment_arm(run: Run, arm: str, pending: list[tuple[str, Path, Provenance]]) -> None:
+    voxel_nm = run.parts["test"].volume.voxel_nm
+    truth = run.parts["tune"].load().array("label")
+    affinities = {
+        name: np.asarray(open_array(run.folder / "predictions" / f"{arm}_{name}.h5", ("affinity",)))
+        for name in ("tune", "test")
+    }
+    fragments = {name: fragments_from_affinities(array, voxel_nm) for name, array in affinities.items()}
+    for method, target, provenance in pending:
+        thresholds = provenance.settings["THRESHOLDS"]
+        sweep = segment_sweep(affinities["tune"], fragments["tune"], method, thresholds)
+        tuning = tune_threshold(sweep, truth, criterion=run.cfg.NEURODIFF.SEGMENT.CRITERION)
+        ((_, label),) = segment_sweep(affinities["test"], fragments["test"], method, [tuning.threshold])
+        write_json(
+            target.with_suffix(".tuning.json"),
+            {
+                "threshold": tuning.threshold,
+                "criterion": run.cfg.NEURODIFF.SEGMENT.CRITERION,
+                "scores": [[threshold, scores.as_dict()] for threshold, scores in tuning.scores.items()],
+            },
+        )
+        write_volume(target, {"label": label}, voxel_nm, {"method": method, "threshold": tuning.threshold})
+        run.finish(target, provenance)
+
+
+def _segment_with_queries(run: Run, arm: str) -> None:
+    """Instances of the test part, block by block, straight from the segmenter; there is nothing to tune."""
+    node = run.cfg.INFERENCE
+    device, precision = networks.device_and_precision(run.cfg)
+    weights, weights_hash = run.segmenter_of(arm)
+    settings = as_dict(node) | {"METHOD": QUERIES, "PRECISION": precision}
+    test = run.parts["test"]
+    provenance = run.provenance("segmentations", settings, segmenter=weights_hash, image=test.identity)
+    target = run.folder / "segmentations" / f"{arm}_{QUERIES}.h5"
+    if run.is_done(target, provenance):
+        return
+    volume = test.load()
+    labels = segment_image(
+        networks.load_segmenter(weights),
+        volume.array("image"),
+        block=node.INPUT_SIZE,
+        overlap=[size - stride for size, stride in zip(node.INPUT_SIZE, node.STRIDE, strict=True)],
+        precision=precision,
+        device=device,
+        label=f"instances, {arm}",
+    )
+    write_volume(target, {"label": np.asarray(labels)}, volume.voxel_nm, {"method": QUERIES})
+    run.finish(target, provenance)

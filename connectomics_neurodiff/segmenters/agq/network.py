@@ -1,0 +1,284 @@
+"""AGQ, neuron segmentation by affinity-guided queries (Chen, Tang, Li, Hu; ICLR 2025).
+
+A residual U-Net predicts affinities; their connected components, and a set of learned embeddings, become queries; a
+small decoder turns each query into the mask of one neuron. Labels come straight from the masks, without a watershed.
+As its affinities are those of any other segmenter here, they serve waterz and multicut too.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from ...errors import ShapeMismatch, ValueRangeError
+from ..build import SEGMENTERS
+from .backbone import IN_PLANE, ISOTROPIC, Backbone, Fusion, Size, conv, conv_norm_elu, with_coordinates
+from .decoder import QueryDecoder
+from .labelling import enlarge, labels_from_masks
+from .queries import guided_queries, padded_queries
+
+#: Feature maps per level as published, finest first.
+PAPER_FILTERS = (32, 64, 96, 128, 160)
+#: Steps between levels, from the finest, that leave z alone as published.
+_STEPS_IN_PLANE = 2
+
+_BRANCH_DEPTH = 4
+
+
+@dataclass(frozen=True)
+class InstancePrediction:
+    """What the network says about a batch; z', y', x' is its working grid, the second level of the backbone.
+
+    Attributes
+    ----------
+    affinity : torch.Tensor
+        (b, 3, z, y, x) logits at full resolution.
+    masks, backgrounds : list of torch.Tensor
+        Per stage the logits of the queries (b, q, z', y', x'), -inf for padding, and of the background (b, 1, z', y',
+        x'). A softmax over both gives the probabilities. Labels are taken from the last stage.
+    valid : torch.Tensor
+        (b, q) bool: which queries a sample has. The learned ones come first.
+    features : torch.Tensor
+        (b, c, z', y', x') mask features of unit length.
+    stride : tuple of 3 ints
+        Grid point i lies on voxel stride * i. The grid covers the image and may reach beyond its far ends, by less than
+        one stride unless the image is a single voxel wide.
+    """
+
+    affinity: Tensor
+    masks: list[Tensor]
+    backgrounds: list[Tensor]
+    valid: Tensor
+    features: Tensor
+    stride: Size
+
+
+class Branch(nn.Sequential):
+    """Convolutions of `width` channels, each with group normalisation and ELU, and a 1x1x1 convolution at the end."""
+
+    def __init__(self, in_channels: int, width: int, out_channels: int, kernel: Size, bias: bool) -> None:
+        inputs = [in_channels] + [width] * (_BRANCH_DEPTH - 1)
+        super().__init__(
+            *(conv_norm_elu(channels, width, kernel) for channels in inputs),
+            conv(width, out_channels, (1, 1, 1), bias=bias),
+        )
+
+
+class InstanceBranch(nn.Sequential):
+    """Convolutions in the plane, each with batch normalisation and ReLU."""
+
+    def __init__(self, in_channels: int, width: int) -> None:
+        inputs = [in_channels] + [width] * (_BRANCH_DEPTH - 1)
+        layers = [(conv(channels, width, IN_PLANE), nn.BatchNorm3d(width), nn.ReLU()) for channels in inputs]
+        super().__init__(*(part for layer in layers for part in layer))
+
+
+@SEGMENTERS.register("agq")
+class AGQ(nn.Module):
+    """Neuron masks from affinity-guided and learned queries.
+
+    Parameters
+    ----------
+    in_channels, out_channels : int
+        1 image in, 3 affinity channels (z, y, x) out. With the defaults the network has 4,743,919 parameters.
+    filters : sequence of int
+        Feature maps per level of the backbone, finest first; at least two levels. Empty means those of the paper.
+    z_pool : sequence of bool
+        For each of the ``len(filters) - 1`` steps between levels whether z is halved too; y and x always are. Empty
+        means all but the first two, as published.
+    width : int
+        Channels of the heads, the features and the queries.
+    learned_queries : int
+        Learned embeddings, >= 2. With one, batch normalisation would see a single value in a volume without components.
+    guided_queries : int
+        Most components of the affinities that become queries, >= 0. Of more, the largest are taken, or in training,
+        given generators, a random choice.
+    smallest_component : int
+        Components of this many voxels of the working grid or fewer make no query.
+    iterations : int
+        Refinements in the decoder, >= 0.
+    heads : int
+        Attention heads; a divisor of `width`.
+
+    Raises
+    ------
+    ValueRangeError
+        If a count is too small, `z_pool` has another length, or `heads` does not divide `width`.
+
+    Notes
+    -----
+    Convolutions followed by a normalisation have no bias, nor have the linear ones of the fusion. Sizes are padded
+    inside, by replication, to what the strides divide evenly, and the heads see no more than the image.
+
+    References
+    ----------
+    Chen, Tang, Li, Hu. Efficient Neuron Segmentation in Electron Microscopy by Affinity-Guided Queries. ICLR 2025.
+    """
+
+    def __init__(
+        self,
+        in_channels: int = 1,
+        out_channels: int = 3,
+        filters: Sequence[int] = (),
+        z_pool: Sequence[bool] = (),
+        width: int = 64,
+        learned_queries: int = 100,
+        guided_queries: int = 100,
+        smallest_component: int = 100,
+        iterations: int = 2,
+        heads: int = 8,
+    ) -> None:
+        super().__init__()
+        filters = list(filters) or list(PAPER_FILTERS)
+        halve_z = list(z_pool) or [step >= _STEPS_IN_PLANE for step in range(len(filters) - 1)]
+        _check_levels(filters, halve_z)
+        _check_least(
+            width=(width, 1),
+            learned_queries=(learned_queries, 2),
+            guided_queries=(guided_queries, 0),
+            smallest_component=(smallest_component, 0),
+            iterations=(iterations, 0),
+            heads=(heads, 1),
+        )
+        if width % heads:
+            raise ValueRangeError(f"AGQ needs a number of heads that divides its width of {width}. Got {heads}.")
+        strides: list[Size] = [(2 if halve else 1, 2, 2) for halve in halve_z]
+        #: Spacing of the working grid in voxels, (z, y, x).
+        self.stride = strides[0]
+        self.reach = tuple(math.prod(axis) for axis in zip(*strides, strict=True))
+        self.most_components = guided_queries
+        self.smallest_component = smallest_component
+        self.backbone = Backbone(in_channels, filters, strides)
+        self.fusion = Fusion(filters, width, self.stride)
+        self.affinity_branch = Branch(width + 3, width, out_channels, ISOTROPIC, bias=True)
+        self.mask_branch = Branch(width + 3, width, width, IN_PLANE, bias=False)
+        self.instance_branch = InstanceBranch(width + 3, width)
+        self.learned = nn.Embedding(learned_queries, width)
+        self.decoder = QueryDecoder(width, iterations, heads)
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Affinity logits alone, as from any other segmenter.
+
+        Parameters
+        ----------
+        image : torch.Tensor
+            (b, in_channels, z, y, x), values in [0, 1]; any size.
+
+        Returns
+        -------
+        torch.Tensor
+            (b, out_channels, z, y, x) logits; the edge (v-1, v) at v.
+        """
+        return self._enlarged(self.affinity_branch(self._features(image)), image)
+
+    def predict_instances(self, image: Tensor, rngs: Sequence[np.random.Generator] | None = None) -> InstancePrediction:
+        """Affinities and the masks of all stages.
+
+        Parameters
+        ----------
+        image : torch.Tensor
+            (b, in_channels, z, y, x), values in [0, 1]; any size.
+        rngs : sequence of numpy.random.Generator, optional
+            One per sample. In training mode they choose among the components where there are more than
+            `guided_queries`; without them, and always in evaluation mode, the largest are taken.
+
+        Raises
+        ------
+        ShapeMismatch
+            If there is not one generator per sample.
+        """
+        if rngs is not None and len(rngs) != len(image):
+            raise ShapeMismatch(f"{len(image)} samples need as many generators. Got {len(rngs)}.")
+        shared = self._features(image)
+        affinity = self.affinity_branch(shared)
+        mask_features = functional.normalize(self.mask_branch(shared), dim=1)
+        instance_features = self.instance_branch(shared)
+        guided = guided_queries(
+            affinity.float().sigmoid(),
+            instance_features,
+            smallest=self.smallest_component,
+            most=self.most_components,
+            rngs=rngs if self.training else None,
+        )
+        queries, valid = padded_queries(self.learned.weight, guided)
+        masks, backgrounds = self.decoder(queries, valid, mask_features, instance_features)
+        return InstancePrediction(
+            self._enlarged(affinity, image), masks, backgrounds, valid, mask_features, self.stride
+        )
+
+    @torch.no_grad()
+    def segment(self, image: Tensor, smallest_area: float = 40.0) -> Tensor:
+        """Labels of the neurons; the same bits on every call.
+
+        Parameters
+        ----------
+        image : torch.Tensor
+            (b, in_channels, z, y, x), values in [0, 1]; any size.
+        smallest_area : float
+            Masks whose probabilities sum to less, in voxels of the working grid, are dropped, >= 0.
+
+        Returns
+        -------
+        torch.Tensor
+            (b, z, y, x) int64: 0 is background; the numbers of one sample have nothing to do with those of another.
+
+        Notes
+        -----
+        Computed in evaluation mode; the network's own mode is restored.
+        """
+        _check_least(smallest_area=(smallest_area, 0))
+        was_training = self.training
+        self.eval()
+        try:
+            prediction = self.predict_instances(image)
+        finally:
+            self.train(was_training)
+        z, y, x = image.shape[2:]
+        samples = zip(prediction.masks[-1], prediction.backgrounds[-1], prediction.valid, strict=True)
+        return torch.stack(
+            [
+                labels_from_masks(masks[valid], background, self.stride, (z, y, x), smallest_area)
+                for masks, background, valid in samples
+            ]
+        )
+
+    def _features(self, image: Tensor) -> Tensor:
+        """Fused features and coordinates (b, width + 3, z', y', x') on the working grid."""
+        fused = self.fusion(self.backbone(self._pad(2 * image - 1)))
+        z, y, x = (-(-(n - 1) // step) + 1 for n, step in zip(image.shape[2:], self.stride, strict=True))
+        # At least two in the plane, or there is nothing to normalise over.
+        return with_coordinates(fused[..., :z, : max(y, 2), : max(x, 2)])
+
+    def _pad(self, image: Tensor) -> Tensor:
+        """Replicate the far border up to a multiple of the coarsest level's spacing, plus one."""
+        z, y, x = (-(n - 1) % reach for n, reach in zip(image.shape[2:], self.reach, strict=True))
+        # In the plane the coarsest level needs more than one voxel, or there is nothing to normalise over.
+        y, x = (max(gap, self.reach[1] + 1 - n) for gap, n in zip((y, x), image.shape[3:], strict=True))
+        return functional.pad(image, (0, x, 0, y, 0, z), mode="replicate")
+
+    def _enlarged(self, values: Tensor, image: Tensor) -> Tensor:
+        z, y, x = image.shape[2:]
+        return enlarge(values, self.stride, (z, y, x))
+
+
+def _check_levels(filters: Sequence[int], z_pool: Sequence[bool]) -> None:
+    if len(filters) < 2 or min(filters) < 1:
+        raise ValueRangeError(f"AGQ needs filters >= 1 on at least two levels. Got {list(filters)}.")
+    if len(z_pool) != len(filters) - 1:
+        raise ValueRangeError(
+            f"AGQ needs one z_pool per step between levels, {len(filters) - 1} for {len(filters)} filters. "
+            f"Got {len(z_pool)}."
+        )
+
+
+def _check_least(**counts: tuple[float, int]) -> None:
+    """Refuse a value below its lower bound; each argument is (value, bound)."""
+    for name, (value, least) in counts.items():
+        if not value >= least:
+            raise ValueRangeError(f"AGQ needs {name} >= {least}. Got {value}.")

@@ -1,0 +1,104 @@
+"""Instances straight from a network: block by block and stitched, in the pipeline, on the command line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tiny import neurodiff, settings
+from torch import Tensor, nn
+
+from connectomics_neurodiff.agglomerate import segment_image
+from connectomics_neurodiff.checkpoints import save_checkpoint
+from connectomics_neurodiff.config import load_config
+from connectomics_neurodiff.errors import ConfigError, ShapeMismatch, ValueRangeError
+from connectomics_neurodiff.metrics import evaluate
+from connectomics_neurodiff.pipeline import run_pipeline
+from connectomics_neurodiff.segmenters import build_segmenter
+from connectomics_neurodiff.volume import grow_phantom, write_volume
+
+SMALL = {
+    "MODEL__ARCHITECTURE": "agq", "MODEL__FILTERS": "[4, 6]", "MODEL__ISOTROPY": "[False]",
+    "NEURODIFF__SEGMENTER__QUERY_WIDTH": "8", "NEURODIFF__SEGMENTER__LEARNED_QUERIES": "4",
+    "NEURODIFF__SEGMENTER__GUIDED_QUERIES": "4", "SOLVER__ITERATION_TOTAL": "4",
+    "INFERENCE__INPUT_SIZE": "[7, 72, 88]", "INFERENCE__STRIDE": "[7, 72, 88]",
+}  # fmt: skip
+
+
+class Oracle(nn.Module):
+    """Knows every neuron: its id is the grey value, in steps of 1/255. Numbers them anew in every block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.modes: list[bool] = []
+
+    def segment(self, image: Tensor, smallest_area: float) -> Tensor:
+        self.modes.append(smallest_area == 3.0)
+        ids = torch.round(image[:, 0] * 255).long()
+        return torch.where(ids > 0, (ids * 7919 + len(self.modes)) % 1000003, 0)
+
+
+def test_an_oracle_gives_the_neurons_back_from_any_blocks() -> None:
+    label = grow_phantom((14, 50, 61), (29, 6, 6), 3).array("label")
+    image = (label % 256).astype(np.float32) / 255
+    network = Oracle()
+    found = np.asarray(segment_image(network, image, block=(6, 20, 30), overlap=(3, 8, 10), smallest_area=3.0))
+    assert label.max() < 256
+    assert evaluate(found, label).arand < 1e-3
+    assert (found > 0).sum() == (label > 0).sum()
+    assert len(network.modes) > 20
+    assert all(network.modes)
+
+
+def test_what_cannot_be_segmented_is_told() -> None:
+    image = np.zeros((4, 8, 8), np.float32)
+    image[0, 0, 0] = np.nan
+    blocks = {"block": (4, 8, 8), "overlap": (2, 4, 4)}
+    with pytest.raises(ValueRangeError, match="predicts affinities, not instances"):
+        segment_image(build_segmenter("superhuman", filters=[4, 6]), image, **blocks)
+    with pytest.raises(ValueRangeError, match="finite"):
+        segment_image(Oracle(), image, **blocks)
+    with pytest.raises(ShapeMismatch, match="three axes"):
+        segment_image(Oracle(), image[None], **blocks)
+
+
+def test_the_pipeline_trains_agq_and_takes_its_instances(tmp_path: Path) -> None:
+    methods = {"NEURODIFF__SEGMENT__METHODS": "['waterz', 'agq']", "AUGMENTOR__SYNTHETIC": "False"}
+    cfg = load_config(overrides=settings(tmp_path / "run", **SMALL, **methods))
+    metrics = run_pipeline(cfg)
+    assert set(metrics["real"]) == {"waterz", "agq"}
+    assert set(metrics["provenance"]["thresholds"]["real"]) == {"waterz"}
+    assert "agq" in (tmp_path / "run" / "report.html").read_text()
+    before = (tmp_path / "run" / "segmentations" / "real_agq.h5").stat().st_mtime_ns
+    assert run_pipeline(cfg)["real"] == metrics["real"]
+    assert (tmp_path / "run" / "segmentations" / "real_agq.h5").stat().st_mtime_ns == before
+
+
+def test_the_method_needs_the_architecture(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="agq for the method agq"):
+        load_config(overrides=settings(tmp_path, NEURODIFF__SEGMENT__METHODS="['agq']"))
+
+
+def test_the_command_segments_an_image(tmp_path: Path) -> None:
+    volume = grow_phantom((6, 40, 48), (29, 6, 6), 0)
+    cells, out, weights = (str(tmp_path / name) for name in ("cells.h5", "out.h5", "weights.pt"))
+    write_volume(cells, volume.arrays, volume.voxel_nm)
+    options = {"filters": [4, 6], "z_pool": [False], "width": 8, "learned_queries": 4, "guided_queries": 4}
+    network = build_segmenter("agq", **options)
+    extra = {"patch": [6, 32, 32]}
+    save_checkpoint(weights, kind="segmenter", architecture="agq", options=options, state_dict=network.state_dict(),
+                    extra=extra)  # fmt: skip
+    agq = ["segment", cells, out, "--method", "agq", "--gpus", "0"]
+    assert neurodiff(*agq, "--checkpoint", weights).returncode == 0
+    assert "arand" in json.loads(neurodiff("evaluate", out, "--truth", cells, "--json").stdout)
+    for arguments, told in [
+        (agq, "needs --checkpoint"),
+        ([*agq, "--checkpoint", weights, "--threshold", "0.3"], "has no --threshold"),
+        (["segment", cells, out, "--method", "waterz", "--checkpoint", weights], "go with --method agq"),
+    ]:
+        result = neurodiff(*arguments, "--force")
+        assert result.returncode == 2
+        assert told in result.stderr

@@ -1,0 +1,489 @@
+"""AGQ: the published size, queries from affinities, independence of the batch, labels from masks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import ndimage
+from torch import Tensor, nn
+from torch.nn import functional
+
+from connectomics_neurodiff.errors import ShapeMismatch, UnknownName, UserError, ValueRangeError
+from connectomics_neurodiff.segmenters import AGQ, build_segmenter
+from connectomics_neurodiff.segmenters.agq.backbone import Backbone, Fusion, with_coordinates
+from connectomics_neurodiff.segmenters.agq.decoder import KernelUpdate, QueryAttention, QueryDecoder, QueryHead
+from connectomics_neurodiff.segmenters.agq.labelling import enlarge, labels_from_masks
+from connectomics_neurodiff.segmenters.agq.queries import (
+    affinity_components,
+    guided_queries,
+    mean_features,
+    padded_queries,
+)
+
+SMALL: dict[str, Any] = {
+    "filters": (4, 6, 8),
+    "z_pool": (False, True),
+    "width": 8,
+    "learned_queries": 5,
+    "guided_queries": 6,
+    "smallest_component": 3,
+    "heads": 2,
+}
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> Iterator[None]:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        yield
+
+
+def small(**changes: Any) -> AGQ:
+    network = build_segmenter("agq", **(SMALL | changes))
+    assert isinstance(network, AGQ)
+    return network
+
+
+def stripes(*shape: int, period: int = 6) -> Tensor:
+    """Image (1, 1, z, y, x) of bright bands along y with a little noise."""
+    x = torch.arange(shape[2]) % period > 1
+    return (0.8 * x + 0.1 * torch.rand(shape))[None, None]
+
+
+class Brightness(nn.Module):
+    """An affinity branch that says the brightness of the image, which it is told by a hook."""
+
+    image: Tensor
+
+    def remember(self, _: nn.Module, arguments: tuple[Tensor]) -> None:
+        self.image = arguments[0]
+
+    def forward(self, features: Tensor) -> Tensor:
+        z, y, x = features.shape[2:]
+        return 8 * self.image[..., ::2, ::2][..., :z, :y, :x].expand(-1, 3, -1, -1, -1)
+
+
+def with_clear_affinities(network: AGQ) -> AGQ:
+    """The network with components that are the bright bands."""
+    branch = Brightness()
+    network.affinity_branch = branch  # type: ignore[assignment]
+    network.backbone.register_forward_pre_hook(branch.remember)
+    return network
+
+
+# The whole network.
+
+
+def test_published_parameter_count() -> None:
+    with torch.device("meta"):
+        network = build_segmenter("agq", in_channels=1, out_channels=3)
+    assert sum(p.numel() for p in network.parameters()) == 4_743_919
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (3, 17, 20), (4, 16, 31), (7, 5, 45)])
+@pytest.mark.parametrize("options", [{}, {"z_pool": (True, True)}, {"filters": (4, 6), "z_pool": (False,)}])
+@pytest.mark.parametrize("training", [False, True])
+def test_any_shape(shape: tuple[int, int, int], options: dict[str, Any], training: bool) -> None:
+    network = small(in_channels=2, **options).train(training)
+    image = torch.rand(2, 2, *shape)
+    prediction = network.predict_instances(image)
+    assert network(image).shape == prediction.affinity.shape == (2, 3, *shape)
+    assert torch.isfinite(prediction.affinity).all()
+    assert len(prediction.masks) == len(prediction.backgrounds) == 3
+    label = network.segment(image)
+    assert label.shape == (2, *shape)
+    assert label.dtype == torch.int64
+    assert network.training == training
+
+
+def test_forward_is_the_affinity_of_the_whole_prediction_and_features_have_unit_length() -> None:
+    network = small().eval()
+    image = torch.rand(2, 1, 4, 18, 25)
+    prediction = network.predict_instances(image)
+    assert torch.equal(network(image), prediction.affinity)
+    length = prediction.features.norm(dim=1)
+    torch.testing.assert_close(length, torch.ones_like(length))
+
+
+@settings(deadline=None, max_examples=25)
+@given(size=st.tuples(st.integers(1, 6), st.integers(1, 24), st.integers(1, 24)))
+def test_padding_is_a_replicated_far_border(size: tuple[int, int, int]) -> None:
+    """Padding by hand to what the strides divide leads to the same features on the grid that both have."""
+    network = small().eval()
+    image = torch.rand(1, 1, *size)
+    z, y, x = (max(-(-(n - 1) // m) * m, least) + 1 for n, m, least in zip(size, (2, 4, 4), (0, 4, 4), strict=True))
+    padded = functional.pad(image, (0, x - size[2], 0, y - size[1], 0, z - size[0]), mode="replicate")
+    with torch.inference_mode():
+        ours, by_hand = (network._features(each)[:, :-3] for each in (image, padded))
+    z, y, x = ours.shape[2:]
+    torch.testing.assert_close(ours, by_hand[..., :z, :y, :x])
+    for n, grid, step in zip(size, (z, y, x), network.stride, strict=True):
+        assert (grid - 1) * step + 1 >= n  # covers the image
+        assert (grid - 2) * step + 1 < n or grid == 2  # and no more than that
+
+
+def test_any_grey_value_is_brought_to_the_scale_of_the_paper() -> None:
+    """The backbone sees (image - .5) / .5."""
+    network = small().eval()
+    seen = []
+    network.backbone.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0]))
+    network(torch.linspace(0, 1, 5 * 5).reshape(1, 1, 1, 5, 5))
+    assert seen[0].min() == -1
+    assert seen[0].max() == 1
+
+
+@pytest.mark.parametrize("batched", [2, 3])
+def test_a_sample_does_not_depend_on_its_batch(batched: int) -> None:
+    """Samples with different numbers of components, padded in a batch, give what they give alone."""
+    network = with_clear_affinities(small()).eval()
+    images = [stripes(4, 20, 28), torch.full((1, 1, 4, 20, 28), 0.5), stripes(4, 20, 28, period=14)][:batched]
+    with torch.inference_mode():
+        together = network.predict_instances(torch.cat(images))
+        labels = network.segment(torch.cat(images), 2.0)
+        counts = together.valid.sum(1).tolist()
+        assert len(set(counts)) == batched
+        assert counts[1] == SMALL["learned_queries"]
+        for i, image in enumerate(images):
+            alone = network.predict_instances(image)
+            count = counts[i]
+            assert alone.valid.shape == (1, count)
+            for stage in range(3):
+                torch.testing.assert_close(
+                    together.masks[stage][i, :count], alone.masks[stage][0], rtol=1e-4, atol=1e-4
+                )
+                assert (together.masks[stage][i, count:] == -torch.inf).all()
+                torch.testing.assert_close(together.backgrounds[stage][i], alone.backgrounds[stage][0])
+            assert (labels[i] == network.segment(image, 2.0)[0]).float().mean() > 0.999
+
+
+def test_without_components_only_learned_queries() -> None:
+    network = small(smallest_component=10**6).eval()
+    prediction = network.predict_instances(torch.rand(2, 1, 3, 12, 14))
+    assert prediction.valid.shape == (2, SMALL["learned_queries"])
+    assert prediction.valid.all()
+
+
+def test_components_beyond_the_limit() -> None:
+    """Evaluation takes the largest whatever the generator; training follows the generator; none is global."""
+    network = with_clear_affinities(small(guided_queries=2))
+    image = stripes(3, 20, 40)
+
+    def masks(seed: int | None) -> Tensor:
+        rngs = None if seed is None else [np.random.default_rng(seed)]
+        state = torch.random.get_rng_state()
+        found = network.predict_instances(image, rngs)
+        assert torch.equal(torch.random.get_rng_state(), state)
+        assert found.valid.shape == (1, SMALL["learned_queries"] + 2)
+        return found.masks[0].detach()
+
+    network.eval()
+    assert torch.equal(masks(0), masks(1))
+    assert torch.equal(masks(0), masks(None))
+    network.train()
+    assert torch.equal(masks(0), masks(0))
+    assert any(not torch.equal(masks(0), masks(seed)) for seed in range(1, 5))
+    with pytest.raises(ShapeMismatch, match=r"1 samples need as many generators\. Got 2"):
+        network.predict_instances(image, [np.random.default_rng(0)] * 2)
+
+
+def test_the_same_seed_gives_the_same_labels_and_state_dict_brings_them_back() -> None:
+    image = stripes(4, 20, 28)
+    first = small()
+    for _ in range(3):  # batch statistics that are not the initial ones
+        first.predict_instances(image)
+    state = {key: value.clone() for key, value in first.state_dict().items()}
+    labels = first.segment(image, 1.0)
+    assert torch.equal(first.segment(image, 1.0), labels)
+    torch.manual_seed(99)
+    second = small()
+    assert not torch.equal(second(image), first(image))
+    second.load_state_dict(state)
+    assert torch.equal(second.segment(image, 1.0), labels)
+    assert labels.max() > 0
+
+
+def test_labels_come_from_the_last_stage() -> None:
+    network = with_clear_affinities(small()).train()
+    image = stripes(3, 17, 29)
+    for _ in range(5):
+        network.predict_instances(image)
+    network.eval()
+    prediction = network.predict_instances(image)
+    logits = torch.cat([prediction.backgrounds[-1], prediction.masks[-1]], dim=1)
+    # 17 x 29 is 2n + 1: grid points are every second voxel, and there the interpolation is exact.
+    expected = logits.softmax(1)[0].argmax(0)
+    found = network.segment(image, 0.0)[0, :, ::2, ::2]
+    assert torch.equal(found, expected)
+    assert expected.unique().numel() > 2
+
+
+def test_bfloat16_stays_near_single_precision() -> None:
+    network = small()
+    image = stripes(4, 18, 22)
+    for _ in range(5):
+        network.predict_instances(image)
+    network.eval()
+    with torch.inference_mode():
+        exact = network.predict_instances(image)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            rounded = network.predict_instances(image)
+            assert network.segment(image).shape == (1, 4, 18, 22)
+    assert (rounded.affinity.float() - exact.affinity).abs().mean() < 0.05 * exact.affinity.abs().mean() + 0.02
+    first_exact, first = exact.masks[0], rounded.masks[0].float()
+    assert first.shape == first_exact.shape
+    assert (first - first_exact).abs().mean() < 0.1 * first_exact.abs().mean() + 0.05
+
+
+def test_bfloat16_trains() -> None:
+    network = small().train()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        prediction = network.predict_instances(stripes(4, 18, 22))
+    torch.stack([m.float()[prediction.valid].square().mean() for m in prediction.masks]).sum().backward()
+    gradients = [p.grad for p in network.decoder.parameters() if p.grad is not None]
+    assert gradients
+    assert all(torch.isfinite(gradient).all() for gradient in gradients)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"filter": (4, 6)}, UnknownName, "Did you mean 'filters'"),
+        ({"filters": (8,)}, ValueRangeError, "two levels"),
+        ({"filters": (8, 0)}, ValueRangeError, ">= 1"),
+        ({"z_pool": (True,)}, ValueRangeError, "one z_pool per step between levels, 2 for 3"),
+        ({"heads": 3}, ValueRangeError, "divides its width of 8. Got 3"),
+        ({"heads": 0}, ValueRangeError, "heads >= 1"),
+        ({"width": 0}, ValueRangeError, "width >= 1"),
+        ({"learned_queries": 1}, ValueRangeError, "learned_queries >= 2. Got 1"),
+        ({"guided_queries": -1}, ValueRangeError, "guided_queries >= 0"),
+        ({"smallest_component": -1}, ValueRangeError, "smallest_component >= 0"),
+        ({"iterations": -1}, ValueRangeError, "iterations >= 0"),
+        ({"out_channels": 0}, ValueRangeError, "out_channels"),
+    ],
+)
+def test_bad_options_are_one_line(options: dict[str, Any], error: type[UserError], message: str) -> None:
+    with pytest.raises(error, match=message) as raised:
+        small(**options)
+    assert "\n" not in str(raised.value)
+    with pytest.raises(ValueRangeError, match="smallest_area >= 0"):
+        small().segment(torch.rand(1, 1, 2, 8, 8), -1.0)
+
+
+def test_empty_options_mean_the_published_ones() -> None:
+    with torch.device("meta"):
+        published, empty = build_segmenter("agq"), build_segmenter("agq", filters=[], z_pool=[])
+        deeper = build_segmenter("agq", filters=(4, 4, 4, 4, 4, 4), width=8)
+    assert {k: v.shape for k, v in published.state_dict().items()} == {
+        k: v.shape for k, v in empty.state_dict().items()
+    }
+    assert published.reach == (4, 16, 16)
+    assert deeper.reach == (8, 32, 32)
+
+
+# Backbone.
+
+
+def test_levels_stay_aligned() -> None:
+    """2n + 1 voxels become n + 1, and a resized level has its own values at its own voxels."""
+    backbone = Backbone(1, (4, 6, 8), [(1, 2, 2), (2, 2, 2)])
+    levels = backbone(torch.rand(1, 1, 5, 17, 33))
+    assert [tuple(level.shape[1:]) for level in levels] == [(4, 5, 17, 33), (6, 5, 9, 17), (8, 3, 5, 9)]
+    enlarged = enlarge(levels[2], (2, 2, 2), (5, 9, 17))
+    torch.testing.assert_close(enlarged[..., ::2, ::2, ::2], levels[2])
+
+
+def test_a_strided_lateral_is_the_resized_convolution() -> None:
+    """The finest level is convolved only where shrinking with aligned corners would look."""
+    fusion = Fusion((3, 5), 4, (1, 2, 2))
+    levels = [torch.rand(1, 3, 4, 9, 17), torch.rand(1, 5, 4, 5, 9)]
+    weight = fusion.lateral[0].weight
+    padded = functional.pad(levels[0], (1, 1, 1, 1, 0, 0), mode="replicate")
+    dense = functional.conv3d(padded, weight)
+    shrunk = functional.interpolate(dense, size=(4, 5, 9), mode="trilinear", align_corners=True)
+    expected = fusion.merge(shrunk + fusion.lateral[1](levels[1]))
+    torch.testing.assert_close(fusion(levels), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_coordinates() -> None:
+    z, y, x = with_coordinates(torch.zeros(2, 4, 3, 5, 2))[1, 4:]
+    torch.testing.assert_close(z[:, 0, 0], torch.tensor([-1.0, 0.0, 1.0]))
+    torch.testing.assert_close(y[1, :, 1], torch.tensor([-1.0, -0.5, 0.0, 0.5, 1.0]))
+    torch.testing.assert_close(x[2, 3], torch.tensor([-1.0, 1.0]))
+
+
+# Queries.
+
+
+@settings(deadline=None, max_examples=40)
+@given(seed=st.integers(0, 10**6), smallest=st.integers(0, 12), most=st.integers(0, 4))
+def test_components_are_those_of_scipy(seed: int, smallest: int, most: int) -> None:
+    affinity = ndimage.gaussian_filter(np.random.default_rng(seed).random((3, 4, 9, 11)), (0, 0.6, 1, 1))
+    mean = affinity.mean(axis=0)
+    parts, count = ndimage.label(mean > affinity.mean(), structure=np.ones((3, 3, 3)))
+    sizes = ndimage.sum_labels(np.ones(parts.shape), parts, range(1, count + 1))
+    large = [i + 1 for i in range(count) if sizes[i] > smallest]
+    largest = sorted((sizes[i - 1] for i in large), reverse=True)[:most]
+    found = affinity_components(affinity, smallest=smallest, most=most)
+    assert sorted(np.unique(found[found > 0])) == list(range(1, len(largest) + 1))
+    assert sorted(np.bincount(found.ravel())[1:], reverse=True) == largest
+    for number in range(1, len(largest) + 1):
+        (part,) = np.unique(parts[found == number])
+        assert part in large
+        assert (parts == part).sum() == (found == number).sum()
+    drawn = affinity_components(affinity, smallest=smallest, most=most, rng=np.random.default_rng(seed))
+    again = affinity_components(affinity, smallest=smallest, most=most, rng=np.random.default_rng(seed))
+    assert np.array_equal(drawn, again)
+    assert drawn.max(initial=0) == len(largest)
+
+
+def test_constant_affinities_have_no_component() -> None:
+    assert not affinity_components(np.full((3, 2, 5, 5), 0.5, np.float32), smallest=0, most=9).any()
+
+
+def test_guided_queries_are_means_and_learn_from_features_only() -> None:
+    affinity = torch.zeros(1, 3, 2, 4, 8)
+    affinity[..., :3] = 1.0
+    affinity[..., 5:] = 1.0
+    affinity.requires_grad_()
+    features = torch.randn(1, 7, 2, 4, 8, requires_grad=True)
+    (queries,) = guided_queries(affinity, features, smallest=0, most=10)
+    expected = torch.stack([features[0, ..., :3].flatten(1).mean(1), features[0, ..., 5:].flatten(1).mean(1)])
+    torch.testing.assert_close(queries, expected)
+    queries.sum().backward()
+    assert affinity.grad is None
+    assert features.grad is not None
+    assert (features.grad[..., 3:5] == 0).all()
+    assert (features.grad[..., 0] > 0).all()
+
+
+def test_no_component_no_query() -> None:
+    assert mean_features(torch.rand(7, 2, 3, 4), torch.zeros(2, 3, 4, dtype=torch.int64)).shape == (0, 7)
+
+
+def test_padded_queries() -> None:
+    learned, own = torch.rand(3, 4), [torch.rand(2, 4), torch.rand(0, 4)]
+    queries, valid = padded_queries(learned, own)
+    torch.testing.assert_close(queries[0], torch.cat([learned, own[0]]))
+    torch.testing.assert_close(queries[1], torch.cat([learned, torch.zeros(2, 4)]))
+    assert valid.tolist() == [[True] * 5, [True] * 3 + [False] * 2]
+
+
+# Decoder.
+
+
+def test_kernel_update_is_the_equation() -> None:
+    update = KernelUpdate(6).double()
+    features, queries = torch.randn(2, 5, 6, dtype=torch.float64), torch.randn(2, 5, 6, dtype=torch.float64)
+
+    def normalised(x: Tensor) -> Tensor:
+        return functional.layer_norm(x, (6,))
+
+    a = features @ update.from_features.weight.t() + update.from_features.bias
+    b = queries @ update.from_query.weight.t() + update.from_query.bias
+    common = a[..., :6] * b[..., :6]
+    gates = [
+        torch.sigmoid(normalised(common @ gate[0].weight.t() + gate[0].bias))
+        for gate in (update.feature_gate, update.query_gate)
+    ]
+    mixed = gates[0] * normalised(a[..., 6:]) + gates[1] * normalised(b[..., 6:])
+    expected = normalised(mixed @ update.out[0].weight.t() + update.out[0].bias).clamp_min(0)
+    torch.testing.assert_close(update(features, queries), expected)
+
+
+def test_attention_is_torch_s() -> None:
+    ours = QueryAttention(8, 2).eval()
+    theirs = nn.TransformerEncoderLayer(8, 2, 32, dropout=0.0, activation="gelu", batch_first=True)
+    with torch.no_grad():
+        for target, source in [
+            (theirs.self_attn.in_proj_weight, ours.to_qkv.weight), (theirs.self_attn.in_proj_bias, ours.to_qkv.bias),
+            (theirs.self_attn.out_proj.weight, ours.from_heads.weight),
+            (theirs.self_attn.out_proj.bias, ours.from_heads.bias),
+            (theirs.linear1.weight, ours.mlp[0].weight), (theirs.linear1.bias, ours.mlp[0].bias),
+            (theirs.linear2.weight, ours.mlp[2].weight), (theirs.linear2.bias, ours.mlp[2].bias),
+        ]:  # fmt: skip
+            target.copy_(source)
+    queries = torch.randn(2, 5, 8)
+    valid = torch.tensor([[True] * 5, [True] * 3 + [False] * 2])
+    found, expected = ours(queries, valid), theirs(queries, src_key_padding_mask=~valid)
+    torch.testing.assert_close(found[valid], expected[valid], rtol=1e-4, atol=1e-5)
+
+
+def test_padding_does_not_move_the_batch_statistics() -> None:
+    """A head in training mode sees the valid rows only: their normalisation is that of the rows alone."""
+    features = functional.normalize(torch.randn(2, 6, 2, 3, 5), dim=1)
+    queries = torch.randn(2, 4, 6)
+    valid = torch.tensor([[True] * 4, [True, True, False, False]])
+    head = QueryHead(6).train()
+    masks, background = head(queries, valid, features)
+    rows = (queries @ head.kernel.weight.t())[valid]
+    kernels = (rows - rows.mean(0)) / torch.sqrt(rows.var(0, unbiased=False) + 1e-5)
+    sample = valid.nonzero()[:, 0]
+    logits = torch.einsum("nc,nczyx->nzyx", kernels, features[sample])
+    expected = (logits - logits.mean()) / torch.sqrt(logits.var(unbiased=False) + 1e-5)
+    torch.testing.assert_close(masks[valid], expected, rtol=1e-4, atol=1e-4)
+    assert (masks[~valid] == -torch.inf).all()
+    assert background.shape == (2, 1, 2, 3, 5)
+    torch.testing.assert_close(head.mask_norm.running_mean, 0.1 * logits.mean()[None], rtol=1e-3, atol=1e-4)
+
+
+def test_voxels_are_shared_out_without_the_background() -> None:
+    """With a first stage that gives all voxels to one query, that query gathers the sum of all features."""
+    decoder = QueryDecoder(6, 1, 2).eval()
+    gathered = []
+    decoder.update[0].register_forward_pre_hook(lambda _, arguments: gathered.append(arguments[0]))
+    chosen = torch.zeros(1, 3, 2, 3, 4)
+    chosen[:, 1] = 100.0
+    decoder.predict[0].forward = lambda *_: (chosen, torch.full((1, 1, 2, 3, 4), 1000.0))
+    features = torch.rand(1, 6, 2, 3, 4)
+    decoder(torch.rand(1, 3, 6), torch.ones(1, 3, dtype=torch.bool), features, features)
+    expected = torch.zeros(3, 6)
+    expected[1] = features.sum((0, 2, 3, 4))
+    torch.testing.assert_close(gathered[0][0], expected)
+
+
+# Labels from masks.
+
+
+@settings(deadline=None, max_examples=30)
+@given(
+    seed=st.integers(0, 10**6),
+    queries=st.integers(1, 40),
+    size=st.tuples(st.integers(1, 4), st.integers(1, 11), st.integers(1, 11)),
+    area=st.sampled_from([0.0, 1.0, 4.0]),
+)
+def test_labels_are_the_argmax_of_what_is_large(
+    seed: int, queries: int, size: tuple[int, int, int], area: float
+) -> None:
+    """Against the plain way: enlarge everything, zero what is small, take the largest."""
+    generator = torch.Generator().manual_seed(seed)
+    grid = [-(-(n - 1) // step) + 1 for n, step in zip(size, (1, 2, 2), strict=True)]
+    logits = 3 * torch.randn(queries + 1, *grid, generator=generator)
+    probabilities = logits.softmax(0)
+    kept = [0] + [i for i in range(1, queries + 1) if probabilities[i].sum() >= area]
+    full = [grid[0], 2 * grid[1] - 1, 2 * grid[2] - 1]
+    enlarged = functional.interpolate(probabilities[None], size=full, mode="trilinear", align_corners=True)[0]
+    z, y, x = size
+    expected = enlarged[kept][:, :z, :y, :x].argmax(0)
+    found = labels_from_masks(logits[1:], logits[:1], (1, 2, 2), size, area)
+    assert found.shape == size
+    # Interpolated values may tie but for rounding.
+    chosen = enlarged[kept][:, :z, :y, :x].gather(0, found[None])[0]
+    best = enlarged[kept][:, :z, :y, :x].gather(0, expected[None])[0]
+    torch.testing.assert_close(chosen, best)
+
+
+def test_a_small_mask_is_dropped_and_the_next_best_takes_over() -> None:
+    background = torch.zeros(1, 2, 4, 4)
+    masks = torch.full((2, 2, 4, 4), -9.0)
+    masks[0, 0, 0, 0] = 9.0  # soft area about 1
+    masks[1] = 3.0
+    assert labels_from_masks(masks, background, (1, 1, 1), (2, 4, 4), 0.5)[0, 0, 0] == 1
+    label = labels_from_masks(masks, background, (1, 1, 1), (2, 4, 4), 2.0)
+    assert (label == 1).all()  # renumbered
+    assert (labels_from_masks(masks, background, (1, 1, 1), (2, 4, 4), 1000.0) == 0).all()
