@@ -7,10 +7,13 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .errors import ConfigError, MissingInput, OutputExists, ValueRangeError
 from .provenance import require_writable
+
+if TYPE_CHECKING:
+    from .volume import ArrayLike, Volume
 
 
 def _require_free(path: str, *, force: bool) -> None:
@@ -25,6 +28,16 @@ def _require_free(path: str, *, force: bool) -> None:
 
 def _voxel_size(options: argparse.Namespace) -> tuple[float, ...] | None:
     return tuple(options.voxel_nm) if options.voxel_nm else None
+
+
+def _image_of(path: str, options: argparse.Namespace) -> tuple[Volume, ArrayLike]:
+    """A volume, not yet read, and its image."""
+    from .volume import open_volume
+
+    volume = open_volume(path, voxel_nm=_voxel_size(options))
+    if volume.image is None:
+        raise MissingInput(f"{path} has no dataset 'image'.")
+    return volume, volume.image
 
 
 def run(options: argparse.Namespace) -> None:
@@ -270,17 +283,15 @@ def predict(options: argparse.Namespace) -> None:
     from .engine import resolve_device
     from .pipeline.networks import trained_segmenter
     from .predict import predict_affinities
-    from .volume import open_volume, write_volume
+    from .volume import write_volume
 
     _require_free(options.output, force=options.force)
     checkpoint = load_checkpoint(options.checkpoint, kind="segmenter")
-    volume = open_volume(options.volume, voxel_nm=_voxel_size(options))
-    if volume.image is None:
-        raise MissingInput(f"{options.volume} has no dataset 'image' to predict from.")
+    volume, image = _image_of(options.volume, options)
     tile = tuple(options.tile or checkpoint.patch)
     affinities = predict_affinities(
         trained_segmenter(checkpoint),
-        volume.image,
+        image,
         tile=tile,
         overlap=tuple(size // 2 for size in tile),
         precision=options.precision,
@@ -319,20 +330,18 @@ def _segment_image(options: argparse.Namespace) -> None:
     from .checkpoints import load_checkpoint
     from .engine import resolve_device
     from .pipeline.networks import trained_segmenter
-    from .volume import open_volume, write_volume
+    from .volume import write_volume
 
     if not options.checkpoint or options.threshold is not None:
         raise ConfigError("--method agq needs --checkpoint, a segmenter trained as 'agq', and has no --threshold.")
     checkpoint = load_checkpoint(options.checkpoint, kind="segmenter")
     if checkpoint.architecture != "agq":
         raise ConfigError(f"{options.checkpoint} holds the segmenter '{checkpoint.architecture}', not 'agq'.")
-    volume = open_volume(options.affinities, voxel_nm=_voxel_size(options))
-    if volume.image is None:
-        raise MissingInput(f"{options.affinities} has no dataset 'image' to segment.")
+    volume, image = _image_of(options.affinities, options)
     tile = tuple(options.tile or checkpoint.patch)
     label = segment_image(
         trained_segmenter(checkpoint),
-        volume.image,
+        image,
         block=tile,
         overlap=tuple(size // 2 for size in tile),
         precision=options.precision,

@@ -15,7 +15,7 @@ from connectomics_neurodiff.checkpoints import load_checkpoint, save_checkpoint
 from connectomics_neurodiff.convolution import use_sound_convolutions
 from connectomics_neurodiff.errors import UnknownName, UserError, ValueRangeError
 from connectomics_neurodiff.segmenters import SEGMENTERS, build_segmenter, options_of, segmenter_from_checkpoint
-from connectomics_neurodiff.segmenters.padding import pad_to_multiple
+from connectomics_neurodiff.segmenters.levels import pad_to_multiple
 from connectomics_neurodiff.segmenters.seg_mamba import TriOrientatedMamba, across_sections, along_sections
 from connectomics_neurodiff.training import affinity_loss, agq_loss, weighted_bce
 from connectomics_neurodiff.volume import grow_phantom

@@ -54,14 +54,15 @@ class Project:
 def host_defaults() -> dict[str, Any]:
     """Every key of the host, dotted, with its default."""
     content = yaml.safe_load(files(__package__).joinpath("pytc_v1.yaml").read_text())
-    return dict(_flat(content))
+    return dict(flat(content))
 
 
-def _flat(content: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flat(content: Mapping[str, Any], whole: tuple[str, ...] = OWN, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted keys and values of nested ones; groups that begin with one of `whole` stay groups."""
     for name, value in content.items():
         key = f"{prefix}{name}"
-        if isinstance(value, Mapping) and not key.startswith(OWN):
-            yield from _flat(value, f"{key}.")
+        if isinstance(value, Mapping) and not key.startswith(whole):
+            yield from flat(value, whole, f"{key}.")
         else:
             yield key, value
 
@@ -76,11 +77,11 @@ def is_project(config_file: str | None, base: str | None) -> bool:
     for path in (base, config_file):
         if path is not None:
             for content, _source in with_bases(Path(path), seen=()):
-                keys |= {key for key, _ in _flat(content)}
+                keys |= {key for key, _ in flat(content)}
                 own = content.get("NEURODIFF")
                 if isinstance(own, Mapping) and RECIPE & set(own):
                     return False
-    ours = {key for key, _ in _flat(default_config())}
+    ours = {key for key, _ in flat(default_config())}
     return any(key in host_defaults() and key not in ours for key in keys)
 
 
@@ -134,7 +135,7 @@ def read_settings(
     ]
     sources += [("the command line", content) for content in parse_overrides(overrides)]
     for source, content in sources:
-        for name, value in _flat(content):
+        for name, value in flat(content):
             key = RENAMED.get(name, name)
             if key.startswith(OWN):
                 own.append((source, key, value))

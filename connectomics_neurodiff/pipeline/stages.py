@@ -15,9 +15,7 @@ from ..affinities import CONVENTION
 from ..config import as_dict
 from ..errors import CheckpointMismatch, StaleArtifactError, UserError
 from ..metrics import evaluate
-from ..pairs import (
-    open_pairs,
-)
+from ..pairs import open_pairs
 from ..provenance import hash_of, hash_of_file, write_json
 from ..remodel import SignatureLibrary, remodel
 from ..seeding import rng_for

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from ..errors import MissingDependency, ValueRangeError
 from ..synthesis.nets.mamba import StateSpaceDirection
 from .build import SEGMENTERS
-from .padding import pad_to_multiple
+from .levels import level_factors, pad_to_multiple
 
 #: Feature maps per level, finest first; the encoder's four stages have the first four.
 PUBLISHED_FILTERS = (48, 96, 192, 384, 768)
@@ -178,17 +178,10 @@ class SegMamba(nn.Module):
     ) -> None:
         super().__init__()
         widths = list(filters) or list(PUBLISHED_FILTERS)
-        if len(widths) < 3 or min(widths) < 1:
-            raise ValueRangeError(f"SegMamba needs filters >= 1 on at least three levels. Got {widths}.")
         halve_z = list(z_pool) or [True] * (len(widths) - 1)
-        if len(halve_z) != len(widths) - 1:
-            raise ValueRangeError(
-                f"SegMamba needs one z_pool per halving, {len(widths) - 1} for {len(widths)} filters. "
-                f"Got {len(halve_z)}."
-            )
+        factors = level_factors("SegMamba", widths, halve_z, least=3, step="halving")
         if orientations not in (1, 3):
             raise ValueRangeError(f"SegMamba scans in 3 orientations, or in 1. Got {orientations}.")
-        factors = [(2 if halve else 1, 2, 2) for halve in halve_z]
         #: Sizes that need no padding are multiples of this, (z, y, x).
         self.multiple = tuple(math.prod(axis) for axis in zip(*factors, strict=True))
         #: The coarsest level needs more than one voxel to normalise over.

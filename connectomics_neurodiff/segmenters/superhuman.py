@@ -13,9 +13,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from ..errors import UnknownName, ValueRangeError, did_you_mean
+from ..errors import UnknownName, did_you_mean
 from .build import SEGMENTERS
-from .padding import pad_to_multiple
+from .levels import level_factors, pad_to_multiple
 
 #: Feature maps per level of Lee et al., finest first.
 PAPER_FILTERS = (28, 36, 48, 64, 80)
@@ -160,15 +160,8 @@ class Superhuman(nn.Module):
         _check_choice("upsample", upsample, _UPSAMPLERS)
         _check_choice("skip", skip, _SKIPS)
         filters = list(filters) or list(PAPER_FILTERS)
-        if len(filters) < 2 or min(filters) < 1:
-            raise ValueRangeError(f"Superhuman needs filters >= 1 on at least two levels. Got {list(filters)}.")
         halve_z = list(z_pool) or [False] * (len(filters) - 1)
-        if len(halve_z) != len(filters) - 1:
-            raise ValueRangeError(
-                f"Superhuman needs one z_pool per pooling, {len(filters) - 1} for {len(filters)} filters. "
-                f"Got {len(halve_z)}."
-            )
-        factors = [(2 if halve else 1, 2, 2) for halve in halve_z]
+        factors = level_factors("Superhuman", filters, halve_z, least=2, step="pooling")
         #: Sizes that need no padding are multiples of this, (z, y, x).
         self.multiple = tuple(math.prod(axis) for axis in zip(*factors, strict=True))
         first = filters[0]

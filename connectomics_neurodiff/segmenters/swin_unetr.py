@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..errors import MissingDependency, ValueRangeError
 from .build import SEGMENTERS
-from .padding import pad_to_multiple
+from .levels import pad_to_multiple
 
 #: The network halves its image five times; the coarsest level needs more than one voxel to normalise over.
 MULTIPLE = (32, 32, 32)

@@ -14,10 +14,8 @@ import torch
 from connectomics.model.build import MODEL_MAP, build_model
 from yacs.config import CfgNode
 
-from ...config import validate
 from ...config.project import file_names
 from ...errors import ConfigError, LabelTypeError, MissingInput, UnknownName, UserError, ValueRangeError, did_you_mean
-from .config import our_part
 from .plugin import register, unregister
 
 
@@ -40,7 +38,6 @@ def check_project(cfg: CfgNode, *, inference: bool, checkpoint: str) -> None:
     ConfigError, UnknownName
         If a value cannot work, or PyTC refuses the network.
     """
-    validate(our_part(cfg))
     for name in ("ITERATION_TOTAL", "ITERATION_SAVE", "SAMPLES_PER_BATCH"):
         if cfg.SOLVER[name] < 1:
             raise ConfigError(f"SOLVER.{name} must be >= 1. Got {cfg.SOLVER[name]}.")

@@ -12,14 +12,13 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 from connectomics.config import load_cfg
 from yacs.config import CfgNode
 
 from ...config import validate
-from ...config.project import read_settings, single_file
+from ...config.project import flat, read_settings, single_file
 from ...errors import ConfigError, OutputExists, StaleArtifactError, UserError
 from ...pipeline.pairs_stage import passed_pairs
 from ...pipeline.run import discard_training, run_folder
@@ -138,20 +137,12 @@ def describe_project(cfg: CfgNode, *, inference: bool, checkpoint: str) -> str:
 
 def training_settings(cfg: CfgNode) -> dict[str, str]:
     """What a training's result depends on, by key, as text; the pairs by their content."""
-    found = {key: repr(value) for key, value in _flat(cfg) if not key.startswith(_FREE)}
+    found = {key: repr(value) for key, value in flat(cfg, whole=()) if not key.startswith(_FREE)}
     synthetic = cfg.AUGMENTOR.SYNTHETIC
     if synthetic.ENABLED:
         found["AUGMENTOR.SYNTHETIC.RATIO"] = repr(synthetic.RATIO)
         found["AUGMENTOR.SYNTHETIC.PAIRS"] = " ".join(hash_of_file(path) for path in synthetic.PAIRS)
     return found | {"AUGMENTOR.SYNTHETIC.ENABLED": repr(synthetic.ENABLED), "NEURODIFF.SEED": repr(cfg.NEURODIFF.SEED)}
-
-
-def _flat(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in node.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value
 
 
 def _start_of_training(folder: Path, settings: Mapping[str, str], checkpoint: str, *, force: bool) -> str:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-Size = tuple[int, int, int]
+from ..levels import Size
 
 IN_PLANE: Size = (1, 3, 3)
 ISOTROPIC: Size = (3, 3, 3)

@@ -18,7 +18,8 @@ from torch.nn import functional
 
 from ...errors import ShapeMismatch, ValueRangeError
 from ..build import SEGMENTERS
-from .backbone import IN_PLANE, ISOTROPIC, Backbone, Fusion, Size, conv, conv_norm_elu, with_coordinates
+from ..levels import Size, level_factors
+from .backbone import IN_PLANE, ISOTROPIC, Backbone, Fusion, conv, conv_norm_elu, with_coordinates
 from .decoder import QueryDecoder
 from .labelling import enlarge, labels_from_masks
 from .queries import guided_queries, padded_queries
@@ -137,7 +138,7 @@ class AGQ(nn.Module):
         super().__init__()
         filters = list(filters) or list(PAPER_FILTERS)
         halve_z = list(z_pool) or [step >= _STEPS_IN_PLANE for step in range(len(filters) - 1)]
-        _check_levels(filters, halve_z)
+        strides = level_factors("AGQ", filters, halve_z, least=2, step="step between levels")
         _check_least(
             width=(width, 1),
             learned_queries=(learned_queries, 2),
@@ -148,7 +149,6 @@ class AGQ(nn.Module):
         )
         if width % heads:
             raise ValueRangeError(f"AGQ needs a number of heads that divides its width of {width}. Got {heads}.")
-        strides: list[Size] = [(2 if halve else 1, 2, 2) for halve in halve_z]
         #: Spacing of the working grid in voxels, (z, y, x).
         self.stride = strides[0]
         self.reach = tuple(math.prod(axis) for axis in zip(*strides, strict=True))
@@ -265,16 +265,6 @@ class AGQ(nn.Module):
     def _enlarged(self, values: Tensor, image: Tensor) -> Tensor:
         z, y, x = image.shape[2:]
         return enlarge(values, self.stride, (z, y, x))
-
-
-def _check_levels(filters: Sequence[int], z_pool: Sequence[bool]) -> None:
-    if len(filters) < 2 or min(filters) < 1:
-        raise ValueRangeError(f"AGQ needs filters >= 1 on at least two levels. Got {list(filters)}.")
-    if len(z_pool) != len(filters) - 1:
-        raise ValueRangeError(
-            f"AGQ needs one z_pool per step between levels, {len(filters) - 1} for {len(filters)} filters. "
-            f"Got {len(z_pool)}."
-        )
 
 
 def _check_least(**counts: tuple[float, int]) -> None:
