@@ -166,6 +166,8 @@ def test_published_parameter_counts() -> None:
     ("name", "options", "error", "message"),
     [
         ("swin_unetr", {"feature_size": 20}, ValueRangeError, "multiple of 12"),
+        ("swin_unetr", {"z_pool": [True, False, True, True, True]}, ValueRangeError, "only the first may be false"),
+        ("swin_unetr", {"z_pool": [False]}, ValueRangeError, "5 entries"),
         ("seg_mamba", {"filters": [8, 8]}, ValueRangeError, "three levels"),
         ("seg_mamba", {"filters": [8, 8, 8], "z_pool": [True]}, ValueRangeError, "one z_pool per halving, 2"),
         ("seg_mamba", {"orientations": 2}, ValueRangeError, "3 orientations"),
@@ -175,6 +177,33 @@ def test_published_parameter_counts() -> None:
 def test_bad_options(name: str, options: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         build_segmenter(name, **options)
+
+
+# SwinUNETR's steps.
+
+
+def test_swin_unetr_is_monais() -> None:
+    from monai.networks.nets import SwinUNETR
+
+    network = build("swin_unetr").eval()
+    torch.manual_seed(0)
+    theirs = SwinUNETR(1, 3, feature_size=12).eval()
+    image = image_of(1, 1, 32, 64, 64)
+    with torch.inference_mode():
+        assert torch.equal(network(image), theirs(image))
+
+
+def test_swin_unetr_for_thin_stacks_pads_sixteen_sections_to_sixteen() -> None:
+    network = build("swin_unetr", z_pool=[False, True, True, True, True]).eval()
+    seen = []
+    network.network.register_forward_pre_hook(lambda _, inputs: seen.append(tuple(inputs[0].shape[2:])))
+    for shape in ((16, 64, 64), (3, 40, 70), (17, 64, 64)):
+        image = image_of(1, 1, *shape)
+        logits = network(image)
+        assert logits.shape == (1, 3, *shape)
+    assert seen == [(16, 64, 64), (16, 64, 96), (32, 64, 64)]
+    logits.sum().backward()
+    assert all(parameter.grad is not None for parameter in network.parameters())
 
 
 # SegMamba's parts.

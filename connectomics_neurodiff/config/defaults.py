@@ -4,7 +4,7 @@ SYSTEM, MODEL, DATASET, SOLVER, AUGMENTOR and INFERENCE carry the names that pyt
 things; what it has no word for lives under NEURODIFF. No key defaults to None: yacs would then accept any type.
 
 Sources: [paper] Jiang et al., ISBI 2026; [published] the settings of its code; [pytc] pytorch_connectomics v1.0.0;
-[superhuman] Lee et al. 2017; [ours] chosen here.
+[superhuman] Lee et al. 2017; [lsd] Sheridan et al. 2023; [ours] chosen here.
 """
 
 from __future__ import annotations
@@ -251,6 +251,13 @@ def _add_segmenter(node: CfgNode) -> None:
     # Erode touching labels by this many voxels in the affinity target, so that a boundary is learnt between cells that
     # touch without a gap. 0 where the labels have gaps (AC3/AC4).
     node.SEGMENTER.LABEL_EROSION = 0
+    # Learnt beside the affinities, for nothing but a better network; not by agq. Affinities over larger distances, each
+    # [z, y, x] in voxels, shorter than MODEL.INPUT_SIZE; [superhuman, figure 3] has [2,0,0], [3,0,0], [4,0,0], [0,3,0],
+    # [0,9,0], [0,27,0], [0,0,3], [0,0,9], [0,0,27].
+    node.SEGMENTER.LONG_RANGE = []
+    # Local shape descriptors [lsd]: standard deviation of the neighbourhood in nm, 0: none; and their loss's weight.
+    node.SEGMENTER.SHAPE_SIGMA_NM = 0.0
+    node.SEGMENTER.SHAPE_WEIGHT = 1.0
     # seg_mamba: 3 scans (forwards, backwards, across sections) with a skip connection around them [segmamba]; 1 and
     # false are the variant in the table of [paper].
     node.SEGMENTER.SCAN_ORIENTATIONS = 3

@@ -54,7 +54,8 @@ def _validate_numbers(cfg: CfgNode) -> None:
     not_negative = (
         "SYSTEM.NUM_CPUS SYSTEM.NUM_THREADS SOLVER.WARMUP_ITERS SOLVER.CLIP_NORM SOLVER.WEIGHT_DECAY NEURODIFF.SEED "
         "AUGMENTOR.SYNTHETIC.RATIO NEURODIFF.REMODEL.SIGMA_NM NEURODIFF.DIFFUSION.WARMUP NEURODIFF.DIFFUSION.CLIP_NORM "
-        "NEURODIFF.SEGMENTER.LABEL_EROSION NEURODIFF.PHANTOM.SEED NEURODIFF.DIFFUSION.COSINE_OFFSET"
+        "NEURODIFF.SEGMENTER.LABEL_EROSION NEURODIFF.PHANTOM.SEED NEURODIFF.DIFFUSION.COSINE_OFFSET "
+        "NEURODIFF.SEGMENTER.SHAPE_SIGMA_NM NEURODIFF.SEGMENTER.SHAPE_WEIGHT"
     )
     _require_numbers(cfg, not_negative.split(), 0)
     _require_numbers(cfg, ["SYSTEM.NUM_GPUS"], -1)
@@ -108,6 +109,17 @@ def _validate_geometry(cfg: CfgNode) -> None:
     ):
         sizes = len(voxel) == 3 and all(isinstance(v, int | float) and v > 0 for v in voxel)
         _require(sizes, key, "three numbers > 0 in nm, (z, y, x)", voxel)
+    for offset in cfg.NEURODIFF.SEGMENTER.LONG_RANGE:
+        listed = isinstance(offset, list | tuple) and len(offset) == 3
+        fit = listed and all(
+            type(n) is int and 0 <= n < size for n, size in zip(offset, cfg.MODEL.INPUT_SIZE, strict=True)
+        )
+        _require(
+            fit and sum(offset) > 1,
+            "NEURODIFF.SEGMENTER.LONG_RANGE",
+            f"distances [z, y, x] beyond the direct neighbour and below MODEL.INPUT_SIZE {cfg.MODEL.INPUT_SIZE}",
+            cfg.NEURODIFF.SEGMENTER.LONG_RANGE,
+        )
     for name in ("TRAIN", "TUNE", "TEST"):
         box = cfg.NEURODIFF.SPLIT[name].BOX
         whole = not box or (len(box) == 6 and all(isinstance(v, int) and v >= 0 for v in box))
@@ -137,6 +149,10 @@ def _validate_names(cfg: CfgNode) -> None:
     _require(cfg.MODEL.TARGET_OPT == ["2"], "MODEL.TARGET_OPT", "['2'] (affinity z, y, x)", cfg.MODEL.TARGET_OPT)
     _require(cfg.MODEL.IN_PLANES == 1, "MODEL.IN_PLANES", "1 (one grey image)", cfg.MODEL.IN_PLANES)
     _require(cfg.MODEL.OUT_PLANES == 3, "MODEL.OUT_PLANES", "3 (affinity z, y, x)", cfg.MODEL.OUT_PLANES)
+    if cfg.MODEL.ARCHITECTURE == "agq":
+        for key in ("LONG_RANGE", "SHAPE_SIGMA_NM"):
+            value = cfg.NEURODIFF.SEGMENTER[key]
+            _require(not value, f"NEURODIFF.SEGMENTER.{key}", "empty or 0 for agq, which learns neurons", value)
     _require(bool(segment.METHODS), "NEURODIFF.SEGMENT.METHODS", "a list of waterz, multicut and agq", segment.METHODS)
     for method in segment.METHODS:
         _require_choice("NEURODIFF.SEGMENT.METHODS", method, ("waterz", "multicut", "agq"))

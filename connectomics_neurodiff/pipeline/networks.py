@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     import torch
 
     from ..checkpoints import Checkpoint
+    from ..training import AuxiliaryTargets
 
 
 def device_and_precision(cfg: CfgNode) -> tuple[torch.device, str]:
@@ -167,7 +168,7 @@ def segmenter_options(cfg: CfgNode) -> dict[str, Any]:
         cfg.MODEL.ARCHITECTURE,
         {
             "in_channels": cfg.MODEL.IN_PLANES,
-            "out_channels": cfg.MODEL.OUT_PLANES,
+            "out_channels": cfg.MODEL.OUT_PLANES + auxiliary_targets(cfg).channels,
             "filters": list(cfg.MODEL.FILTERS),
             "z_pool": list(cfg.MODEL.ISOTROPY),
             "norm": cfg.MODEL.NORM_MODE,
@@ -175,6 +176,14 @@ def segmenter_options(cfg: CfgNode) -> dict[str, Any]:
             **shared_options(cfg),
         },
     )
+
+
+def auxiliary_targets(cfg: CfgNode) -> AuxiliaryTargets:
+    """What the segmenter learns beside the affinities."""
+    from ..training import AuxiliaryTargets
+
+    node = cfg.NEURODIFF.SEGMENTER
+    return AuxiliaryTargets(tuple((z, y, x) for z, y, x in node.LONG_RANGE), node.SHAPE_SIGMA_NM, node.SHAPE_WEIGHT)
 
 
 def shared_options(cfg: CfgNode) -> dict[str, Any]:

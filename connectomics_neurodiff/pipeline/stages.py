@@ -166,6 +166,7 @@ def _train_arm(run: Run, arm: str) -> None:
         "patch": list(cfg.MODEL.INPUT_SIZE),
         "affinities": CONVENTION,
         "arm": arm,
+        "auxiliary_channels": networks.auxiliary_targets(cfg).channels,
     }
     save_checkpoint(
         target,
@@ -182,19 +183,19 @@ def _samples_and_loss(cfg: CfgNode, train: Volume, synthetic: list[Volume], rati
     """What a segmenter learns from: affinities; or, if it tells neurons apart itself, instances too."""
     from ..training import AffinityPatches, AugmentOptions, InstancePatches, affinity_loss, agq_loss
 
-    instances = cfg.MODEL.ARCHITECTURE == QUERIES
-    patches = (InstancePatches if instances else AffinityPatches)(
-        [train],
-        synthetic,
-        patch=tuple(cfg.MODEL.INPUT_SIZE),
-        seed=cfg.NEURODIFF.SEED,
-        ratio=ratio,
-        augment=AugmentOptions(**networks.augment_probabilities(cfg)),
-        label_erosion=cfg.NEURODIFF.SEGMENTER.LABEL_EROSION,
-    )
-    if instances:
-        return patches, partial(agq_loss, seed=cfg.NEURODIFF.SEED)
-    return patches, partial(affinity_loss, terms=dict(zip(cfg.MODEL.LOSS_OPTION, cfg.MODEL.LOSS_WEIGHT, strict=True)))
+    common: dict[str, Any] = {
+        "patch": tuple(cfg.MODEL.INPUT_SIZE),
+        "seed": cfg.NEURODIFF.SEED,
+        "ratio": ratio,
+        "augment": AugmentOptions(**networks.augment_probabilities(cfg)),
+        "label_erosion": cfg.NEURODIFF.SEGMENTER.LABEL_EROSION,
+    }
+    if cfg.MODEL.ARCHITECTURE == QUERIES:
+        return InstancePatches([train], synthetic, **common), partial(agq_loss, seed=cfg.NEURODIFF.SEED)
+    auxiliary = networks.auxiliary_targets(cfg)
+    terms = dict(zip(cfg.MODEL.LOSS_OPTION, cfg.MODEL.LOSS_WEIGHT, strict=True))
+    patches = AffinityPatches([train], synthetic, auxiliary=auxiliary, **common)
+    return patches, partial(affinity_loss, terms=terms, shape_weight=auxiliary.shape_weight)
 
 
 def make_predictions(run: Run) -> None:

@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..checkpoints import Checkpoint, load_weights
 from ..errors import CheckpointMismatch, UnknownName, ValueRangeError, did_you_mean
@@ -78,9 +78,24 @@ def segmenter_from_checkpoint(checkpoint: Checkpoint) -> nn.Module:
     UnknownName
         If this version does not know the architecture.
     """
-    channels = checkpoint.options.get("in_channels", 1), checkpoint.options.get("out_channels", 3)
+    auxiliary = checkpoint.extra.get("auxiliary_channels", 0)
+    channels = checkpoint.options.get("in_channels", 1), checkpoint.options.get("out_channels", 3) - auxiliary
     if channels != (1, 3):
         raise CheckpointMismatch(
             f"A segmenter maps 1 image channel to 3 affinities here. Got {channels[0]} to {channels[1]}."
         )
-    return load_weights(build_segmenter(checkpoint.architecture, **checkpoint.options), checkpoint).eval()
+    network = load_weights(build_segmenter(checkpoint.architecture, **checkpoint.options), checkpoint).eval()
+    return AffinitiesAlone(network).eval() if auxiliary else network
+
+
+class AffinitiesAlone(nn.Module):
+    """A segmenter without the outputs that it had for training only: logits (b, 3, z, y, x), the first channels."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Affinity logits (b, 3, z, y, x) of an image (b, 1, z, y, x)."""
+        logits: Tensor = self.network(image)
+        return logits[:, :3]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import nullcontext
 
 import torch
@@ -11,9 +12,8 @@ from ..errors import MissingDependency, ValueRangeError
 from .build import SEGMENTERS
 from .levels import pad_to_multiple
 
-#: The network halves its image five times; the coarsest level needs more than one voxel to normalise over.
-MULTIPLE = (32, 32, 32)
-LEAST = (32, 64, 64)
+#: The network halves its image this often.
+HALVINGS = 5
 
 
 @SEGMENTERS.register("swin_unetr")
@@ -26,36 +26,74 @@ class SwinUNETRSegmenter(nn.Module):
         1 image in, 3 affinity channels (z, y, x) out.
     feature_size : int
         Channels of the first stage, a multiple of 12: 12, 24 and 48 give 4.1, 15.7 and 62.2 million parameters.
+    z_pool : sequence of bool
+        For each of the five halvings whether z is halved too; empty: always, as published. Only the first may leave z
+        as it is, for thin stacks: with ``[False, True, True, True, True]`` z is padded to 16, not 32, sections.
     checkpointing : bool
         Recompute the transformer's activations in the backward pass: less memory, a third more time.
 
     Raises
     ------
     ValueRangeError
-        If `feature_size` is not a positive multiple of 12.
+        If `feature_size` is not a positive multiple of 12, or `z_pool` another than these.
     MissingDependency
         If MONAI is not installed.
 
     Notes
     -----
-    Every axis is padded to a multiple of 32, z of a thin stack too: a stack of 16 sections costs as much as one of 32.
+    Every axis is padded to a multiple of 32, z of a thin stack too: a stack of 16 sections costs as much as one of 32
+    unless `z_pool` says otherwise.
     """
 
     def __init__(
-        self, in_channels: int = 1, out_channels: int = 3, feature_size: int = 24, checkpointing: bool = False
+        self,
+        in_channels: int = 1,
+        out_channels: int = 3,
+        feature_size: int = 24,
+        z_pool: Sequence[bool] = (),
+        checkpointing: bool = False,
     ) -> None:
         super().__init__()
+        halve_z = list(z_pool) or [True] * HALVINGS
+        if len(halve_z) != HALVINGS or not all(halve_z[1:]):
+            raise ValueRangeError(
+                f"SwinUNETR halves z {HALVINGS} times; of z_pool's {HALVINGS} entries only the first may be false. "
+                f"Got {list(z_pool)}."
+            )
         if feature_size < 1 or feature_size % 12:
             raise ValueRangeError(f"SwinUNETR needs a feature_size that is a multiple of 12. Got {feature_size}.")
         try:
+            from monai.networks.blocks import UnetrUpBlock
             from monai.networks.nets import SwinUNETR
         except ModuleNotFoundError as error:
             raise MissingDependency(
                 "The segmenter 'swin_unetr' needs MONAI: pip install connectomics_neurodiff[segmenters]"
             ) from error
+        first = (2 if halve_z[0] else 1, 2, 2)
+        #: Sizes that need no padding are multiples of this, (z, y, x).
+        self.multiple = tuple(step * 2 ** (HALVINGS - 1) for step in first)
+        #: The coarsest level needs more than one voxel to normalise over.
+        self.least = (self.multiple[0], 2 * self.multiple[1], 2 * self.multiple[2])
         meta = torch.empty(0).device.type == "meta"
         with torch.device("cpu") if meta else nullcontext():  # MONAI reads numbers of tensors, which "meta" has not
-            self.network = SwinUNETR(in_channels, out_channels, feature_size=feature_size, use_checkpoint=checkpointing)
+            self.network = SwinUNETR(
+                in_channels,
+                out_channels,
+                patch_size=first,  # type: ignore[arg-type]
+                feature_size=feature_size,
+                use_checkpoint=checkpointing,
+            )
+            if not halve_z[0]:
+                # MONAI's last upsampling doubles every axis, whatever the patch size.
+                self.network.decoder1 = UnetrUpBlock(
+                    spatial_dims=3,
+                    in_channels=feature_size,
+                    out_channels=feature_size,
+                    kernel_size=3,
+                    upsample_kernel_size=first,
+                    norm_name="instance",
+                    res_block=True,
+                )
 
     def forward(self, image: Tensor) -> Tensor:
         """Affinity logits.
@@ -71,5 +109,5 @@ class SwinUNETRSegmenter(nn.Module):
             (b, out_channels, z, y, x) logits.
         """
         z, y, x = image.shape[2:]
-        logits: Tensor = self.network(pad_to_multiple(image, MULTIPLE, LEAST))
+        logits: Tensor = self.network(pad_to_multiple(image, self.multiple, self.least))
         return logits[:, :, :z, :y, :x]

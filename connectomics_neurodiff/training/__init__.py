@@ -2,6 +2,7 @@
 
 from .agq import AGQLossWeights, InstancePatches, agq_loss
 from .augmentation import AugmentOptions
+from .auxiliary import AuxiliaryTargets
 from .losses import affinity_loss, weighted_bce
 from .patches import AffinityPatches
 
@@ -9,6 +10,7 @@ __all__ = [
     "AGQLossWeights",
     "AffinityPatches",
     "AugmentOptions",
+    "AuxiliaryTargets",
     "InstancePatches",
     "affinity_loss",
     "agq_loss",

@@ -22,7 +22,7 @@ def weighted_bce(logits: Tensor, affinity: Tensor, weight: Tensor) -> Tensor:
     Parameters
     ----------
     logits : torch.Tensor
-        (b, 3, z, y, x), any real numbers; computed in float32 whatever the precision of the network.
+        (b, c, z, y, x), any real numbers; computed in float32 whatever the precision of the network.
     affinity : torch.Tensor
         Targets in [0, 1], same shape.
     weight : torch.Tensor
@@ -62,19 +62,44 @@ def dice_loss(logits: Tensor, affinity: Tensor, weight: Tensor) -> Tensor:
 LOSS_TERMS = {"WeightedBCEWithLogitsLoss": weighted_bce, "DiceLoss": dice_loss}
 
 
+def shape_loss(logits: Tensor, shape: Tensor, weight: Tensor) -> Tensor:
+    """Squared error of local shape descriptors inside neurons (Sheridan et al. 2023); mean over voxels and channels.
+
+    Parameters
+    ----------
+    logits, shape : torch.Tensor
+        (b, 10, z, y, x); descriptors are the sigmoids of the logits.
+    weight : torch.Tensor
+        (b, 1, z, y, x) >= 0.
+
+    Returns
+    -------
+    torch.Tensor
+        Scalar in [0, 1]; 0 where nothing is labelled.
+    """
+    error = (torch.sigmoid(logits.float()) - shape).square().mean(1, keepdim=True)
+    return (error * weight).sum() / weight.sum().clamp_min(_LEAST_WEIGHT)
+
+
 def affinity_loss(
-    network: nn.Module, batch: dict[str, Tensor], *, terms: Mapping[str, float] = DEFAULT_TERMS
+    network: nn.Module,
+    batch: dict[str, Tensor],
+    *,
+    terms: Mapping[str, float] = DEFAULT_TERMS,
+    shape_weight: float = 1.0,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Loss of a segmenter on a batch of :class:`AffinityPatches`, in the form that ``engine.fit`` takes.
 
     Parameters
     ----------
     network : torch.nn.Module
-        Image (b, 1, z, y, x) -> logits (b, 3, z, y, x).
+        Image (b, 1, z, y, x) -> logits (b, c, z, y, x): the channels of affinity, then those of shape if there are any.
     batch : dict
-        image, affinity and weight, each with a leading batch axis.
+        image, affinity and weight, with shape descriptors shape and shape_weight, each with a leading batch axis.
     terms : mapping of str to float
         Weight of each of `LOSS_TERMS` that takes part.
+    shape_weight : float
+        Weight of the loss of the shape descriptors.
 
     Returns
     -------
@@ -83,10 +108,14 @@ def affinity_loss(
     logs : dict
         The terms by name; ``"accuracy"``: weighted share of edges on the right side of 0.5.
     """
-    logits = network(batch["image"])
     affinity, weight = batch["affinity"], batch["weight"]
+    output = network(batch["image"])
+    logits = output[:, : affinity.shape[1]]
     logs = {name: LOSS_TERMS[name](logits, affinity, weight) for name in terms}
     loss = torch.stack([terms[name] * value for name, value in logs.items()]).sum()
+    if "shape" in batch:
+        logs["shape"] = shape_loss(output[:, affinity.shape[1] :], batch["shape"], batch["shape_weight"])
+        loss = loss + shape_weight * logs["shape"]
     with torch.no_grad():
         right = ((logits > 0) == (affinity > 0.5)).float()
         accuracy = (right * weight).sum() / weight.sum().clamp_min(_LEAST_WEIGHT)

@@ -14,10 +14,12 @@ from ..pairs import is_synthetic
 from ..seeding import rng_for
 from ..volume import Volume
 from .augmentation import AugmentOptions, augment
+from .auxiliary import AuxiliaryTargets, long_range_affinities, shape_descriptors
 from .pose import apply_pose, draw_pose, source_box
 
 #: Suits serial sections.
 DEFAULT_AUGMENTATION = AugmentOptions()
+NO_AUXILIARY_TARGETS = AuxiliaryTargets()
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,8 @@ class AffinityPatches:
         thinner than three voxels vanish from the target.
     largest_weight : float
         Bound on the class balancing weight; at least 1.
+    auxiliary : AuxiliaryTargets
+        What is learnt beside the affinities of direct neighbours; nothing by default.
 
     Raises
     ------
@@ -77,6 +81,7 @@ class AffinityPatches:
         augment: AugmentOptions = DEFAULT_AUGMENTATION,
         label_erosion: int = 0,
         largest_weight: float = 10.0,
+        auxiliary: AuxiliaryTargets = NO_AUXILIARY_TARGETS,
     ) -> None:
         if len(patch) != 3 or min(patch) < 1:
             raise ValueRangeError(f"A patch has three sizes >= 1, (z, y, x). Got {tuple(patch)}.")
@@ -94,6 +99,8 @@ class AffinityPatches:
         self.ratio = ratio
         self.augment = augment
         self.largest_weight = largest_weight
+        self.auxiliary = auxiliary
+        self.voxel_nm = real[0].voxel_nm
         self._real = [_prepare(volume, label_erosion) for volume in real]
         self._synthetic = [_prepare(volume, label_erosion) for volume in synthetic] if ratio > 0 else []
 
@@ -103,16 +110,31 @@ class AffinityPatches:
         Returns
         -------
         dict
-            image (1, z, y, x) in [0, 1]; affinity (3, z, y, x), 0 or 1; weight (3, z, y, x) >= 0; all float32.
+            image (1, z, y, x) in [0, 1]; affinity (3, z, y, x), 0 or 1; weight (3, z, y, x) >= 0; all float32. With
+            long-range affinities as further channels of affinity and weight. With shape descriptors also shape
+            (10, z, y, x) in [0, 1] and shape_weight (1, z, y, x), 1 inside neurons, else 0.
         """
         rng = rng_for(self.seed, "affinity patch", index)
         volumes = self._synthetic if is_synthetic(index, self.ratio) else self._real
         image, label, known = self._draw(volumes, rng)
         image, label, known = augment(image, label, known, rng, self.augment)
         # The plane in front of each axis was only there to know the first edges.
-        affinity = affinities_from_labels(label)[:, 1:, 1:, 1:].astype(np.float32)
-        weight = balanced_weights(affinity, known_edges(known)[:, 1:, 1:, 1:], self.largest_weight)
-        return {"image": np.array(image[None, 1:, 1:, 1:], order="C"), "affinity": affinity, "weight": weight}
+        inner = (slice(None), slice(1, None), slice(1, None), slice(1, None))
+        affinity, usable = affinities_from_labels(label), known_edges(known)
+        if self.auxiliary.long_range:
+            far = long_range_affinities(label, known, self.auxiliary.long_range)
+            affinity, usable = np.concatenate([affinity, far[0]]), np.concatenate([usable, far[1]])
+        affinity = affinity[inner].astype(np.float32)
+        sample = {
+            "image": np.array(image[None][inner], order="C"),
+            "affinity": affinity,
+            "weight": balanced_weights(affinity, usable[inner], self.largest_weight),
+        }
+        if self.auxiliary.shape_sigma_nm:
+            shape = shape_descriptors(label, self.voxel_nm, self.auxiliary.shape_sigma_nm)
+            sample["shape"] = np.array(shape[inner], order="C")
+            sample["shape_weight"] = np.array(((label > 0) & known)[None][inner], dtype=np.float32, order="C")
+        return sample
 
     def _draw(
         self, volumes: Sequence[_Annotated], rng: np.random.Generator
@@ -173,16 +195,16 @@ def balanced_weights(affinity: np.ndarray, known: np.ndarray, largest: float) ->
     Parameters
     ----------
     affinity : numpy.ndarray
-        (3, z, y, x), 0 or 1.
+        (c, z, y, x), 0 or 1.
     known : numpy.ndarray
-        (3, z, y, x) bool; elsewhere the weight is 0.
+        (c, z, y, x) bool; elsewhere the weight is 0.
     largest : float
         Bound on a weight.
 
     Returns
     -------
     numpy.ndarray
-        (3, z, y, x) float32: 0.5 / share of the voxel's class among the known voxels of its channel, at most `largest`.
+        (c, z, y, x) float32: 0.5 / share of the voxel's class among the known voxels of its channel, at most `largest`.
     """
     weight = np.zeros(affinity.shape, dtype=np.float32)
     for channel in range(len(affinity)):

@@ -36,13 +36,19 @@ def check_project(cfg: CfgNode, *, inference: bool, checkpoint: str) -> None:
     MissingInput
         If a file that is named is not there, or prediction is asked for without a checkpoint.
     ConfigError, UnknownName
-        If a value cannot work, or PyTC refuses the network.
+        If a value cannot work or would be ignored, or PyTC refuses the network.
     """
     for name in ("ITERATION_TOTAL", "ITERATION_SAVE", "SAMPLES_PER_BATCH"):
         if cfg.SOLVER[name] < 1:
             raise ConfigError(f"SOLVER.{name} must be >= 1. Got {cfg.SOLVER[name]}.")
     if inference and cfg.SYSTEM.NUM_GPUS < 1:
         raise ConfigError("PyTC's inference needs SYSTEM.NUM_GPUS >= 1 (its batch size), on a CPU too. Got 0.")
+    for key in ("LONG_RANGE", "SHAPE_SIGMA_NM"):
+        if cfg.NEURODIFF.SEGMENTER[key]:
+            raise ConfigError(
+                f"NEURODIFF.SEGMENTER.{key} belongs to recipes; a project of PyTC's says in MODEL.TARGET_OPT what is "
+                f"learnt. Got {cfg.NEURODIFF.SEGMENTER[key]}."
+            )
     _require_files(cfg, inference=inference, checkpoint=checkpoint)
     _require_network(cfg)
 

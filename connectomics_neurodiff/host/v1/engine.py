@@ -246,7 +246,7 @@ class _FitTrainer(NeuroDiffTrainer):
             raise RuntimeError(f"A batch of {sorted(batch)} has nothing to show.")
         weight = torch.ones_like(target[:, -1:])
         # A loss that asks the network for more than its output, as that of agq, leaves no output to show.
-        shown = torch.zeros_like(target) if self.output is None else self.output
+        shown = torch.zeros_like(target) if self.output is None else self.output[:, : target.shape[1]]
         return shown[:, -1:].float(), image, [target[:, -1:]], [[weight]]
 
     def backward_pass(self, loss: Tensor) -> None:
