@@ -1,0 +1,97 @@
+"""AGQ against affinities with waterz: accuracy and seconds side by side; and stitched blocks against one block.
+
+    python projects/AGQ/compare.py outputs/agq-fib outputs/fib-0 [--arm mixed] [--region 48 160 160] [--json]
+
+Seconds are wall seconds from the image to the labels, on this machine, of one
+process, after a pass over one tile that does not count. The region is the middle of the test part.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from yacs.config import CfgNode
+
+from connectomics_neurodiff.agglomerate import segment, segment_image
+from connectomics_neurodiff.config import load_config
+from connectomics_neurodiff.metrics import evaluate
+from connectomics_neurodiff.pipeline import networks
+from connectomics_neurodiff.pipeline.parts import open_parts
+from connectomics_neurodiff.predict import predict_affinities
+
+
+def instances(cfg: CfgNode, network: Any, image: np.ndarray, block: Sequence[int] | None = None) -> np.ndarray:
+    """Labels of AGQ; in one block, or in those of the configuration."""
+    node = cfg.INFERENCE
+    overlap = [0, 0, 0] if block else [size - step for size, step in zip(node.INPUT_SIZE, node.STRIDE, strict=True)]
+    device, precision = networks.device_and_precision(cfg)
+    return np.asarray(
+        segment_image(
+            network, image, block=block or node.INPUT_SIZE, overlap=overlap, precision=precision, device=device
+        )
+    )
+
+
+def waterz_labels(cfg: CfgNode, network: Any, image: np.ndarray, voxel_nm: Any, threshold: float) -> np.ndarray:
+    """Labels of a network's affinities, agglomerated at the threshold tuned by its run."""
+    node = cfg.INFERENCE
+    overlap = [size - step for size, step in zip(node.INPUT_SIZE, node.STRIDE, strict=True)]
+    device, precision = networks.device_and_precision(cfg)
+    affinities = predict_affinities(
+        network, image, tile=node.INPUT_SIZE, overlap=overlap, precision=precision, device=device
+    )
+    return np.asarray(segment(np.asarray(affinities), "waterz", threshold, voxel_nm))
+
+
+def rows_of_run(folder: Path, arm: str, region: Sequence[int]) -> Iterator[dict[str, Any]]:
+    """One row per way from the image to labels: scores, and seconds."""
+    cfg = load_config(folder / "config.yaml")
+    test = open_parts(cfg)["test"].load()
+    image, truth = test.array("image"), test.array("label")
+    name = cfg.MODEL.ARCHITECTURE
+    network = networks.load_segmenter(str(folder / "segmenter" / arm / "checkpoint.pt"))
+    threshold = json.loads((folder / "metrics.json").read_text())["provenance"]["thresholds"][arm]["waterz"]
+    first = image[tuple(slice(0, size) for size in cfg.INFERENCE.INPUT_SIZE)]
+    waterz_labels(cfg, network, first, test.voxel_nm, threshold)  # makes oneDNN's kernels
+
+    def row(title: str, work: Callable[[], np.ndarray], against: np.ndarray) -> dict[str, Any]:
+        start = time.perf_counter()
+        labels = work()
+        seconds = time.perf_counter() - start
+        return {"method": f"{name}, {title}", "seconds": seconds, **evaluate(labels, against).as_dict()}
+
+    yield row("waterz", lambda: waterz_labels(cfg, network, image, test.voxel_nm, threshold), truth)
+    if name == "agq":
+        yield row("stitched blocks", lambda: instances(cfg, network, image), truth)
+        middle = tuple(slice((n - size) // 2, (n + size) // 2) for n, size in zip(image.shape, region, strict=True))
+        part = np.ascontiguousarray(image[middle])
+        yield row("stitched blocks, region", lambda: instances(cfg, network, part), truth[middle])
+        yield row("one block, region", lambda: instances(cfg, network, part, region), truth[middle])
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="+", type=Path, help="folders of finished runs with the same test part")
+    parser.add_argument("--arm", choices=("real", "mixed"), default="mixed")
+    parser.add_argument("--region", nargs=3, type=int, default=[48, 160, 160], metavar=("Z", "Y", "X"))
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    options = parser.parse_args()
+    rows = [row for run in options.runs for row in rows_of_run(run, options.arm, options.region)]
+    if options.json:
+        print(json.dumps(rows, indent=2))
+        return
+    print("| method | seconds | VOI split | VOI merge | VOI | ARAND |\n| --- | --- | --- | --- | --- | --- |")
+    for row in rows:
+        scores = " | ".join(f"{row[key]:.4f}" for key in ("voi_split", "voi_merge", "voi", "arand"))
+        print(f"| {row['method']} | {row['seconds']:.1f} | {scores} |")
+
+
+if __name__ == "__main__":
+    main()
