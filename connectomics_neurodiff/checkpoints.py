@@ -54,8 +54,10 @@ class Checkpoint:
             raise CheckpointMismatch(
                 f"The checkpoint of '{self.architecture}' does not say what patch it was trained on: give --tile Z Y X."
             )
-        z, y, x = (int(n) for n in self.extra["patch"])
-        return z, y, x
+        patch = self.extra["patch"]
+        if not (isinstance(patch, list | tuple) and len(patch) == 3 and all(isinstance(n, int) for n in patch)):
+            raise CheckpointMismatch(f"A checkpoint's patch is three whole numbers, (z, y, x). Got {patch!r}.")
+        return patch[0], patch[1], patch[2]
 
 
 def save_checkpoint(
@@ -112,6 +114,8 @@ def load_checkpoint(path: str | os.PathLike[str], *, kind: str) -> Checkpoint:
     lacking = [name for name in Checkpoint.__dataclass_fields__ if not isinstance(content, dict) or name not in content]
     if lacking or content.get("format") != FORMAT:
         raise CheckpointMismatch(f"{path} is not a checkpoint of this package (expected format '{FORMAT}').")
+    if not (isinstance(content["options"], dict) and isinstance(content["extra"], dict)):
+        raise CheckpointMismatch(f"{path} is damaged: its options and extra must be mappings.")
     if content["kind"] != kind:
         raise CheckpointMismatch(
             f"{path} holds a {content['kind']} ({content['architecture']}); a {kind} is needed here."

@@ -16,11 +16,15 @@ if TYPE_CHECKING:
     from .volume import ArrayLike, Volume
 
 
-def _require_free(path: str, *, force: bool) -> None:
-    """Refuse, before any work, an output that is there already or cannot be written."""
+def _require_free(path: str, *inputs: str, force: bool) -> None:
+    """Refuse, before any work, an output that is there already, cannot be written, or is one of the inputs."""
     from .volume import require_hdf5_name
 
     require_hdf5_name(path)
+    for source in inputs:
+        file = source.split("::")[0]
+        if Path(path).exists() and Path(file).exists() and Path(path).samefile(file):
+            raise OutputExists(f"{path} is an input of this command and would be lost, --force or not. Name another.")
     if Path(path).exists() and not force:
         raise OutputExists(f"{path} exists; nothing was overwritten. Name another output, or use --force.")
     require_writable(path)
@@ -213,7 +217,7 @@ def remodel(options: argparse.Namespace) -> None:
     first = Path(options.output)
     outputs = [first] + [first.with_name(f"{first.stem}_{i:03d}{first.suffix}") for i in range(1, options.copies)]
     for output in outputs:
-        _require_free(str(output), force=options.force)
+        _require_free(str(output), options.volume, force=options.force)
     volume = open_volume(options.volume, voxel_nm=_voxel_size(options))
     check_training_volume(volume, needs=("label",))
     volume = volume.load()
@@ -246,7 +250,7 @@ def sample(options: argparse.Namespace) -> None:
     from .synthesis import denoiser_from_checkpoint, synthesise
     from .volume import open_array, open_volume
 
-    _require_free(options.output, force=options.force)
+    _require_free(options.output, options.masks, options.checkpoint, force=options.force)
     checkpoint = load_checkpoint(options.checkpoint, kind="denoiser")
     volume = open_volume(options.masks, voxel_nm=_voxel_size(options)).load()
     label, mito = volume.array("label"), volume.mito_array
@@ -285,7 +289,7 @@ def predict(options: argparse.Namespace) -> None:
     from .predict import predict_affinities
     from .volume import write_volume
 
-    _require_free(options.output, force=options.force)
+    _require_free(options.output, options.volume, options.checkpoint, force=options.force)
     checkpoint = load_checkpoint(options.checkpoint, kind="segmenter")
     volume, image = _image_of(options.volume, options)
     tile = tuple(options.tile or checkpoint.patch)
@@ -310,7 +314,7 @@ def segment(options: argparse.Namespace) -> None:
     from .agglomerate import segment as segment_affinities
     from .volume import open_array, read_voxel_size, write_volume
 
-    _require_free(options.output, force=options.force)
+    _require_free(options.output, options.affinities, *filter(None, [options.checkpoint]), force=options.force)
     if options.method == "agq":
         _segment_image(options)
         return

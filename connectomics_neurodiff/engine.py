@@ -126,9 +126,9 @@ def resolve_precision(precision: str, device: str | torch.device) -> torch.dtype
 
 def resolve_device(gpus: int) -> torch.device:
     """First GPU if `gpus` is not 0 and there is one (-1: all there are), else the CPU."""
-    if gpus > torch.cuda.device_count():
+    if not -1 <= gpus <= torch.cuda.device_count():
         raise ValueRangeError(
-            f"SYSTEM.NUM_GPUS may be at most {torch.cuda.device_count()} here (0: CPU, -1: all). Got {gpus}."
+            f"The number of GPUs may be at most {torch.cuda.device_count()} here (0: CPU, -1: all). Got {gpus}."
         )
     return torch.device("cuda" if gpus != 0 and torch.cuda.is_available() else "cpu")
 

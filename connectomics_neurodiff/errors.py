@@ -82,5 +82,6 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     >>> did_you_mean("superhumn", ["agq", "superhuman"])
     " Did you mean 'superhuman'?"
     """
-    matches = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
-    return f" Did you mean '{matches[0]}'?" if matches else ""
+    by_lower = {candidate.lower(): candidate for candidate in known}
+    matches = difflib.get_close_matches(name.lower(), list(by_lower), n=1, cutoff=0.5)
+    return f" Did you mean '{by_lower[matches[0]]}'?" if matches else ""

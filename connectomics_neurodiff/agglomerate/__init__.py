@@ -14,11 +14,12 @@ from .hierarchical import waterz_sweep
 from .instances import segment_image
 from .multicut import multicut_sweep
 from .segment import AGGLOMERATORS, PUBLISHED_THRESHOLDS, segment, segment_sweep
-from .stitching import stitch_blocks
+from .stitching import SCRATCH_PREFIX, stitch_blocks
 
 __all__ = [
     "AGGLOMERATORS",
     "PUBLISHED_THRESHOLDS",
+    "SCRATCH_PREFIX",
     "affinities_from_interior",
     "as_affinities",
     "fragments_from_affinities",

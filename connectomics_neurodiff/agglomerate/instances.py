@@ -58,15 +58,17 @@ def segment_image(
     Raises
     ------
     ValueRangeError
-        If the network predicts affinities only, or the image is not finite or leaves [0, 1]; also as
+        If the network predicts affinities only, the image is not finite or leaves [0, 1], or the network's output is
+        not finite; also as
         :func:`.stitch_blocks`.
     ShapeMismatch
-        If the image has not three axes.
+        If the image has not three axes, none empty.
     """
     import torch
 
     from ..convolution import use_sound_convolutions
     from ..engine import resolve_precision
+    from ..predict import check_values
 
     segment: Any = getattr(network, "segment", None)
     if segment is None:
@@ -74,16 +76,18 @@ def segment_image(
             f"The segmenter {type(network).__name__} predicts affinities, not instances: agglomerate them with waterz "
             "or multicut."
         )
-    if len(image.shape) != 3:
-        raise ShapeMismatch(f"An image has three axes (z, y, x). Got shape {tuple(image.shape)}.")
+    if len(image.shape) != 3 or 0 in image.shape:
+        raise ShapeMismatch(f"An image has three axes (z, y, x), none empty. Got shape {tuple(image.shape)}.")
+    if len(block) != 3 or min(block) < 1:
+        raise ValueRangeError(f"A block has three sizes >= 1, (z, y, x). Got {tuple(block)}.")
+    for _ in check_values(image, block[0]):  # before the first block is computed
+        pass
     dtype = resolve_precision(precision, device)
     network.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
     network.to(device)
     use_sound_convolutions(network)
 
     def segment_block(part: np.ndarray) -> np.ndarray:
-        if not (np.isfinite(part).all() and part.min() >= 0 and part.max() <= 1):
-            raise ValueRangeError("Image values must be finite and lie in [0, 1]. Got others.")
         pixels = torch.from_numpy(part.astype(np.float32, copy=False))[None, None].to(device)
         with torch.autocast(torch.device(device).type, dtype=dtype, enabled=dtype != torch.float32):
             labels: np.ndarray = segment(pixels, smallest_area)[0].cpu().numpy()

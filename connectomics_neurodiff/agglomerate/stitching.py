@@ -22,6 +22,9 @@ from scipy.sparse.csgraph import connected_components
 from ..errors import LabelTypeError, MissingInput, ShapeMismatch, ValueRangeError
 from ..geometry import Box, tile_starts, tiles
 
+#: Folders of overlaps that wait for their neighbours are called this, and something random.
+SCRATCH_PREFIX = "stitching-"
+
 
 class WritableLabels(Protocol):
     """uint32 or uint64 array (z, y, x) that is read and written in parts: numpy, Zarr or HDF5."""
@@ -118,7 +121,7 @@ def stitch_blocks(
     labels = _output(out, shape)
     if scratch is not None:
         Path(scratch).mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="stitching-", dir=scratch) as folder:
+    with tempfile.TemporaryDirectory(prefix=SCRATCH_PREFIX, dir=scratch) as folder:
         stitcher = _Stitcher(labels, block, overlap, min_fraction, min_contact, Path(folder))
         for box, part in blocks:
             stitcher.add(box, part)

@@ -4,7 +4,8 @@ SYSTEM, MODEL, DATASET, SOLVER, AUGMENTOR and INFERENCE carry the names that pyt
 things; what it has no word for lives under NEURODIFF. No key defaults to None: yacs would then accept any type.
 
 Sources: [paper] Jiang et al., ISBI 2026; [published] the settings of its code; [pytc] pytorch_connectomics v1.0.0;
-[superhuman] Lee et al. 2017; [lsd] Sheridan et al. 2023; [ours] chosen here.
+[superhuman] Lee et al. 2017; [segmamba] Xing et al. 2024; [agq] Chen et al. 2025; [lsd] Sheridan et al. 2023;
+[ours] chosen here.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ def _add_system(cfg: CfgNode) -> None:
     cfg.SYSTEM = CfgNode()
     # GPUs per machine. 0: CPU only. -1: all there are, CPU if there is none. [ours]
     cfg.SYSTEM.NUM_GPUS = -1
-    # Data-loading processes per device. 0: load in the training process, best below four cores. [PyTC]
+    # Data-loading processes per device. 0: load in the training process, best below four cores. [pytc]
     cfg.SYSTEM.NUM_CPUS = 0
     # CPU threads of the numerical libraries. 0: all cores. The last bits of a result depend on it. [ours]
     cfg.SYSTEM.NUM_THREADS = 0
@@ -52,7 +53,8 @@ def _add_model(cfg: CfgNode) -> None:
     # Channels per level, finest first. Empty: as the architecture's authors published them.
     cfg.MODEL.FILTERS = []
     # Per pooling step, true: pool z as well (isotropic data); false: in-plane only. One entry fewer than FILTERS.
-    # Empty: as published; [superhuman] never pools z, [segmamba] always.
+    # Empty: as published; [superhuman] never pools z, [segmamba] and swin_unetr always, [agq] in all but the first two
+    # steps. swin_unetr has five steps, of which only the first may be false, and no FILTERS.
     cfg.MODEL.ISOTROPY = []
     # Normalisation of superhuman: "batch", "group", "instance" or "none".
     cfg.MODEL.NORM_MODE = "batch"

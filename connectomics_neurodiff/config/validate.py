@@ -40,6 +40,7 @@ def validate(cfg: CfgNode) -> None:
     _validate_numbers(cfg)
     _validate_geometry(cfg)
     _validate_names(cfg)
+    _validate_segmenter(cfg)
     _validate_sources(cfg)
 
 
@@ -82,6 +83,40 @@ def _validate_numbers(cfg: CfgNode) -> None:
     )
 
 
+def _validate_segmenter(cfg: CfgNode) -> None:
+    """Options of single segmenters, whichever is chosen."""
+    node = cfg.NEURODIFF.SEGMENTER
+    swin = cfg.MODEL.SWIN_UNETR_FEATURE_SIZE
+    _require(swin > 0 and swin % 12 == 0, "MODEL.SWIN_UNETR_FEATURE_SIZE", "a multiple of 12", swin)
+    _require(
+        node.SCAN_ORIENTATIONS in (1, 3), "NEURODIFF.SEGMENTER.SCAN_ORIENTATIONS", "1 or 3", node.SCAN_ORIENTATIONS
+    )
+    width = node.QUERY_WIDTH
+    _require(width > 0 and width % 8 == 0, "NEURODIFF.SEGMENTER.QUERY_WIDTH", "a multiple of 8", width)
+    _require_numbers(cfg, ["NEURODIFF.SEGMENTER.LEARNED_QUERIES"], 2)
+    _require_numbers(cfg, ["NEURODIFF.SEGMENTER.GUIDED_QUERIES", "NEURODIFF.SEGMENTER.SMALLEST_COMPONENT"], 0)
+    for offset in node.LONG_RANGE:
+        listed = isinstance(offset, list | tuple) and len(offset) == 3
+        fit = listed and all(
+            type(n) is int and 0 <= n < size for n, size in zip(offset, cfg.MODEL.INPUT_SIZE, strict=True)
+        )
+        _require(
+            fit and sum(offset) > 1,
+            "NEURODIFF.SEGMENTER.LONG_RANGE",
+            f"distances [z, y, x] beyond the direct neighbour and below MODEL.INPUT_SIZE {cfg.MODEL.INPUT_SIZE}",
+            node.LONG_RANGE,
+        )
+    if cfg.MODEL.ARCHITECTURE == "agq":
+        for key in ("LONG_RANGE", "SHAPE_SIGMA_NM"):
+            _require(not node[key], f"NEURODIFF.SEGMENTER.{key}", "empty or 0 for agq, which learns neurons", node[key])
+        terms = dict(zip(cfg.MODEL.LOSS_OPTION, cfg.MODEL.LOSS_WEIGHT, strict=True))
+        as_it_is = "WeightedBCEWithLogitsLoss of weight 1 for agq, which has a loss of its own"
+        _require(terms == {"WeightedBCEWithLogitsLoss": 1.0}, "MODEL.LOSS_OPTION", as_it_is, terms)
+    if cfg.MODEL.ARCHITECTURE == "swin_unetr":
+        whose = "empty for swin_unetr, whose size is MODEL.SWIN_UNETR_FEATURE_SIZE"
+        _require(not cfg.MODEL.FILTERS, "MODEL.FILTERS", whose, cfg.MODEL.FILTERS)
+
+
 def _validate_geometry(cfg: CfgNode) -> None:
     diffusion, phantom = cfg.NEURODIFF.DIFFUSION, cfg.NEURODIFF.PHANTOM
     for key, size in (
@@ -109,17 +144,6 @@ def _validate_geometry(cfg: CfgNode) -> None:
     ):
         sizes = len(voxel) == 3 and all(isinstance(v, int | float) and v > 0 for v in voxel)
         _require(sizes, key, "three numbers > 0 in nm, (z, y, x)", voxel)
-    for offset in cfg.NEURODIFF.SEGMENTER.LONG_RANGE:
-        listed = isinstance(offset, list | tuple) and len(offset) == 3
-        fit = listed and all(
-            type(n) is int and 0 <= n < size for n, size in zip(offset, cfg.MODEL.INPUT_SIZE, strict=True)
-        )
-        _require(
-            fit and sum(offset) > 1,
-            "NEURODIFF.SEGMENTER.LONG_RANGE",
-            f"distances [z, y, x] beyond the direct neighbour and below MODEL.INPUT_SIZE {cfg.MODEL.INPUT_SIZE}",
-            cfg.NEURODIFF.SEGMENTER.LONG_RANGE,
-        )
     for name in ("TRAIN", "TUNE", "TEST"):
         box = cfg.NEURODIFF.SPLIT[name].BOX
         whole = not box or (len(box) == 6 and all(isinstance(v, int) and v >= 0 for v in box))
@@ -149,11 +173,8 @@ def _validate_names(cfg: CfgNode) -> None:
     _require(cfg.MODEL.TARGET_OPT == ["2"], "MODEL.TARGET_OPT", "['2'] (affinity z, y, x)", cfg.MODEL.TARGET_OPT)
     _require(cfg.MODEL.IN_PLANES == 1, "MODEL.IN_PLANES", "1 (one grey image)", cfg.MODEL.IN_PLANES)
     _require(cfg.MODEL.OUT_PLANES == 3, "MODEL.OUT_PLANES", "3 (affinity z, y, x)", cfg.MODEL.OUT_PLANES)
-    if cfg.MODEL.ARCHITECTURE == "agq":
-        for key in ("LONG_RANGE", "SHAPE_SIGMA_NM"):
-            value = cfg.NEURODIFF.SEGMENTER[key]
-            _require(not value, f"NEURODIFF.SEGMENTER.{key}", "empty or 0 for agq, which learns neurons", value)
     _require(bool(segment.METHODS), "NEURODIFF.SEGMENT.METHODS", "a list of waterz, multicut and agq", segment.METHODS)
+    _require(len(set(segment.METHODS)) == len(segment.METHODS), "NEURODIFF.SEGMENT.METHODS", "unique", segment.METHODS)
     for method in segment.METHODS:
         _require_choice("NEURODIFF.SEGMENT.METHODS", method, ("waterz", "multicut", "agq"))
         if method == "agq":  # the segmenter's own instances, without a threshold

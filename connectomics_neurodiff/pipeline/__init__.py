@@ -99,13 +99,16 @@ def run_pipeline(
             raise ConfigError(
                 f"--checkpoint replaces the trained segmenter; it goes with --inference. Got {trained[0]}."
             )
-        arm = check_checkpoint(checkpoint)
+        arm = check_checkpoint(checkpoint, cfg.NEURODIFF.SEGMENT.METHODS)
     _use_threads(cfg.SYSTEM.NUM_THREADS)
     parts = parts_of.open_parts(cfg)
     parts_of.check_pairs(cfg, parts["train"].volume)
     from . import stages as made_by
     from .pairs_stage import make_pairs
-    from .segmentations_stage import make_segmentations
+    from .segmentations_stage import check_blocks, make_segmentations
+
+    if "segmentations" in chosen:
+        check_blocks(cfg, parts)
 
     makers: dict[str, Callable[[Run], None]] = {
         "diffusion": made_by.make_diffusion,
@@ -127,8 +130,15 @@ def run_pipeline(
         return run.metrics()
 
 
-def check_checkpoint(path: str) -> str:
+def check_checkpoint(path: str, methods: Sequence[str] = ()) -> str:
     """Build the segmenter given by --checkpoint, so that a wrong file is told before any work.
+
+    Raises
+    ------
+    ConfigError
+        If one of the `methods` takes instances from the segmenter, and this one predicts affinities alone.
+    MissingInput, CheckpointMismatch, UnknownName
+        If there is no such file, or it holds no segmenter that can be built.
 
     Returns
     -------
@@ -140,6 +150,10 @@ def check_checkpoint(path: str) -> str:
 
     found = load_checkpoint(path, kind="segmenter")
     trained_segmenter(found)
+    if "agq" in methods and found.architecture != "agq":
+        raise ConfigError(
+            f"NEURODIFF.SEGMENT.METHODS has agq, which needs a segmenter 'agq'. {path} holds '{found.architecture}'."
+        )
     return "mixed" if found.extra.get("arm") == "mixed" else "real"
 
 

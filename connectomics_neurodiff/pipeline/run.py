@@ -16,6 +16,7 @@ from typing import Any
 
 from yacs.config import CfgNode
 
+from ..agglomerate import SCRATCH_PREFIX
 from ..config import dump_config
 from ..errors import MissingInput, NotWritable, OutputExists, StaleArtifactError, UserError
 from ..provenance import Provenance, atomic_write, hash_of_file, is_reusable, sidecar_of, write_json, write_provenance
@@ -187,6 +188,8 @@ def run_folder(cfg: CfgNode) -> Iterator[Path]:
 
 def _remove_leftovers(folder: Path) -> None:
     """Remove the temporary files of writers that were killed; under the lock nobody else is writing here."""
+    for path in (folder / "segmentations").glob(f"{SCRATCH_PREFIX}*"):
+        shutil.rmtree(path)
     for path in folder.rglob(".*.part*"):
         if re.fullmatch(r"\..+\.\d+\.part(\.\w+)?", path.name):
             path.unlink()

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ..agglomerate import fragments_from_affinities, segment_image, segment_sweep
-from ..config import as_dict
+from ..errors import ConfigError
 from ..metrics import tune_threshold
 from ..provenance import Provenance, write_json
 from ..volume import open_array, write_volume
 from . import networks
+from .parts import Part
 from .run import Run
+
+if TYPE_CHECKING:
+    from yacs.config import CfgNode
 
 #: The segmenter that tells neurons apart by itself, and the method that takes its word.
 QUERIES = "agq"
@@ -39,6 +45,27 @@ def make_segmentations(run: Run) -> None:
                 pending.append((method, target, provenance))
         if pending:
             _segment_arm(run, arm, pending)
+
+
+def check_blocks(cfg: CfgNode, parts: Mapping[str, Part]) -> None:
+    """Refuse, before any training, blocks of instances that could not be joined.
+
+    Raises
+    ------
+    ConfigError
+        If the test part is cut into blocks that do not overlap.
+    """
+    node = cfg.INFERENCE
+    cut = [
+        axis
+        for axis, n, size, stride in zip("zyx", parts["test"].box.shape, node.INPUT_SIZE, node.STRIDE, strict=True)
+        if n > size == stride
+    ]
+    if QUERIES in cfg.NEURODIFF.SEGMENT.METHODS and cut:
+        raise ConfigError(
+            f"The method agq joins blocks on the voxels that they share: INFERENCE.STRIDE must be below INPUT_SIZE "
+            f"{list(node.INPUT_SIZE)} along {', '.join(cut)}, where the test part is larger. Got {list(node.STRIDE)}."
+        )
 
 
 def _segment_arm(run: Run, arm: str, pending: list[tuple[str, Path, Provenance]]) -> None:
@@ -71,7 +98,12 @@ def _segment_with_queries(run: Run, arm: str) -> None:
     node = run.cfg.INFERENCE
     device, precision = networks.device_and_precision(run.cfg)
     weights, weights_hash = run.segmenter_of(arm)
-    settings = as_dict(node) | {"METHOD": QUERIES, "PRECISION": precision}
+    settings = {
+        "METHOD": QUERIES,
+        "PRECISION": precision,
+        "INPUT_SIZE": list(node.INPUT_SIZE),
+        "STRIDE": list(node.STRIDE),
+    }
     test = run.parts["test"]
     provenance = run.provenance("segmentations", settings, segmenter=weights_hash, image=test.identity)
     target = run.folder / "segmentations" / f"{arm}_{QUERIES}.h5"
@@ -85,6 +117,7 @@ def _segment_with_queries(run: Run, arm: str) -> None:
         overlap=[size - stride for size, stride in zip(node.INPUT_SIZE, node.STRIDE, strict=True)],
         precision=precision,
         device=device,
+        scratch=target.parent,
         label=f"instances, {arm}",
     )
     write_volume(target, {"label": np.asarray(labels)}, volume.voxel_nm, {"method": QUERIES})

@@ -135,11 +135,14 @@ def _train_arm(run: Run, arm: str) -> None:
     from ..segmenters import build_segmenter
 
     cfg = run.cfg
+    options = networks.segmenter_options(cfg)
     settings = {
-        "MODEL": as_dict(cfg.MODEL),
+        "MODEL": {"ARCHITECTURE": cfg.MODEL.ARCHITECTURE, "INPUT_SIZE": list(cfg.MODEL.INPUT_SIZE), **options},
+        "LOSS": dict(zip(cfg.MODEL.LOSS_OPTION, cfg.MODEL.LOSS_WEIGHT, strict=True)),
         "SOLVER": networks.training_keys(cfg.SOLVER, ("ITERATION_SAVE",)),
         "AUGMENTOR": networks.training_keys(cfg.AUGMENTOR, ("SYNTHETIC",)),
-        "SEGMENTER": as_dict(cfg.NEURODIFF.SEGMENTER),
+        "LABEL_EROSION": cfg.NEURODIFF.SEGMENTER.LABEL_EROSION,
+        "AUXILIARY": {name: cfg.NEURODIFF.SEGMENTER[name] for name in ("LONG_RANGE", "SHAPE_SIGMA_NM", "SHAPE_WEIGHT")},
         "PRECISION": networks.device_and_precision(cfg)[1],
         "RATIO": cfg.AUGMENTOR.SYNTHETIC.RATIO if arm == "mixed" else 0.0,
         **networks.world_size(cfg),
@@ -155,7 +158,6 @@ def _train_arm(run: Run, arm: str) -> None:
     train = run.parts["train"].load()
     synthetic = [pair.load() for pair in open_pairs(paths, train)]
     patches, loss = _samples_and_loss(cfg, train, synthetic, settings["RATIO"])
-    options = networks.segmenter_options(cfg)
     network = _built_with_seed(run, "segmenter", lambda: build_segmenter(cfg.MODEL.ARCHITECTURE, **options))
     fit_settings = networks.segmenter_fit_settings(cfg)
     network = run.engine.fit(

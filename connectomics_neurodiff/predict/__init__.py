@@ -1,5 +1,5 @@
 """Room 8, predict: a trained segmenter and an image of any size give affinities."""
 
-from .affinities import predict_affinities
+from .affinities import check_values, predict_affinities
 
-__all__ = ["predict_affinities"]
+__all__ = ["check_values", "predict_affinities"]

@@ -96,9 +96,7 @@ def predict_affinities(
     """
     shape = _check_request(image, tile, overlap, batch, out)
     affinities: WritableAffinities = np.empty((3, *shape), dtype=np.float32) if out is None else out
-    for start in range(0, shape[0], tile[0]):
-        slab = slice(start, min(start + tile[0], shape[0]))
-        _check_values(np.asarray(image[slab]), slab)
+    for slab in check_values(image, tile[0]):
         affinities[:, slab] = np.zeros((3, slab.stop - slab.start, *shape[1:]), dtype=np.float32)
     weights = [_axis_weights(n, t, o) for n, t, o in zip(shape, tile, overlap, strict=True)]
     dtype = resolve_precision(precision, device)
@@ -143,14 +141,24 @@ def _check_request(
     return z, y, x
 
 
-def _check_values(sections: np.ndarray, where: slice) -> None:
-    """Refuse sections that are not an image in [0, 1]."""
-    lowest, highest = sections.min(), sections.max()
-    if not (lowest >= 0 and highest <= 1):  # written so that NaN is refused too
-        raise ValueRangeError(
-            f"An image must be finite and in [0, 1]. Got {lowest:.3g} to {highest:.3g} in sections {where.start} to "
-            f"{where.stop - 1}."
-        )
+def check_values(image: ImageLike, sections: int) -> Iterator[slice]:
+    """Read an image some sections at a time, and yield which, once they are known to be in [0, 1].
+
+    Raises
+    ------
+    ValueRangeError
+        If a value is not finite or leaves [0, 1].
+    """
+    for start in range(0, image.shape[0], sections):
+        slab = slice(start, min(start + sections, image.shape[0]))
+        part = np.asarray(image[slab])
+        lowest, highest = part.min(), part.max()
+        if not (lowest >= 0 and highest <= 1):  # written so that NaN is refused too
+            raise ValueRangeError(
+                f"An image must be finite and in [0, 1]. Got {lowest:.3g} to {highest:.3g} in sections {slab.start} to "
+                f"{slab.stop - 1}."
+            )
+        yield slab
 
 
 def _batches(boxes: Any, size: int) -> Iterator[list[Box]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
+from numbers import Integral
 from typing import Any
 
 from torch import Tensor, nn
@@ -41,19 +42,48 @@ def build_segmenter(name: str, in_channels: int = 1, out_channels: int = 3, **op
     UnknownName
         If the segmenter or an option does not exist; the message suggests the nearest name.
     ValueRangeError
-        If a channel count or an option's value is not allowed.
+        If a channel count or an option's type or value is not allowed.
     """
     entry = SEGMENTERS.get(name)
-    known = [key for key in inspect.signature(entry).parameters if key not in ("in_channels", "out_channels")]
+    parameters = inspect.signature(entry).parameters
+    known = [key for key in parameters if key not in ("in_channels", "out_channels")]
     for key in options:
         if key not in known:
             raise UnknownName(
                 f"Segmenter '{name}' has no option '{key}'.{did_you_mean(key, known)} Known: {', '.join(known)}."
             )
-    for title, count in (("in_channels", in_channels), ("out_channels", out_channels)):
-        if count < 1:
-            raise ValueRangeError(f"{title} must be at least 1. Got {count}.")
-    return entry(in_channels=in_channels, out_channels=out_channels, **options)
+    options = {"in_channels": in_channels, "out_channels": out_channels, **options}
+    for key, value in options.items():
+        what, fits = _TYPES.get(str(parameters[key].annotation), _ANYTHING)
+        if not fits(value):
+            raise ValueRangeError(f"Segmenter '{name}' takes {what} for '{key}'. Got {value!r}.")
+    for key in ("in_channels", "out_channels"):
+        if options[key] < 1:
+            raise ValueRangeError(f"{key} must be at least 1. Got {options[key]}.")
+    return entry(**options)
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def _is_list(value: Any, fits: Callable[[Any], bool]) -> bool:
+    return isinstance(value, list | tuple) and all(map(fits, value))
+
+
+def _is_truth(value: Any) -> bool:
+    return isinstance(value, bool)
+
+
+#: What an option's annotation says in words, and whether a value is that.
+_TYPES: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "int": ("a whole number", _is_whole),
+    "bool": ("true or false", _is_truth),
+    "str": ("a word", lambda value: isinstance(value, str)),
+    "Sequence[int]": ("a list of whole numbers", lambda value: _is_list(value, _is_whole)),
+    "Sequence[bool]": ("a list of true and false", lambda value: _is_list(value, _is_truth)),
+}
+_ANYTHING: tuple[str, Callable[[Any], bool]] = ("anything", lambda value: True)
 
 
 def options_of(name: str, given: Mapping[str, Any]) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor
 from torch.nn import functional
 
-from ..errors import ValueRangeError
+from ..errors import ShapeMismatch, ValueRangeError
 
 Size = tuple[int, int, int]
 _NUMBERS = {2: "two", 3: "three"}
@@ -41,6 +41,20 @@ def level_factors(network: str, filters: Sequence[int], z_pool: Sequence[bool], 
             f"{network} needs one z_pool per {step}, {len(filters) - 1} for {len(filters)} filters. Got {len(z_pool)}."
         )
     return [(2 if halve else 1, 2, 2) for halve in z_pool]
+
+
+def check_image(image: Tensor, channels: int) -> None:
+    """Refuse what is no batch of images.
+
+    Raises
+    ------
+    ShapeMismatch
+        Unless it has the axes (b, `channels`, z, y, x), none empty.
+    """
+    if image.ndim != 5 or image.shape[1] != channels or 0 in image.shape:
+        raise ShapeMismatch(
+            f"A segmenter takes images (b, {channels}, z, y, x), no axis empty. Got shape {tuple(image.shape)}."
+        )
 
 
 def pad_to_multiple(image: Tensor, multiple: Sequence[int], least: Sequence[int] = (1, 1, 1)) -> Tensor:

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from ..errors import MissingDependency, ValueRangeError
 from ..synthesis.nets.mamba import StateSpaceDirection
 from .build import SEGMENTERS
-from .levels import level_factors, pad_to_multiple
+from .levels import check_image, level_factors, pad_to_multiple
 
 #: Feature maps per level, finest first; the encoder's four stages have the first four.
 PUBLISHED_FILTERS = (48, 96, 192, 384, 768)
@@ -186,6 +186,7 @@ class SegMamba(nn.Module):
         self.multiple = tuple(math.prod(axis) for axis in zip(*factors, strict=True))
         #: The coarsest level needs more than one voxel to normalise over.
         self.least = (self.multiple[0], 2 * self.multiple[1], 2 * self.multiple[2])
+        self.in_channels = in_channels
         self.checkpointing = checkpointing
         self.stages = nn.ModuleList()
         for level, channels in enumerate(widths[:-1]):
@@ -201,7 +202,7 @@ class SegMamba(nn.Module):
             from monai.networks.blocks.unetr_block import UnetrBasicBlock, UnetrUpBlock
         except ModuleNotFoundError as error:
             raise MissingDependency(
-                "The segmenter 'seg_mamba' needs MONAI: pip install connectomics_neurodiff[segmenters]"
+                "The segmenter 'seg_mamba' needs MONAI: pip install -c constraints.txt '.[segmenters]'"
             ) from error
         shared: dict[str, Any] = {"spatial_dims": 3, "kernel_size": 3, "norm_name": "instance", "res_block": True}
         sources = [in_channels, *widths[:-1]]
@@ -231,6 +232,7 @@ class SegMamba(nn.Module):
         torch.Tensor
             (b, out_channels, z, y, x) logits.
         """
+        check_image(image, self.in_channels)
         z, y, x = image.shape[2:]
         image = pad_to_multiple(image, self.multiple, self.least)
         features, levels = image, [self.skips[0](image)]

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..errors import UnknownName, did_you_mean
 from .build import SEGMENTERS
-from .levels import level_factors, pad_to_multiple
+from .levels import check_image, level_factors, pad_to_multiple
 
 #: Feature maps per level of Lee et al., finest first.
 PAPER_FILTERS = (28, 36, 48, 64, 80)
@@ -164,6 +164,7 @@ class Superhuman(nn.Module):
         factors = level_factors("Superhuman", filters, halve_z, least=2, step="pooling")
         #: Sizes that need no padding are multiples of this, (z, y, x).
         self.multiple = tuple(math.prod(axis) for axis in zip(*factors, strict=True))
+        self.in_channels = in_channels
         first = filters[0]
         self.embed = nn.Sequential(nn.Conv3d(in_channels, first, (1, 5, 5), padding=(0, 2, 2)), nn.ELU(inplace=True))
         self.down = nn.ModuleList(
@@ -193,6 +194,7 @@ class Superhuman(nn.Module):
         torch.Tensor
             (b, out_channels, z, y, x) logits.
         """
+        check_image(image, self.in_channels)
         z, y, x = image.shape[2:]
         # The coarsest level needs more than one voxel, or there is nothing to normalise over.
         least = (self.multiple[0], 2 * self.multiple[1], 2 * self.multiple[2])

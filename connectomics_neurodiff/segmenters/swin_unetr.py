@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..errors import MissingDependency, ValueRangeError
 from .build import SEGMENTERS
-from .levels import pad_to_multiple
+from .levels import check_image, pad_to_multiple
 
 #: The network halves its image this often.
 HALVINGS = 5
@@ -67,8 +67,9 @@ class SwinUNETRSegmenter(nn.Module):
             from monai.networks.nets import SwinUNETR
         except ModuleNotFoundError as error:
             raise MissingDependency(
-                "The segmenter 'swin_unetr' needs MONAI: pip install connectomics_neurodiff[segmenters]"
+                "The segmenter 'swin_unetr' needs MONAI: pip install -c constraints.txt '.[segmenters]'"
             ) from error
+        self.in_channels = in_channels
         first = (2 if halve_z[0] else 1, 2, 2)
         #: Sizes that need no padding are multiples of this, (z, y, x).
         self.multiple = tuple(step * 2 ** (HALVINGS - 1) for step in first)
@@ -108,6 +109,7 @@ class SwinUNETRSegmenter(nn.Module):
         torch.Tensor
             (b, out_channels, z, y, x) logits.
         """
+        check_image(image, self.in_channels)
         z, y, x = image.shape[2:]
         logits: Tensor = self.network(pad_to_multiple(image, self.multiple, self.least))
         return logits[:, :, :z, :y, :x]

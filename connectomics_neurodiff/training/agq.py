@@ -73,7 +73,8 @@ def instance_labels(label: np.ndarray, *, erosion: int = 1, in_plane: bool = Tru
     """
     import cc3d
 
-    eroded = erode_contacts(label, erosion, in_plane=in_plane)
+    # cc3d 4.1 misreads views.
+    eroded = np.ascontiguousarray(erode_contacts(label, erosion, in_plane=in_plane))
     return cc3d.connected_components(eroded, connectivity=26).astype(np.int64)
 
 

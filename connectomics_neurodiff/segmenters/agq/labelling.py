@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ...errors import ValueRangeError
 from .backbone import Size, resize
 
 #: Channels that are enlarged at a time; bounds the memory at full resolution.
@@ -34,7 +35,14 @@ def labels_from_masks(masks: Tensor, background: Tensor, stride: Size, size: Siz
     -------
     torch.Tensor
         `size`, int64: 0 for background, 1..n for the queries that were kept, in their order.
+
+    Raises
+    ------
+    ValueRangeError
+        If a logit is not finite.
     """
+    if not (torch.isfinite(masks).all() and torch.isfinite(background).all()):
+        raise ValueRangeError("The network's output must be finite. Got NaN or infinity: its training has diverged.")
     probabilities = torch.cat([background, masks]).float().softmax(dim=0)
     large = probabilities.flatten(1).sum(dim=1) >= smallest_area
     large[0] = True

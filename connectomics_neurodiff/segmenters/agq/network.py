@@ -18,7 +18,7 @@ from torch.nn import functional
 
 from ...errors import ShapeMismatch, ValueRangeError
 from ..build import SEGMENTERS
-from ..levels import Size, level_factors
+from ..levels import Size, check_image, level_factors
 from .backbone import IN_PLANE, ISOTROPIC, Backbone, Fusion, conv, conv_norm_elu, with_coordinates
 from .decoder import QueryDecoder
 from .labelling import enlarge, labels_from_masks
@@ -149,6 +149,7 @@ class AGQ(nn.Module):
         )
         if width % heads:
             raise ValueRangeError(f"AGQ needs a number of heads that divides its width of {width}. Got {heads}.")
+        self.in_channels = in_channels
         #: Spacing of the working grid in voxels, (z, y, x).
         self.stride = strides[0]
         self.reach = tuple(math.prod(axis) for axis in zip(*strides, strict=True))
@@ -250,6 +251,7 @@ class AGQ(nn.Module):
 
     def _features(self, image: Tensor) -> Tensor:
         """Fused features and coordinates (b, width + 3, z', y', x') on the working grid."""
+        check_image(image, self.in_channels)
         fused = self.fusion(self.backbone(self._pad(2 * image - 1)))
         z, y, x = (-(-(n - 1) // step) + 1 for n, step in zip(image.shape[2:], self.stride, strict=True))
         # At least two in the plane, or there is nothing to normalise over.

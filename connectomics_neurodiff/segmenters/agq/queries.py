@@ -34,7 +34,7 @@ def affinity_components(
     """
     import cc3d
 
-    mask = affinity.mean(axis=0) > affinity.mean()
+    mask = np.ascontiguousarray(affinity.mean(axis=0) > affinity.mean())  # cc3d 4.1 misreads views
     parts = cc3d.connected_components(mask, connectivity=26)
     voxels = np.bincount(parts.ravel())
     voxels[0] = 0
