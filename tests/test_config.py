@@ -113,9 +113,12 @@ def test_a_missing_file_is_missing_input() -> None:
         load_config("nowhere.yaml")
 
 
-@pytest.mark.parametrize("recipe", sorted(p.name for p in (REPOSITORY / "configs").glob("*.yaml")))
-def test_every_recipe_loads_and_survives_a_dump(recipe: str, tmp_path: Path) -> None:
-    cfg = load_config(REPOSITORY / "configs" / recipe)
+RECIPES = [path for folder in ("configs", "projects") for path in sorted((REPOSITORY / folder).rglob("*.yaml"))]
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_loads_and_survives_a_dump(recipe: Path, tmp_path: Path) -> None:
+    cfg = load_config(recipe)
     (tmp_path / "dump.yaml").write_text(dump_config(cfg))
     assert load_config(tmp_path / "dump.yaml") == cfg
     assert cfg.AUGMENTOR.SYNTHETIC.ENABLED

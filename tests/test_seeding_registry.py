@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 
-from connectomics_neurodiff.errors import UnknownName
+from connectomics_neurodiff.errors import UnknownName, did_you_mean
 from connectomics_neurodiff.registry import Registry
 from connectomics_neurodiff.seeding import rng_for
 
@@ -30,6 +30,11 @@ def test_a_stream_is_the_same_in_another_process() -> None:
 
 def test_numpy_integers_are_integers() -> None:
     assert rng_for(0, np.int64(3)).integers(2**40) == rng_for(0, 3).integers(2**40)
+
+
+def test_the_nearest_name_is_found_whatever_its_case() -> None:
+    assert did_you_mean("SwinUNETR", ["agq", "swin_unetr"]) == " Did you mean 'swin_unetr'?"
+    assert did_you_mean("flip", ["FLIP"]) == " Did you mean 'FLIP'?"
 
 
 def test_a_registry_refuses_duplicates_and_suggests_names() -> None:

@@ -17,8 +17,9 @@ from connectomics_neurodiff.config import load_config
 from connectomics_neurodiff.errors import ConfigError, ShapeMismatch, ValueRangeError
 from connectomics_neurodiff.metrics import evaluate
 from connectomics_neurodiff.pipeline import run_pipeline
+from connectomics_neurodiff.pipeline.run import run_folder
 from connectomics_neurodiff.segmenters import build_segmenter
-from connectomics_neurodiff.volume import grow_phantom, write_volume
+from connectomics_neurodiff.volume import grow_phantom, open_volume, write_volume
 
 SMALL = {
     "MODEL__ARCHITECTURE": "agq", "MODEL__FILTERS": "[4, 6]", "MODEL__ISOTROPY": "[False]",
@@ -65,6 +66,51 @@ def test_what_cannot_be_segmented_is_told() -> None:
         segment_image(Oracle(), image[None], **blocks)
 
 
+def test_a_network_that_has_diverged_gives_no_empty_segmentation() -> None:
+    network = build_segmenter("agq", filters=[4, 6], z_pool=[False], width=8, learned_queries=4, guided_queries=4)
+    nn.init.constant_(next(network.backbone.parameters()), torch.nan)
+    with pytest.raises(ValueRangeError, match="diverged"):
+        segment_image(network, np.full((4, 16, 18), 0.5, np.float32), block=(4, 16, 18), overlap=(2, 8, 8))
+
+
+def test_all_of_the_image_is_checked_before_the_first_block() -> None:
+    image = np.zeros((9, 8, 8), np.float32)
+    image[8, 7, 7] = 1.5
+    network = Oracle()
+    with pytest.raises(ValueRangeError, match=r"Got 0 to 1.5 in sections 8 to 8"):
+        segment_image(network, image, block=(4, 8, 8), overlap=(2, 4, 4))
+    assert not network.modes
+
+
+def test_blocks_that_cannot_be_joined_are_refused_before_the_training(tmp_path: Path) -> None:
+    changes = SMALL | {"INFERENCE__INPUT_SIZE": "[4, 72, 88]", "INFERENCE__STRIDE": "[4, 72, 88]"}
+    methods = {"NEURODIFF__SEGMENT__METHODS": "['agq']", "AUGMENTOR__SYNTHETIC": "False"}
+    with pytest.raises(ConfigError, match=r"STRIDE must be below INPUT_SIZE \[4, 72, 88\] along z"):
+        run_pipeline(load_config(overrides=settings(tmp_path / "run", **changes, **methods)))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_segmenter_without_instances_is_refused_before_the_prediction(tmp_path: Path) -> None:
+    options = {"filters": [4, 6]}
+    weights = build_segmenter("superhuman", **options).state_dict()
+    path = tmp_path / "superhuman.pt"
+    save_checkpoint(path, kind="segmenter", architecture="superhuman", options=options, state_dict=weights, extra={})
+    methods = {"NEURODIFF__SEGMENT__METHODS": "['waterz', 'agq']", "AUGMENTOR__SYNTHETIC": "False"}
+    cfg = load_config(overrides=settings(tmp_path / "run", **SMALL, **methods))
+    with pytest.raises(ConfigError, match="holds 'superhuman'"):
+        run_pipeline(cfg, inference=True, checkpoint=str(path))
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_a_killed_stitching_left_is_removed(tmp_path: Path) -> None:
+    left = tmp_path / "run" / "segmentations" / "stitching-abc"
+    left.mkdir(parents=True)
+    (left / "0-1.npy").write_bytes(b"x")
+    (tmp_path / "run" / "run.log").touch()
+    with run_folder(load_config(overrides=settings(tmp_path / "run"))):
+        assert not left.exists()
+
+
 def test_the_pipeline_trains_agq_and_takes_its_instances(tmp_path: Path) -> None:
     methods = {"NEURODIFF__SEGMENT__METHODS": "['waterz', 'agq']", "AUGMENTOR__SYNTHETIC": "False"}
     cfg = load_config(overrides=settings(tmp_path / "run", **SMALL, **methods))
@@ -73,6 +119,9 @@ def test_the_pipeline_trains_agq_and_takes_its_instances(tmp_path: Path) -> None
     assert set(metrics["provenance"]["thresholds"]["real"]) == {"waterz"}
     assert "agq" in (tmp_path / "run" / "report.html").read_text()
     before = (tmp_path / "run" / "segmentations" / "real_agq.h5").stat().st_mtime_ns
+    # Keys of other segmenters make nothing stale.
+    other = {"NEURODIFF__SEGMENTER__SCAN_ORIENTATIONS": "1", "MODEL__SWIN_UNETR_FEATURE_SIZE": "48"}
+    cfg = load_config(overrides=settings(tmp_path / "run", **SMALL, **methods, **other))
     assert run_pipeline(cfg)["real"] == metrics["real"]
     assert (tmp_path / "run" / "segmentations" / "real_agq.h5").stat().st_mtime_ns == before
 
@@ -91,6 +140,10 @@ def test_the_command_segments_an_image(tmp_path: Path) -> None:
     extra = {"patch": [6, 32, 32]}
     save_checkpoint(weights, kind="segmenter", architecture="agq", options=options, state_dict=network.state_dict(),
                     extra=extra)  # fmt: skip
+    lost = neurodiff("segment", cells, cells, "--method", "agq", "--checkpoint", weights, "--force")
+    assert lost.returncode == 2
+    assert "is an input of this command" in lost.stderr
+    assert np.array_equal(open_volume(cells).load().array("label"), volume.array("label"))
     agq = ["segment", cells, out, "--method", "agq", "--gpus", "0"]
     assert neurodiff(*agq, "--checkpoint", weights).returncode == 0
     assert "arand" in json.loads(neurodiff("evaluate", out, "--truth", cells, "--json").stdout)

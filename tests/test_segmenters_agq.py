@@ -111,6 +111,18 @@ def test_forward_is_the_affinity_of_the_whole_prediction_and_features_have_unit_
     torch.testing.assert_close(length, torch.ones_like(length))
 
 
+def test_centred_features_have_no_common_direction() -> None:
+    plain, centred = small(), small(centred=True)
+    assert [p.shape for p in plain.parameters()] == [p.shape for p in centred.parameters()]
+    centred.train()
+    features = centred.predict_instances(torch.cat([stripes(4, 30, 31), stripes(4, 30, 31)])).features
+    assert torch.allclose(features.norm(dim=1), torch.ones_like(features[:, 0]), atol=1e-5)
+    assert float(features.mean(dim=(0, 2, 3, 4)).norm()) < 0.2
+    # In evaluation the statistics are those of training: a block does not depend on what else is in it.
+    centred.eval()
+    assert not torch.equal(centred.centre.running_mean, torch.zeros_like(centred.centre.running_mean))
+
+
 @settings(deadline=None, max_examples=25)
 @given(size=st.tuples(st.integers(1, 6), st.integers(1, 24), st.integers(1, 24)))
 def test_padding_is_a_replicated_far_border(size: tuple[int, int, int]) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from connectomics_neurodiff.affinities import affinities_from_labels
 from connectomics_neurodiff.checkpoints import load_checkpoint, save_checkpoint
 from connectomics_neurodiff.convolution import use_sound_convolutions
-from connectomics_neurodiff.errors import UnknownName, UserError, ValueRangeError
+from connectomics_neurodiff.errors import ShapeMismatch, UnknownName, UserError, ValueRangeError
 from connectomics_neurodiff.segmenters import SEGMENTERS, build_segmenter, options_of, segmenter_from_checkpoint
 from connectomics_neurodiff.segmenters.levels import pad_to_multiple
 from connectomics_neurodiff.segmenters.seg_mamba import TriOrientatedMamba, across_sections, along_sections
@@ -141,6 +141,33 @@ def test_wrong_channels_and_options_are_one_line(name: str) -> None:
         build(name, out_channels=0)
     with pytest.raises(UnknownName, match="has no option"):
         build(name, filtres=[1])
+
+
+@every_segmenter
+@pytest.mark.parametrize("shape", [(1, 2, 4, 8, 8), (4, 8, 8), (1, 4, 8, 8), (0, 1, 4, 8, 8), (1, 1, 4, 0, 8)])
+def test_what_is_no_batch_of_images_is_told(name: str, shape: tuple[int, ...]) -> None:
+    with pytest.raises(ShapeMismatch, match=r"images \(b, 1, z, y, x\)"):
+        build(name).eval()(torch.zeros(shape))
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "words"),
+    [
+        ("superhuman", {"filters": [8, 12.5]}, "a list of whole numbers for 'filters'"),
+        ("superhuman", {"filters": 8}, "a list of whole numbers"),
+        ("superhuman", {"norm": None}, "a word for 'norm'"),
+        ("superhuman", {"in_channels": 1.5}, "a whole number for 'in_channels'"),
+        ("superhuman", {"z_pool": [0, 1, 1, 1]}, "a list of true and false"),
+        ("swin_unetr", {"feature_size": "24"}, "a whole number"),
+        ("swin_unetr", {"checkpointing": 1}, "true or false"),
+        ("seg_mamba", {"orientations": 3.0}, "a whole number"),
+        ("agq", {"learned_queries": 2.5}, "a whole number"),
+        ("agq", {"width": True}, "a whole number"),
+    ],
+)
+def test_options_of_a_wrong_type_are_told(name: str, options: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueRangeError, match=words):
+        build_segmenter(name, **options)
 
 
 def test_options_that_a_segmenter_does_not_have_are_left_out() -> None:

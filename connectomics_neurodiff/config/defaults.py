@@ -272,6 +272,10 @@ def _add_segmenter(node: CfgNode) -> None:
     node.SEGMENTER.LEARNED_QUERIES = 100
     node.SEGMENTER.GUIDED_QUERIES = 100
     node.SEGMENTER.SMALLEST_COMPONENT = 100
+    # agq: centre the mask features, which otherwise turn to one direction in short trainings [ours; off in agq]; and
+    # the weight of the loss that tells the voxels of neurons apart, >= 0. [agq] 0.1.
+    node.SEGMENTER.CENTRED_FEATURES = False
+    node.SEGMENTER.PIXEL_DISCRIMINATION = 0.1
 
 
 def _add_agglomeration(node: CfgNode) -> None:

@@ -198,6 +198,7 @@ def shared_options(cfg: CfgNode) -> dict[str, Any]:
         "learned_queries": node.LEARNED_QUERIES,
         "guided_queries": node.GUIDED_QUERIES,
         "smallest_component": node.SMALLEST_COMPONENT,
+        "centred": node.CENTRED_FEATURES,
     }
 
 

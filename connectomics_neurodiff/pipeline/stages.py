@@ -136,9 +136,11 @@ def _train_arm(run: Run, arm: str) -> None:
 
     cfg = run.cfg
     options = networks.segmenter_options(cfg)
+    queries = cfg.MODEL.ARCHITECTURE == QUERIES
     settings = {
         "MODEL": {"ARCHITECTURE": cfg.MODEL.ARCHITECTURE, "INPUT_SIZE": list(cfg.MODEL.INPUT_SIZE), **options},
-        "LOSS": dict(zip(cfg.MODEL.LOSS_OPTION, cfg.MODEL.LOSS_WEIGHT, strict=True)),
+        "LOSS": dict(zip(cfg.MODEL.LOSS_OPTION, cfg.MODEL.LOSS_WEIGHT, strict=True))
+        | ({"PIXEL_DISCRIMINATION": cfg.NEURODIFF.SEGMENTER.PIXEL_DISCRIMINATION} if queries else {}),
         "SOLVER": networks.training_keys(cfg.SOLVER, ("ITERATION_SAVE",)),
         "AUGMENTOR": networks.training_keys(cfg.AUGMENTOR, ("SYNTHETIC",)),
         "LABEL_EROSION": cfg.NEURODIFF.SEGMENTER.LABEL_EROSION,
@@ -183,7 +185,7 @@ def _train_arm(run: Run, arm: str) -> None:
 
 def _samples_and_loss(cfg: CfgNode, train: Volume, synthetic: list[Volume], ratio: float) -> tuple[SampleSource, Loss]:
     """What a segmenter learns from: affinities; or, if it tells neurons apart itself, instances too."""
-    from ..training import AffinityPatches, AugmentOptions, InstancePatches, affinity_loss, agq_loss
+    from ..training import AffinityPatches, AGQLossWeights, AugmentOptions, InstancePatches, affinity_loss, agq_loss
 
     common: dict[str, Any] = {
         "patch": tuple(cfg.MODEL.INPUT_SIZE),
@@ -193,7 +195,10 @@ def _samples_and_loss(cfg: CfgNode, train: Volume, synthetic: list[Volume], rati
         "label_erosion": cfg.NEURODIFF.SEGMENTER.LABEL_EROSION,
     }
     if cfg.MODEL.ARCHITECTURE == QUERIES:
-        return InstancePatches([train], synthetic, **common), partial(agq_loss, seed=cfg.NEURODIFF.SEED)
+        weights = AGQLossWeights(pixel_discrimination=cfg.NEURODIFF.SEGMENTER.PIXEL_DISCRIMINATION)
+        return InstancePatches([train], synthetic, **common), partial(
+            agq_loss, seed=cfg.NEURODIFF.SEED, weights=weights
+        )
     auxiliary = networks.auxiliary_targets(cfg)
     terms = dict(zip(cfg.MODEL.LOSS_OPTION, cfg.MODEL.LOSS_WEIGHT, strict=True))
     patches = AffinityPatches([train], synthetic, auxiliary=auxiliary, **common)

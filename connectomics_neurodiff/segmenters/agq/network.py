@@ -106,6 +106,10 @@ class AGQ(nn.Module):
         Refinements in the decoder, >= 0.
     heads : int
         Attention heads; a divisor of `width`.
+    centred : bool
+        Whether mask features are centred and scaled per channel, by the statistics of training, before they get unit
+        length. Off as published: early in training all of them then turn to one direction (a mean cosine of .93 to .98
+        with their mean was measured after 100 iterations), and masks differ between queries but not between voxels.
 
     Raises
     ------
@@ -134,6 +138,7 @@ class AGQ(nn.Module):
         smallest_component: int = 100,
         iterations: int = 2,
         heads: int = 8,
+        centred: bool = False,
     ) -> None:
         super().__init__()
         filters = list(filters) or list(PAPER_FILTERS)
@@ -159,6 +164,7 @@ class AGQ(nn.Module):
         self.fusion = Fusion(filters, width, self.stride)
         self.affinity_branch = Branch(width + 3, width, out_channels, ISOTROPIC, bias=True)
         self.mask_branch = Branch(width + 3, width, width, IN_PLANE, bias=False)
+        self.centre: nn.Module = nn.BatchNorm3d(width, affine=False) if centred else nn.Identity()
         self.instance_branch = InstanceBranch(width + 3, width)
         self.learned = nn.Embedding(learned_queries, width)
         self.decoder = QueryDecoder(width, iterations, heads)
@@ -198,7 +204,7 @@ class AGQ(nn.Module):
             raise ShapeMismatch(f"{len(image)} samples need as many generators. Got {len(rngs)}.")
         shared = self._features(image)
         affinity = self.affinity_branch(shared)
-        mask_features = functional.normalize(self.mask_branch(shared), dim=1)
+        mask_features = functional.normalize(self.centre(self.mask_branch(shared)), dim=1)
         instance_features = self.instance_branch(shared)
         guided = guided_queries(
             affinity.float().sigmoid(),
