@@ -115,7 +115,7 @@ def test_centred_features_have_no_common_direction() -> None:
     plain, centred = small(), small(centred=True)
     assert [p.shape for p in plain.parameters()] == [p.shape for p in centred.parameters()]
     centred.train()
-    features = centred.predict_instances(torch.cat([stripes(4, 30, 31), stripes(4, 30, 31)])).features
+    features = centred.predict_instances(torch.cat([stripes(4, 30, 31), stripes(4, 30, 31)])).features.detach()
     assert torch.allclose(features.norm(dim=1), torch.ones_like(features[:, 0]), atol=1e-5)
     assert float(features.mean(dim=(0, 2, 3, 4)).norm()) < 0.2
     # In evaluation the statistics are those of training: a block does not depend on what else is in it.
