@@ -3,7 +3,7 @@
     python benchmarks/segmenters.py --json out.json
 
 Every case is a process of its own, so that its peak memory is its own; cases are interleaved `--repeat` times, for
-machines are noisy, and medians are taken. CPU seconds count, not wall time.
+machines are noisy, and medians are taken. Ratios are of CPU seconds; voxels per second are of wall time.
 """
 
 from __future__ import annotations
@@ -16,8 +16,10 @@ import subprocess
 import sys
 import time
 from itertools import product
+from pathlib import Path
 from typing import Any
 
+NAMES = ["superhuman", "swin_unetr", "seg_mamba", "agq"]
 BASELINE = ("superhuman", "contiguous", "fp32")
 
 
@@ -56,7 +58,7 @@ def run_all(options: argparse.Namespace) -> list[dict[str, Any]]:
     for _ in range(options.repeat):
         for case, results in found.items():
             command = [sys.executable, __file__, "--case", *case, "--forwards", str(options.forwards), "--tile"]
-            done = subprocess.run([*command, *map(str, options.tile)], capture_output=True, text=True, check=True)
+            done = subprocess.run([*command, *map(str, options.tile)], stdout=subprocess.PIPE, text=True, check=True)
             results.append(json.loads(done.stdout.splitlines()[-1]))
     medians = {
         case: {key: statistics.median(result[key] for result in results) for key in results[0]}
@@ -76,19 +78,27 @@ def run_all(options: argparse.Namespace) -> list[dict[str, Any]]:
     ]
 
 
+def _count(text: str) -> int:
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError("must be at least 1")
+    return int(text)
+
+
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--names", nargs="+", default=["superhuman", "swin_unetr", "seg_mamba", "agq"])
+    parser.add_argument("--names", nargs="+", choices=NAMES, default=NAMES)
     parser.add_argument("--tile", nargs=3, type=int, default=[16, 128, 128], metavar=("Z", "Y", "X"))
-    parser.add_argument("--forwards", type=int, default=2, help="timed forward passes per process")
-    parser.add_argument("--repeat", type=int, default=3, help="processes per case")
-    parser.add_argument("--json", metavar="FILE", help="write the results here")
+    parser.add_argument("--forwards", type=_count, default=2, help="timed forward passes per process")
+    parser.add_argument("--repeat", type=_count, default=3, help="processes per case")
+    parser.add_argument("--json", metavar="FILE", help="write the results here; the file must not exist")
     parser.add_argument("--case", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.case:
         print(json.dumps(measure(*options.case, options.tile, options.forwards)))
         return
+    if options.json and Path(options.json).exists():
+        parser.error(f"{options.json} exists; nothing was overwritten")
     rows = run_all(options)
     print(f"tile {options.tile}; ratios to {', '.join(BASELINE)}")
     for row in rows:
