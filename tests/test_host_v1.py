@@ -582,7 +582,7 @@ def test_a_foreign_checkpoint_is_refused(
         ({"NEURODIFF__SEED": -3}, "NEURODIFF.SEED must be >= 0"),
         ({"MODEL__FILTERSS": [4]}, "MODEL.FILTERSS in the command line.*MODEL.FILTERS"),
         ({"MODEL__LOSS_OPTION": [["Foo"]]}, "Foo|loss_dict"),
-        ({"MODEL__FILTERS": ["a", "b", "c"]}, "pytorch_connectomics refuses"),
+        ({"MODEL__FILTERS": ["a", "b", "c"]}, "a list of whole numbers for 'filters'"),
     ],
 )
 def test_mistakes_in_a_project_are_one_line_and_exit_2(tmp_path: Path, changes: dict[str, Any], told: str) -> None:
