@@ -59,8 +59,7 @@ def segment_image(
     ------
     ValueRangeError
         If the network predicts affinities only, the image is not finite or leaves [0, 1], or the network's output is
-        not finite; also as
-        :func:`.stitch_blocks`.
+        not finite; also as :func:`.stitch_blocks`.
     ShapeMismatch
         If the image has not three axes, none empty.
     """

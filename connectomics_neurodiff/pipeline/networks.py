@@ -202,6 +202,11 @@ def shared_options(cfg: CfgNode) -> dict[str, Any]:
     }
 
 
+def tile_overlap(cfg: CfgNode) -> list[int]:
+    """Voxels (z, y, x) that neighbouring tiles of the inference share."""
+    return [size - step for size, step in zip(cfg.INFERENCE.INPUT_SIZE, cfg.INFERENCE.STRIDE, strict=True)]
+
+
 def augment_probabilities(cfg: CfgNode) -> dict[str, float]:
     """Keyword arguments of :class:`~connectomics_neurodiff.training.AugmentOptions`, 0 where off."""
     names = {

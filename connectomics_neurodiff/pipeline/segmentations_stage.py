@@ -114,7 +114,7 @@ def _segment_with_queries(run: Run, arm: str) -> None:
         networks.load_segmenter(weights),
         volume.array("image"),
         block=node.INPUT_SIZE,
-        overlap=[size - stride for size, stride in zip(node.INPUT_SIZE, node.STRIDE, strict=True)],
+        overlap=networks.tile_overlap(run.cfg),
         precision=precision,
         device=device,
         scratch=target.parent,

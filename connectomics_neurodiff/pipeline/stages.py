@@ -212,7 +212,6 @@ def make_predictions(run: Run) -> None:
     node = run.cfg.INFERENCE
     device, precision = networks.device_and_precision(run.cfg)
     settings = as_dict(node) | {"PRECISION": precision}
-    overlap = [t - s for t, s in zip(node.INPUT_SIZE, node.STRIDE, strict=True)]
     for arm in run.arms:
         weights, weights_hash = run.segmenter_of(arm)
         network = None
@@ -228,7 +227,7 @@ def make_predictions(run: Run) -> None:
                 network,
                 volume.array("image"),
                 tile=tuple(node.INPUT_SIZE),
-                overlap=tuple(overlap),
+                overlap=networks.tile_overlap(run.cfg),
                 precision=precision,
                 device=device,
                 batch=node.SAMPLES_PER_BATCH,

@@ -2,8 +2,8 @@
 
     python projects/AGQ/compare.py outputs/agq-fib outputs/fib-0 [--arm mixed] [--region 48 160 160] [--json]
 
-Seconds are wall seconds from the image to the labels, on this machine, of one
-process, after a pass over one tile that does not count. The region is the middle of the test part.
+Seconds are wall seconds from the image to the labels, on this machine, of one process, after a pass over one tile that
+does not count. The region is the middle of the test part.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from connectomics_neurodiff.predict import predict_affinities
 def instances(cfg: CfgNode, network: Any, image: np.ndarray, block: Sequence[int] | None = None) -> np.ndarray:
     """Labels of AGQ; in one block, or in those of the configuration."""
     node = cfg.INFERENCE
-    overlap = [0, 0, 0] if block else [size - step for size, step in zip(node.INPUT_SIZE, node.STRIDE, strict=True)]
+    overlap = [0, 0, 0] if block else networks.tile_overlap(cfg)
     device, precision = networks.device_and_precision(cfg)
     return np.asarray(
         segment_image(
@@ -41,8 +41,8 @@ def instances(cfg: CfgNode, network: Any, image: np.ndarray, block: Sequence[int
 def waterz_labels(cfg: CfgNode, network: Any, image: np.ndarray, voxel_nm: Any, threshold: float) -> np.ndarray:
     """Labels of a network's affinities, agglomerated at the threshold tuned by its run."""
     node = cfg.INFERENCE
-    overlap = [size - step for size, step in zip(node.INPUT_SIZE, node.STRIDE, strict=True)]
     device, precision = networks.device_and_precision(cfg)
+    overlap = networks.tile_overlap(cfg)
     affinities = predict_affinities(
         network, image, tile=node.INPUT_SIZE, overlap=overlap, precision=precision, device=device
     )
