@@ -19,8 +19,10 @@ from connectomics_neurodiff.segmenters import AGQ, build_segmenter
 from connectomics_neurodiff.segmenters.agq.backbone import Backbone, Fusion, with_coordinates
 from connectomics_neurodiff.segmenters.agq.decoder import KernelUpdate, QueryAttention, QueryDecoder, QueryHead
 from connectomics_neurodiff.segmenters.agq.labelling import enlarge, labels_from_masks
+from connectomics_neurodiff.segmenters.agq.network import PositionCode
 from connectomics_neurodiff.segmenters.agq.queries import (
     affinity_components,
+    component_masks,
     guided_queries,
     mean_features,
     padded_queries,
@@ -35,6 +37,8 @@ SMALL: dict[str, Any] = {
     "smallest_component": 3,
     "heads": 2,
 }
+#: Options by which queries know where they come from.
+PLACED: dict[str, Any] = {"component_prior": 3.0, "position_length": 4.0}
 
 
 @pytest.fixture(autouse=True)
@@ -87,7 +91,9 @@ def test_published_parameter_count() -> None:
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 1), (3, 17, 20), (4, 16, 31), (7, 5, 45)])
-@pytest.mark.parametrize("options", [{}, {"z_pool": (True, True)}, {"filters": (4, 6), "z_pool": (False,)}])
+@pytest.mark.parametrize(
+    "options", [{}, {"z_pool": (True, True)}, {"filters": (4, 6), "z_pool": (False,)}, {"centred": True} | PLACED]
+)
 @pytest.mark.parametrize("training", [False, True])
 def test_any_shape(shape: tuple[int, int, int], options: dict[str, Any], training: bool) -> None:
     network = small(in_channels=2, **options).train(training)
@@ -150,10 +156,10 @@ def test_any_grey_value_is_brought_to_the_scale_of_the_paper() -> None:
     assert seen[0].max() == 1
 
 
-@pytest.mark.parametrize("batched", [2, 3])
-def test_a_sample_does_not_depend_on_its_batch(batched: int) -> None:
+@pytest.mark.parametrize(("batched", "options"), [(2, {}), (3, {}), (3, PLACED)])
+def test_a_sample_does_not_depend_on_its_batch(batched: int, options: dict[str, Any]) -> None:
     """Samples with different numbers of components, padded in a batch, give what they give alone."""
-    network = with_clear_affinities(small()).eval()
+    network = with_clear_affinities(small(**options)).eval()
     images = [stripes(4, 20, 28), torch.full((1, 1, 4, 20, 28), 0.5), stripes(4, 20, 28, period=14)][:batched]
     with torch.inference_mode():
         together = network.predict_instances(torch.cat(images))
@@ -276,6 +282,10 @@ def test_bfloat16_trains() -> None:
         ({"guided_queries": -1}, ValueRangeError, "guided_queries >= 0"),
         ({"smallest_component": -1}, ValueRangeError, "smallest_component >= 0"),
         ({"iterations": -1}, ValueRangeError, "iterations >= 0"),
+        ({"component_prior": -0.5}, ValueRangeError, "component_prior >= 0. Got -0.5"),
+        ({"component_prior": float("nan")}, ValueRangeError, "component_prior >= 0. Got nan"),
+        ({"position_length": -1.0}, ValueRangeError, "position_length >= 0"),
+        ({"position_length": 4.0, "width": 9, "heads": 3}, ValueRangeError, "even width. Got 9"),
         ({"out_channels": 0}, ValueRangeError, "out_channels"),
     ],
 )
@@ -364,7 +374,7 @@ def test_guided_queries_are_means_and_learn_from_features_only() -> None:
     affinity[..., 5:] = 1.0
     affinity.requires_grad_()
     features = torch.randn(1, 7, 2, 4, 8, requires_grad=True)
-    (queries,) = guided_queries(affinity, features, smallest=0, most=10)
+    ((queries, _),) = guided_queries(affinity, features, smallest=0, most=10)
     expected = torch.stack([features[0, ..., :3].flatten(1).mean(1), features[0, ..., 5:].flatten(1).mean(1)])
     torch.testing.assert_close(queries, expected)
     queries.sum().backward()
@@ -386,7 +396,82 @@ def test_padded_queries() -> None:
     assert valid.tolist() == [[True] * 5, [True] * 3 + [False] * 2]
 
 
+@settings(deadline=None, max_examples=25)
+@given(
+    seed=st.integers(0, 10**6),
+    size=st.tuples(st.integers(1, 3), st.integers(1, 4), st.integers(1, 5)),
+    counts=st.lists(st.integers(0, 4), min_size=1, max_size=3),
+    learned=st.integers(1, 3),
+)
+def test_component_masks_by_loops(seed: int, size: tuple[int, int, int], counts: list[int], learned: int) -> None:
+    rng = np.random.default_rng(seed)
+    components = [torch.from_numpy(rng.integers(0, count + 1, size)) for count in counts]
+    _, valid = padded_queries(torch.zeros(learned, 2), [torch.zeros(count, 2) for count in counts])
+    found = component_masks(components, valid, learned, torch.bfloat16)
+    assert found.dtype == torch.bfloat16
+    assert found.shape == (*valid.shape, *size)
+    for i, component in enumerate(components):
+        for q in range(valid.shape[1]):
+            own = component == q - learned + 1 if q >= learned else torch.zeros(size, dtype=torch.bool)
+            assert torch.equal(found[i, q].bool(), own)
+
+
+# Position code.
+
+
+def test_products_of_position_codes_are_a_gaussian_of_the_distance_in_voxels() -> None:
+    channels, length, stride = 8192, 5.0, (1, 2, 2)
+    code = PositionCode(channels, length, stride)(torch.zeros(1, channels, 6, 4, 7))[0].flatten(1)
+    product = code.t() @ code / (channels / 2)
+    grid = torch.stack(torch.meshgrid(*(torch.arange(float(n)) for n in (6, 4, 7)), indexing="ij"), -1).flatten(0, 2)
+    distance = torch.cdist(grid * torch.tensor(stride), grid * torch.tensor(stride))
+    expected = torch.exp(-(distance**2) / (2 * length**2))
+    assert (product - expected).abs().max() < 0.05  # 4096 frequencies: a standard error of .011 at most
+
+
+def test_position_code_is_added_and_depends_on_no_seed_and_on_no_size() -> None:
+    features = torch.rand(2, 6, 3, 4, 5)
+    first = PositionCode(6, 3.0, (1, 2, 2))
+    torch.manual_seed(7)
+    second = PositionCode(6, 3.0, (1, 2, 2))
+    assert not list(first.parameters())
+    torch.testing.assert_close(first(features), second(features), rtol=0, atol=0)
+    code = first(features) - features
+    torch.testing.assert_close(code[0], code[1])
+    torch.testing.assert_close(first(torch.zeros(1, 6, 2, 4, 3))[0], code[0, :, :2, :, :3])
+
+
 # Decoder.
+
+
+def test_prior_is_added_to_the_logits_of_every_stage() -> None:
+    plain, placed = QueryDecoder(6, 1, 2).eval(), QueryDecoder(6, 1, 2, component_prior=2.5).eval()
+    assert plain.prior is None
+    assert {k: v.shape for k, v in placed.state_dict().items() if k != "prior"} == {
+        k: v.shape for k, v in plain.state_dict().items()
+    }
+    queries, valid = torch.rand(1, 4, 6), torch.tensor([[True, True, True, False]])
+    features = torch.rand(1, 6, 2, 3, 5)
+    components = torch.zeros(1, 4, 2, 3, 5)
+    components[0, 1, :, 1] = 1.0
+    nothing = torch.zeros_like(components)
+    with_prior, without = (placed(queries, valid, features, features, c)[0] for c in (components, nothing))
+    difference = (with_prior[0] - without[0])[valid]
+    torch.testing.assert_close(difference, 2.5 * components[valid])
+    assert (with_prior[0][~valid] == -torch.inf).all()
+    with_prior[-1][valid].exp().sum().backward()
+    assert (placed.prior.grad != 0).all()
+
+
+def test_with_a_strong_prior_the_masks_of_an_untrained_network_are_its_components() -> None:
+    network = with_clear_affinities(small(component_prior=100.0)).eval()
+    label = network.segment(stripes(4, 21, 31), 1.0)[0, :, ::2, ::2]
+    bands = (torch.arange(31) % 6 > 1)[::2].expand(4, 11, -1)
+    components = affinity_components(bands.float().numpy()[None].repeat(3, 0), smallest=3, most=6)
+    assert components.max() > 3
+    for number in range(1, components.max() + 1):
+        assert len(label[torch.from_numpy(components == number)].unique()) == 1
+    assert len(label[bands].unique()) == components.max()
 
 
 def test_kernel_update_is_the_equation() -> None:

@@ -199,6 +199,8 @@ def shared_options(cfg: CfgNode) -> dict[str, Any]:
         "guided_queries": node.GUIDED_QUERIES,
         "smallest_component": node.SMALLEST_COMPONENT,
         "centred": node.CENTRED_FEATURES,
+        "component_prior": node.COMPONENT_PRIOR,
+        "position_length": node.POSITION_LENGTH,
     }
 
 

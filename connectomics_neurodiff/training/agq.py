@@ -192,10 +192,12 @@ def pixel_discrimination(
     if len(foreground) > pixels:
         chosen = rng.choice(len(foreground), pixels, replace=False)
         foreground = foreground[torch.from_numpy(chosen).to(foreground.device)]
-    drawn, of = features[:, foreground], instances[foreground]
-    same = (of[:, None] == of).to(drawn.dtype)
-    log_similarity = (drawn.t() @ drawn / temperature).log_softmax(dim=1)
-    return -((same * log_similarity).sum(1) / same.sum(1)).mean()
+    drawn, of = features[:, foreground].t(), instances[foreground].unique(return_inverse=True)[1]
+    # The mean of f_i . f_j over a neuron is f_i . (mean of f_j): only the softmax's sum needs all pairs.
+    neuron = functional.one_hot(of).to(drawn.dtype)
+    means = (neuron.t() @ drawn) / neuron.sum(0)[:, None]
+    own = (drawn * (neuron @ means)).sum(1) / temperature
+    return ((drawn / temperature @ drawn.t()).logsumexp(dim=1) - own).mean()
 
 
 def agq_loss(

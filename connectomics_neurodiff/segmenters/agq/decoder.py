@@ -98,18 +98,30 @@ class QueryDecoder(nn.Module):
         Refinements; there is one stage of predictions more.
     heads : int
         Attention heads; a divisor of `width`.
+    component_prior : float
+        Logit by which a query prefers its own component at the start of training, >= 0; learnt for each stage. 0 means
+        that queries know nothing of where they come from, as published.
     """
 
-    def __init__(self, width: int, iterations: int, heads: int) -> None:
+    def __init__(self, width: int, iterations: int, heads: int, component_prior: float = 0.0) -> None:
         super().__init__()
+        self.prior = nn.Parameter(torch.full((iterations + 1,), component_prior)) if component_prior > 0 else None
         self.predict = nn.ModuleList(QueryHead(width) for _ in range(iterations + 1))
         self.update = nn.ModuleList(KernelUpdate(width) for _ in range(iterations))
         self.attend = nn.ModuleList(QueryAttention(width, heads) for _ in range(iterations))
 
     def forward(
-        self, queries: Tensor, valid: Tensor, mask_features: Tensor, instance_features: Tensor
+        self,
+        queries: Tensor,
+        valid: Tensor,
+        mask_features: Tensor,
+        instance_features: Tensor,
+        components: Tensor | None = None,
     ) -> tuple[list[Tensor], list[Tensor]]:
-        """Per stage the logits of masks (b, q, z, y, x), -inf for padding, and of the background (b, 1, z, y, x)."""
+        """Per stage the logits of masks (b, q, z, y, x), -inf for padding, and of the background (b, 1, z, y, x).
+
+        `components` (b, q, z, y, x), 0 or 1, is needed with a prior, and only then.
+        """
         masks: list[Tensor] = []
         backgrounds: list[Tensor] = []
         for stage, predict in enumerate(self.predict):
@@ -119,6 +131,8 @@ class QueryDecoder(nn.Module):
                 gathered = torch.bmm(shares, instance_features.flatten(2).transpose(1, 2).to(shares.dtype))
                 queries = self.attend[stage - 1](self.update[stage - 1](gathered, queries), valid)
             mask, background = predict(queries, valid, mask_features)
+            if self.prior is not None and components is not None:
+                mask = mask + self.prior[stage] * components
             masks.append(mask)
             backgrounds.append(background)
         return masks, backgrounds

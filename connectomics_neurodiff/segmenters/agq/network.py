@@ -22,7 +22,7 @@ from ..levels import Size, check_image, level_factors
 from .backbone import IN_PLANE, ISOTROPIC, Backbone, Fusion, conv, conv_norm_elu, with_coordinates
 from .decoder import QueryDecoder
 from .labelling import enlarge, labels_from_masks
-from .queries import guided_queries, padded_queries
+from .queries import component_masks, guided_queries, padded_queries
 
 #: Feature maps per level as published, finest first.
 PAPER_FILTERS = (32, 64, 96, 128, 160)
@@ -80,6 +80,40 @@ class InstanceBranch(nn.Sequential):
         super().__init__(*(part for layer in layers for part in layer))
 
 
+class PositionCode(nn.Module):
+    """Adds random Fourier features of the position (Rahimi and Recht, NeurIPS 2007); nothing is learnt.
+
+    The product of two positions' codes is a Gaussian of their distance d, c / 2 exp(-d^2 / 2 length^2) on average over
+    the fixed frequencies: it depends neither on the origin nor on the size of a crop.
+
+    Parameters
+    ----------
+    width : int
+        Channels; even.
+    length : float
+        Standard deviation in voxels, > 0.
+    stride : tuple of 3 ints
+        Voxels per step of the grid, (z, y, x).
+    """
+
+    frequencies: Tensor
+
+    def __init__(self, width: int, length: float, stride: Size) -> None:
+        super().__init__()
+        # Drawn apart from the global generator: the same code in every network of this width.
+        drawn = torch.randn(width // 2, 3, generator=torch.Generator().manual_seed(0), device="cpu")
+        per_step = drawn * torch.tensor(stride, dtype=torch.float32, device="cpu") / length
+        self.register_buffer("frequencies", per_step)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Features (b, width, z, y, x) with the code added, float32."""
+        axes = [torch.arange(n, device=features.device, dtype=torch.float32) for n in features.shape[2:]]
+        with torch.autocast(features.device.type, enabled=False):
+            phase = torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1) @ self.frequencies.t()
+            code = torch.cat([phase.sin(), phase.cos()], dim=-1)
+            return features.float() + code.permute(3, 0, 1, 2)
+
+
 @SEGMENTERS.register("agq")
 class AGQ(nn.Module):
     """Neuron masks from affinity-guided and learned queries.
@@ -110,11 +144,18 @@ class AGQ(nn.Module):
         Whether mask features are centred and scaled per channel, by the statistics of training, before they get unit
         length. Off as published: early in training all of them then turn to one direction (a mean cosine of .93 to .98
         with their mean was measured after 100 iterations), and masks differ between queries but not between voxels.
+    component_prior : float
+        Logit by which a guided query prefers the component it comes from at the start of training, >= 0. 0 as
+        published: a query then has to find its component again by the features alone, which takes long training.
+    position_length : float
+        Length in voxels over which the position code decays that mask and instance features get added, or 0 for none,
+        as published (:class:`PositionCode`). Neurons far apart in a crop then differ from the first iteration on.
 
     Raises
     ------
     ValueRangeError
-        If a count is too small, `z_pool` has another length, or `heads` does not divide `width`.
+        If a number is too small, `z_pool` has another length, `heads` does not divide `width`, or `width` is odd and
+        there is a position code.
 
     Notes
     -----
@@ -139,6 +180,8 @@ class AGQ(nn.Module):
         iterations: int = 2,
         heads: int = 8,
         centred: bool = False,
+        component_prior: float = 0.0,
+        position_length: float = 0.0,
     ) -> None:
         super().__init__()
         filters = list(filters) or list(PAPER_FILTERS)
@@ -151,9 +194,13 @@ class AGQ(nn.Module):
             smallest_component=(smallest_component, 0),
             iterations=(iterations, 0),
             heads=(heads, 1),
+            component_prior=(component_prior, 0),
+            position_length=(position_length, 0),
         )
         if width % heads:
             raise ValueRangeError(f"AGQ needs a number of heads that divides its width of {width}. Got {heads}.")
+        if position_length > 0 and width % 2:
+            raise ValueRangeError(f"The position code needs an even width. Got {width}.")
         self.in_channels = in_channels
         #: Spacing of the working grid in voxels, (z, y, x).
         self.stride = strides[0]
@@ -167,7 +214,10 @@ class AGQ(nn.Module):
         self.centre: nn.Module = nn.BatchNorm3d(width, affine=False) if centred else nn.Identity()
         self.instance_branch = InstanceBranch(width + 3, width)
         self.learned = nn.Embedding(learned_queries, width)
-        self.decoder = QueryDecoder(width, iterations, heads)
+        self.position: nn.Module = (
+            PositionCode(width, position_length, self.stride) if position_length > 0 else nn.Identity()
+        )
+        self.decoder = QueryDecoder(width, iterations, heads, component_prior)
 
     def forward(self, image: Tensor) -> Tensor:
         """Affinity logits alone, as from any other segmenter.
@@ -204,8 +254,8 @@ class AGQ(nn.Module):
             raise ShapeMismatch(f"{len(image)} samples need as many generators. Got {len(rngs)}.")
         shared = self._features(image)
         affinity = self.affinity_branch(shared)
-        mask_features = functional.normalize(self.centre(self.mask_branch(shared)), dim=1)
-        instance_features = self.instance_branch(shared)
+        mask_features = functional.normalize(self.position(self.centre(self.mask_branch(shared))), dim=1)
+        instance_features = self.position(self.instance_branch(shared))
         guided = guided_queries(
             affinity.float().sigmoid(),
             instance_features,
@@ -213,8 +263,12 @@ class AGQ(nn.Module):
             most=self.most_components,
             rngs=rngs if self.training else None,
         )
-        queries, valid = padded_queries(self.learned.weight, guided)
-        masks, backgrounds = self.decoder(queries, valid, mask_features, instance_features)
+        queries, valid = padded_queries(self.learned.weight, [own for own, _ in guided])
+        components = None
+        if self.decoder.prior is not None:
+            learned = self.learned.num_embeddings
+            components = component_masks([parts for _, parts in guided], valid, learned, mask_features.dtype)
+        masks, backgrounds = self.decoder(queries, valid, mask_features, instance_features, components)
         return InstancePrediction(
             self._enlarged(affinity, image), masks, backgrounds, valid, mask_features, self.stride
         )

@@ -77,8 +77,8 @@ def guided_queries(
     smallest: int,
     most: int,
     rngs: Sequence[np.random.Generator] | None = None,
-) -> list[Tensor]:
-    """Queries of every sample of a batch.
+) -> list[tuple[Tensor, Tensor]]:
+    """Queries of every sample of a batch, and where they come from.
 
     Parameters
     ----------
@@ -91,14 +91,17 @@ def guided_queries(
 
     Returns
     -------
-    list of torch.Tensor
-        (n_i, c) for sample i, n_i from 0 to `most`.
+    list of (torch.Tensor, torch.Tensor)
+        For sample i its queries (n_i, c), n_i from 0 to `most`, and the components (z, y, x) int64 whose means they
+        are: 0, or 1..n_i.
     """
     volumes = affinity.detach().float().cpu().numpy()
     found = []
     for i, volume in enumerate(volumes):
-        components = affinity_components(volume, smallest=smallest, most=most, rng=rngs[i] if rngs else None)
-        found.append(mean_features(features[i], torch.from_numpy(components).to(features.device)))
+        components = torch.from_numpy(
+            affinity_components(volume, smallest=smallest, most=most, rng=rngs[i] if rngs else None)
+        ).to(features.device)
+        found.append((mean_features(features[i], components), components))
     return found
 
 
@@ -125,3 +128,27 @@ def padded_queries(learned: Tensor, guided: Sequence[Tensor]) -> tuple[Tensor, T
     queries = torch.stack([functional.pad(row, (0, 0, 0, longest - len(row))) for row in rows])
     position = torch.arange(longest, device=learned.device)
     return queries, position < torch.tensor(counts, device=learned.device)[:, None]
+
+
+def component_masks(components: Sequence[Tensor], valid: Tensor, learned: int, dtype: torch.dtype) -> Tensor:
+    """The component of every query.
+
+    Parameters
+    ----------
+    components : sequence of torch.Tensor
+        (z, y, x) integers 0..n_i for each of the b samples.
+    valid : torch.Tensor
+        (b, q) bool, from :func:`padded_queries`.
+    learned : int
+        How many learned queries come first; they and the padding have no component.
+    dtype : torch.dtype
+        Of the result.
+
+    Returns
+    -------
+    torch.Tensor
+        (b, q, z, y, x): 1 inside the component, else 0.
+    """
+    number = torch.arange(1 - learned, 1 - learned + valid.shape[1], device=valid.device)
+    own = torch.stack(list(components))[:, None] == number[:, None, None, None]
+    return (own & (number > 0)[:, None, None, None]).to(dtype)
