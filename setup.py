@@ -17,6 +17,7 @@ REQUIRED = [
     "yacs>=0.1.8",
     "pyyaml>=6",
     "waterz>=0.10.1,<0.11",
+    "numba>=0.61",
     "python-elf>=0.9.2,<0.10",
     "bioimage-cpp>=0.9,<0.10",
     "tqdm>=4.66",

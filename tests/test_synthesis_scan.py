@@ -1,10 +1,14 @@
-"""The blocked selective scan against a plain loop over the tokens, forward and backward."""
+"""Both selective scans, blocks in torch and kernels in numba, against a plain loop over the tokens, there and back."""
 
 from __future__ import annotations
 
+import multiprocessing
 import sys
 import types
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -13,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from connectomics_neurodiff.errors import ShapeMismatch
-from connectomics_neurodiff.synthesis.nets import scan
+from connectomics_neurodiff.synthesis.nets import scan, scan_blocks, scan_kernel
 
 NAMES = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias")
 
@@ -62,7 +66,7 @@ def arguments(b: int, d: int, n: int, tokens: int, seed: int = 0, dtype: torch.d
 @pytest.fixture
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks of 32 tokens for b d n = 24, so that short sequences have several."""
-    monkeypatch.setattr(scan, "BLOCK_NUMBERS", 24 * 32)
+    monkeypatch.setattr(scan_blocks, "BLOCK_NUMBERS", 24 * 32)
 
 
 @pytest.mark.usefixtures("small_blocks")
@@ -90,7 +94,7 @@ def test_forward_and_gradients_match_the_loop(tokens: int, softplus: bool) -> No
 def test_any_shape_in_any_block_size(b: int, d: int, n: int, tokens: int, block: int) -> None:
     values = arguments(b, d, n, tokens, seed=tokens)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(scan, "BLOCK_NUMBERS", block * scan.CHUNK * b * d * n)
+        patch.setattr(scan_blocks, "BLOCK_NUMBERS", block * scan_blocks.CHUNK * b * d * n)
         y = scan.selective_scan(*values, delta_softplus=True)
         got = torch.autograd.grad(y.square().sum(), values)
     expected = selective_scan_reference(*values, delta_softplus=True)
@@ -202,3 +206,132 @@ def test_arguments_reach_the_kernel_in_its_types() -> None:
     assert {n: t.dtype for n, t in seen.items()} == {
         n: torch.float32 if n in ("A", "D", "delta_bias") else torch.bfloat16 for n in NAMES
     }
+
+
+# The kernels: everything above in float32 on the CPU runs them, everything in float64 the blocks.
+
+
+def test_which_scan_runs_where() -> None:
+    assert scan._scan_for(torch.zeros(1)) is scan_kernel.scan_in_kernels
+    assert scan._scan_for(torch.zeros(1, dtype=torch.float64)) is scan_blocks.scan_in_blocks
+    assert scan._scan_for(torch.zeros(1, device="meta")) is scan_blocks.scan_in_blocks
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    b=st.integers(1, 3),
+    d=st.sampled_from([1, 2, 17, 63, 64, 65, 130]),
+    n=st.integers(1, 17),
+    tokens=st.sampled_from([1, 2, 31, 32, 33, 64, 77]),
+    transposed=st.booleans(),
+    seed=st.integers(0, 10**6),
+)
+def test_kernels_match_the_loop(b: int, d: int, n: int, tokens: int, transposed: bool, seed: int) -> None:
+    values = arguments(b, d, n, tokens, seed, torch.float32)
+    if transposed:  # as the network makes them: channels last in memory
+        values = [v if v.ndim < 3 else v.detach().mT.contiguous().mT.requires_grad_() for v in values]
+    weights = torch.randn(b, d, tokens, generator=torch.Generator().manual_seed(1))
+    y = scan.selective_scan(*values, delta_softplus=True)
+    exact = [v.detach().double().requires_grad_() for v in values]
+    expected = selective_scan_reference(*exact, delta_softplus=True)
+    got = (y, *torch.autograd.grad(y, values, weights))
+    wanted = (expected, *torch.autograd.grad(expected, exact, weights.double()))
+    for name, mine, theirs in zip(("y", *NAMES), got, wanted, strict=True):
+        near = {"rtol": 1e-4, "atol": 1e-5 * float(theirs.detach().abs().max())}
+        torch.testing.assert_close(mine.double(), theirs, **near, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def test_kernels_match_the_blocks_over_many_tokens() -> None:
+    """Sums over all tokens, such as the gradient of A, keep their digits."""
+    values = arguments(1, 70, 16, 9000, dtype=torch.float32)[:5]
+    values[1] = (0.1 * values[1].detach().abs()).requires_grad_()
+    found = torch.autograd.grad(scan_kernel.scan_in_kernels(*values).sum(), values)
+    exact = [v.detach().double().requires_grad_() for v in values]
+    expected = torch.autograd.grad(scan_blocks.scan_in_blocks(*exact).sum(), exact)
+    for mine, theirs in zip(found, expected, strict=True):
+        assert (mine - theirs).abs().max() < 1e-5 * theirs.abs().max()
+
+
+def test_the_kernels_exponential() -> None:
+    from numba import njit
+
+    @njit
+    def each(x: np.ndarray, out: np.ndarray) -> None:
+        for i in range(len(x)):
+            out[i] = scan_kernel._exp(x[i])
+
+    x = np.concatenate([np.linspace(-87.3, 88, 200_001), np.linspace(-1e-3, 1e-3, 1001)]).astype(np.float32)
+    out = np.empty_like(x)
+    each(x, out)
+    exact = np.exp(x.astype(np.float64))
+    assert np.abs(out / exact - 1).max() < 2e-7
+    special = np.array([0.0, -0.0, -87.5, -1e30, -np.inf, 88.5, 1e30, np.inf, np.nan], np.float32)
+    out = np.empty_like(special)
+    each(special, out)
+    np.testing.assert_array_equal(out, [1, 1, 0, 0, 0, np.inf, np.inf, np.inf, np.nan])
+
+
+def test_nan_is_not_hidden() -> None:
+    values = arguments(1, 3, 4, 40, dtype=torch.float32)[:5]
+    values[0].data[0, 1, 20] = float("nan")
+    y = scan.selective_scan(*values)
+    assert torch.isfinite(y[0, :, :20]).all()
+    assert torch.isnan(y[0, 1, 20:]).all()
+    assert torch.isfinite(y[0, [0, 2]]).all()
+
+
+def gradients_of_one_seed(_: object = None) -> list[np.ndarray]:
+    values = arguments(2, 200, 5, 70, dtype=torch.float32)
+    y = scan.selective_scan(*values, delta_softplus=True)
+    return [tensor.detach().numpy() for tensor in (y, *torch.autograd.grad(y.square().sum(), values))]
+
+
+@pytest.mark.parametrize("threads", [2, 3, 16])
+def test_the_number_of_threads_changes_no_bit(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = []
+    for count in (1, threads):
+        monkeypatch.setattr(torch, "get_num_threads", lambda count=count: count)
+        found.append(gradients_of_one_seed())
+    for one, other in zip(*found, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_several_callers_at_once() -> None:
+    expected = gradients_of_one_seed()
+    with ThreadPoolExecutor(4) as pool:
+        for found in pool.map(gradients_of_one_seed, range(8)):
+            for mine, theirs in zip(found, expected, strict=True):
+                np.testing.assert_array_equal(mine, theirs)
+
+
+@pytest.mark.parametrize("start", ["fork", "spawn"])
+def test_workers_of_a_process_that_has_scanned(start: str) -> None:
+    # One thread of torch: its own pool, unlike the kernels', does not survive a fork.
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        expected = gradients_of_one_seed()
+        with multiprocessing.get_context(start).Pool(2, torch.set_num_threads, (1,)) as pool:
+            for found in pool.map_async(gradients_of_one_seed, range(2)).get(timeout=120):
+                for mine, theirs in zip(found, expected, strict=True):
+                    np.testing.assert_array_equal(mine, theirs)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_without_gradients_no_state_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = []
+    forward = scan_kernel._forward
+    monkeypatch.setattr(scan_kernel, "_forward", lambda *arrays: (kept.append(arrays[-1].shape), forward(*arrays)))
+    values = arguments(1, 3, 4, 70, dtype=torch.float32)
+    y = scan.selective_scan(*values)
+    with torch.no_grad():
+        torch.testing.assert_close(scan.selective_scan(*values), y.detach(), rtol=0, atol=0)
+    assert kept == [(3, 4, 3), (0, 4, 3)]
+
+
+def test_the_compiled_kernels_are_cached_on_disk() -> None:
+    gradients_of_one_seed()
+    for kernel in (scan_kernel._forward, scan_kernel._backward):
+        assert Path(kernel.stats.cache_path).is_dir()
+        assert kernel._cache.load_overload(kernel.signatures[0], kernel.targetctx) is not None
