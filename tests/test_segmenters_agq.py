@@ -464,7 +464,7 @@ def test_prior_is_added_to_the_logits_of_every_stage() -> None:
 
 
 def test_with_a_strong_prior_the_masks_of_an_untrained_network_are_its_components() -> None:
-    network = with_clear_affinities(small(component_prior=100.0)).eval()
+    network = with_clear_affinities(small(component_prior=100)).eval()
     label = network.segment(stripes(4, 21, 31), 1.0)[0, :, ::2, ::2]
     bands = (torch.arange(31) % 6 > 1)[::2].expand(4, 11, -1)
     components = affinity_components(bands.float().numpy()[None].repeat(3, 0), smallest=3, most=6)

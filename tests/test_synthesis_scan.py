@@ -335,3 +335,23 @@ def test_the_compiled_kernels_are_cached_on_disk() -> None:
     for kernel in (scan_kernel._forward, scan_kernel._backward):
         assert Path(kernel.stats.cache_path).is_dir()
         assert kernel._cache.load_overload(kernel.signatures[0], kernel.targetctx) is not None
+
+
+def test_kernels_without_a_folder_for_their_cache_say_so(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(*, cache: bool = False, **options: object) -> object:
+        if cache:
+            raise RuntimeError("cannot cache function 'f': no locator available for file 'f.py'")
+        return numba_njit(**options)
+
+    numba_njit = scan_kernel.njit
+    monkeypatch.setattr(scan_kernel, "njit", refuse)
+    out = np.zeros(1)
+    scan_kernel._kernel(set())(_write_three)(out)
+    assert out[0] == 3
+    assert "NUMBA_CACHE_DIR" in caplog.text
+
+
+def _write_three(out: np.ndarray) -> None:
+    out[0] = 3

@@ -105,7 +105,9 @@ class QueryDecoder(nn.Module):
 
     def __init__(self, width: int, iterations: int, heads: int, component_prior: float = 0.0) -> None:
         super().__init__()
-        self.prior = nn.Parameter(torch.full((iterations + 1,), component_prior)) if component_prior > 0 else None
+        self.prior = (
+            nn.Parameter(torch.full((iterations + 1,), float(component_prior))) if component_prior > 0 else None
+        )
         self.predict = nn.ModuleList(QueryHead(width) for _ in range(iterations + 1))
         self.update = nn.ModuleList(KernelUpdate(width) for _ in range(iterations))
         self.attend = nn.ModuleList(QueryAttention(width, heads) for _ in range(iterations))

@@ -10,6 +10,7 @@ Glossary: b batch, l tokens, d channels, n states per channel. Arrays are (b, l,
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -22,14 +23,16 @@ from numba.extending import intrinsic
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+logger = logging.getLogger("connectomics_neurodiff")
+
 #: Channels of a task: with 16 states, state, decays and gradients of a token are 4 KiB each.
 CHANNELS = 64
 #: Tokens between two states that are kept for the backward pass; what it recomputes between them is 256 KiB.
 BLOCK = 32
 
 # No "reassoc" here: it would undo the rounding in `_exp`.
-_EXACT: dict[str, Any] = {"nogil": True, "cache": True, "error_model": "numpy", "fastmath": {"contract"}}
-_SUMS: dict[str, Any] = _EXACT | {"fastmath": {"contract", "reassoc", "nsz"}}
+_EXACT = {"contract"}
+_SUMS = {"contract", "reassoc", "nsz"}
 
 _ZERO = np.float32(0)
 _INFINITY = np.float32(np.inf)
@@ -49,6 +52,26 @@ _ONE_BITS = np.int32(0x3F800000)  # 1.0
 _MANTISSA = np.int32(23)
 
 
+def _kernel(fastmath: set[str]) -> Callable[[Callable[..., None]], Any]:
+    """Decorator: compiled at the first call and cached on disk, or, where no folder can be written, not cached."""
+
+    def compiled(function: Callable[..., None]) -> Any:
+        options: dict[str, Any] = {"nogil": True, "error_model": "numpy", "fastmath": fastmath}
+        try:
+            return njit(cache=True, **options)(function)
+        except RuntimeError as error:
+            if "cannot cache" not in str(error):
+                raise
+            logger.warning(
+                "The kernel %s is compiled anew in every process, which takes seconds: set NUMBA_CACHE_DIR to a folder "
+                "that can be written.",
+                function.__name__,
+            )
+            return njit(**options)(function)
+
+    return compiled
+
+
 def _bitcast(source: Any, target: Any, llvm_target: Any) -> Any:
     """A function for kernels that takes the bits of one type for those of another."""
 
@@ -66,7 +89,7 @@ _bits_of = _bitcast(types.float32, types.int32, ir.IntType(32))
 _from_bits = _bitcast(types.int32, types.float32, ir.FloatType())
 
 
-@njit(inline="always", **_EXACT)
+@njit(inline="always", fastmath=_EXACT)
 def _exp(x: Any) -> Any:
     """exp(x) = 2^k exp(f) to 2e-7, in steps that LLVM makes for 16 numbers at once, as libm's function is not.
 
@@ -85,7 +108,7 @@ def _exp(x: Any) -> Any:
     return value
 
 
-@njit(**_EXACT)
+@_kernel(_EXACT)
 def _forward(
     u: np.ndarray, delta: np.ndarray, A: np.ndarray, B: np.ndarray, C: np.ndarray, y: np.ndarray, starts: np.ndarray
 ) -> None:
@@ -114,7 +137,7 @@ def _forward(
         y[t] = sums
 
 
-@njit(**_EXACT)
+@_kernel(_EXACT)
 def _states(u: np.ndarray, delta: np.ndarray, A: np.ndarray, B: np.ndarray, decays: np.ndarray, h: np.ndarray) -> None:
     """Decays (l, n, d) and states of a block; h[0] is the state before it, h[t + 1] (n, d) the one after token t."""
     tokens, channels = u.shape
@@ -131,7 +154,7 @@ def _states(u: np.ndarray, delta: np.ndarray, A: np.ndarray, B: np.ndarray, deca
                 h[t + 1, n, j] = decay * h[t, n, j] + drive[j] * b
 
 
-@njit(**_SUMS)
+@_kernel(_SUMS)
 def _backward(
     u: np.ndarray,
     delta: np.ndarray,
