@@ -461,6 +461,8 @@ def test_prior_is_added_to_the_logits_of_every_stage() -> None:
     assert (with_prior[0][~valid] == -torch.inf).all()
     with_prior[-1][valid].exp().sum().backward()
     assert (placed.prior.grad != 0).all()
+    with pytest.raises(ValueRangeError, match="needs the components"):
+        placed(queries, valid, features, features)
 
 
 def test_with_a_strong_prior_the_masks_of_an_untrained_network_are_its_components() -> None:

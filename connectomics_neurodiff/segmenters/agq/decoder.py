@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ...errors import ValueRangeError
 from .backbone import IN_PLANE, conv
 
 
@@ -133,7 +134,9 @@ class QueryDecoder(nn.Module):
                 gathered = torch.bmm(shares, instance_features.flatten(2).transpose(1, 2).to(shares.dtype))
                 queries = self.attend[stage - 1](self.update[stage - 1](gathered, queries), valid)
             mask, background = predict(queries, valid, mask_features)
-            if self.prior is not None and components is not None:
+            if self.prior is not None:
+                if components is None:
+                    raise ValueRangeError("A component prior needs the components of the queries. Got none.")
                 mask = mask + self.prior[stage] * components
             masks.append(mask)
             backgrounds.append(background)
