@@ -21,6 +21,7 @@ REQUIRED = [
     "python-elf>=0.9.2,<0.10",
     "bioimage-cpp>=0.9,<0.10",
     "tqdm>=4.66",
+    "psutil>=5.9",
     "connected-components-3d>=3.20",
     "fastremap>=1.15",
     "edt>=2.4",
@@ -45,6 +46,7 @@ TEST = [
     "mypy>=1.13",
     "types-PyYAML",
     "types-tqdm",
+    "types-psutil",
 ]
 
 setup(

@@ -152,6 +152,13 @@ def _add_synthesis_commands(commands: Any) -> None:
     _add_output(sample)
     sample.add_argument("--checkpoint", required=True, metavar="C", help="trained denoiser")
     sample.add_argument("--sampler", choices=("ddpm", "ddim", "dpmpp"), default="ddpm", help="default: ddpm")
+    sample.add_argument(
+        "--guidance",
+        type=float,
+        default=1.0,
+        metavar="S",
+        help="how strictly the image follows the masks: 1 as trained (default), more: easier, less: harder to segment",
+    )
     sample.add_argument("--steps", type=int, default=0, metavar="N", help="default: 50, at most as many as trained")
     _add_seed(sample)
     sample.add_argument("--tile", nargs=3, type=int, metavar=("Z", "Y", "X"), help="voxels (default: as trained)")

@@ -241,41 +241,56 @@ def remodel(options: argparse.Namespace) -> None:
 
 def sample(options: argparse.Namespace) -> None:
     """``neurodiff sample``"""
-    import numpy as np
-
     from .checkpoints import load_checkpoint
-    from .conditions import check_masks, with_background
+    from .conditions import BackgroundMask, check_masks
     from .engine import resolve_device
     from .pairs import MaskArrays, write_pair
-    from .synthesis import denoiser_from_checkpoint, synthesise
-    from .volume import open_array, open_volume
+    from .synthesis import (
+        denoiser_from_checkpoint,
+        discard_scratch,
+        guided,
+        require_fitting_tile,
+        synthesise,
+        warn_of_voxel_size,
+    )
+    from .volume import open_array, open_volume, read_voxel_size
 
     _require_free(options.output, options.masks, options.checkpoint, force=options.force)
     checkpoint = load_checkpoint(options.checkpoint, kind="denoiser")
-    volume = open_volume(options.masks, voxel_nm=_voxel_size(options)).load()
-    label, mito = volume.array("label"), volume.mito_array
-    membrane = np.asarray(open_array(options.masks, ("membrane",)))
-    check_masks(label, membrane, mito)
-    network, process = denoiser_from_checkpoint(checkpoint)
+    voxel_nm = read_voxel_size(options.masks, voxel_nm=_voxel_size(options))
+    volume = open_volume(options.masks, voxel_nm=voxel_nm)
+    if volume.label is None:
+        raise MissingInput(f"{options.masks} has no dataset 'label'.")
+    membrane = open_array(options.masks, ("membrane",))
+    check_masks(volume.label, membrane, volume.mito)
+    warn_of_voxel_size(checkpoint, voxel_nm)
     tile = tuple(options.tile or checkpoint.patch)
+    device = resolve_device(options.gpus)
+    require_fitting_tile(checkpoint, tile, volume.shape, device)
+    network, process = denoiser_from_checkpoint(checkpoint)
+    network = guided(network, options.guidance, checkpoint)
     steps = options.steps or min(50, process.steps)
+    # Beside the output: there is room for the whole volume, and the same command finds it again after a kill.
+    scratch = Path(options.output).absolute().with_name(f".{Path(options.output).stem}.unfinished")
     image = synthesise(
         network,
         process,
-        with_background(membrane, label),
-        mito,
-        volume.voxel_nm,
+        BackgroundMask(membrane, volume.label),
+        volume.mito,
+        voxel_nm,
         seed=options.seed,
         sampler=options.sampler,
         steps=steps,
         tile=tile,
         overlap=tuple(options.overlap or (size // 8 for size in tile)),
         precision=options.precision,
-        device=resolve_device(options.gpus),
+        device=device,
+        scratch=scratch,
         label="synthesis",
     )
-    attributes = {"seed": options.seed, "sampler": options.sampler, "steps": steps}
-    write_pair(options.output, image, MaskArrays(label, membrane, mito), volume.voxel_nm, attributes)
+    attributes = {"seed": options.seed, "sampler": options.sampler, "steps": steps, "guidance": options.guidance}
+    write_pair(options.output, image, MaskArrays(volume.label, membrane, volume.mito), voxel_nm, attributes)
+    discard_scratch(scratch)
 
 
 def predict(options: argparse.Namespace) -> None:

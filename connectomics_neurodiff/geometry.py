@@ -115,6 +115,12 @@ def tiles(shape: Sequence[int], tile: Sequence[int], overlap: Sequence[int]) -> 
     return [Box(start, tuple(s + e for s, e in zip(start, extent, strict=True))) for start in product(*axes)]  # type: ignore[arg-type]
 
 
+def blend_weights(size: int) -> np.ndarray:
+    """Weights along one axis of a tile when overlapping tiles are averaged: a triangle, float32 in (0, 1]."""
+    rising = np.minimum(np.arange(1, size + 1), np.arange(size, 0, -1))
+    return rising.astype(np.float32) / np.float32((size + 1) // 2)
+
+
 def blend_window(shape: Sequence[int]) -> np.ndarray:
     """Weight of each voxel of a tile when overlapping tiles are averaged: a triangle per axis, never zero.
 
@@ -124,5 +130,5 @@ def blend_window(shape: Sequence[int]) -> np.ndarray:
         float32 (z, y, x), values in (0, 1], largest in the middle. Dividing the weighted sum by the sum of weights
         gives a seam-free mean for any overlap.
     """
-    axes = [np.minimum(np.arange(1, n + 1), np.arange(n, 0, -1)).astype(np.float32) / ((n + 1) // 2) for n in shape]
-    return (axes[0][:, None, None] * axes[1][None, :, None] * axes[2][None, None, :]).astype(np.float32)
+    z, y, x = (blend_weights(n) for n in shape)
+    return z[:, None, None] * y[None, :, None] * x[None, None, :]

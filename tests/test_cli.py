@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import h5py
@@ -110,6 +112,35 @@ def test_remodel_then_sample_gives_a_pair(cells: Path, denoiser: Path, tmp_path:
             assert file["image"].dtype == np.uint8
     done("sample", str(masks), str(pair), "--sampler", "ddpm", *arguments)
     assert pair.read_bytes() == (tmp_path / "ddpm.h5").read_bytes()
+
+
+def test_a_killed_sample_goes_on_and_leaves_nothing_behind(cells: Path, denoiser: Path, tmp_path: Path) -> None:
+    masks, whole, killed = tmp_path / "masks.h5", tmp_path / "whole.h5", tmp_path / "killed.h5"
+    done("remodel", str(cells), str(masks))
+    options = ["--checkpoint", str(denoiser), "--steps", "40", "--gpus", "0", "--precision", "fp32"]
+    done("sample", str(masks), str(whole), *options)
+    scratch = tmp_path / ".killed.unfinished"
+    program = [sys.executable, "-m", "connectomics_neurodiff", "sample", str(masks), str(killed), *options]
+    process = subprocess.Popen(program, stderr=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    end = time.monotonic() + 120
+    while not (scratch / "progress.json").exists() or '"step": 0' in (scratch / "progress.json").read_text():
+        assert process.poll() is None
+        assert time.monotonic() < end
+        time.sleep(0.02)
+    process.kill()
+    process.wait()
+    assert not killed.exists()
+    done("sample", str(masks), str(killed), *options)
+    assert killed.read_bytes() == whole.read_bytes()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["killed.h5", "masks.h5", "whole.h5"]
+
+
+def test_a_denoiser_trained_without_dropout_is_not_guided(cells: Path, denoiser: Path, tmp_path: Path) -> None:
+    out = str(tmp_path / "out.h5")
+    done("remodel", str(cells), str(tmp_path / "masks.h5"))
+    arguments = ["sample", str(tmp_path / "masks.h5"), out, "--checkpoint", str(denoiser), "--gpus", "0"]
+    refused("CONDITION_DROPOUT", *arguments, "--guidance", "2")
+    refused("invalid float", *arguments, "--guidance", "strong")
 
 
 def test_predict_writes_affinities(cells: Path, segmenter: Path, tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from connectomics_neurodiff.pairs import (
     membrane_gate,
     membrane_visibility,
     open_pairs,
+    read_reliability,
     write_pair,
 )
 from connectomics_neurodiff.volume import Volume, open_volume, write_volume
@@ -60,6 +61,14 @@ def test_pair_survives_the_disk(tmp_path, image, mito) -> None:
     assert tuple(pair.voxel_nm) == VOXEL
 
 
+def test_reliability_survives_the_disk(tmp_path, image) -> None:
+    write_pair(tmp_path / "pair.h5", image, make_mask(), VOXEL, {}, reliability=image)
+    assert np.abs(read_reliability(tmp_path / "pair.h5") - image).max() <= 0.5 / 255 + 1e-6
+    write_pair(tmp_path / "bare.h5", image, make_mask(), VOXEL, {})
+    with pytest.raises(MissingInput, match="reliability"):
+        read_reliability(tmp_path / "bare.h5")
+
+
 def test_write_pair_refuses_what_does_not_fit(tmp_path, image) -> None:
     path = tmp_path / "pair.h5"
     with pytest.raises(ShapeMismatch, match="label"):
@@ -67,7 +76,7 @@ def test_write_pair_refuses_what_does_not_fit(tmp_path, image) -> None:
     with pytest.raises(LabelTypeError, match="float32"):
         write_pair(path, image, make_mask(dtype=np.float32), VOXEL, {})
     for bad in (image * 2, image - 0.5, np.where(image > 0.9, np.nan, image)):
-        with pytest.raises(ValueRangeError, match=r"in \[0, 1\]"):
+        with pytest.raises(ValueRangeError, match="image"):
             write_pair(path, bad, make_mask(), VOXEL, {})
     assert not path.exists()
 

@@ -10,16 +10,8 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
 
-from connectomics_neurodiff.errors import UnknownName
-from connectomics_neurodiff.synthesis import (
-    SAMPLERS,
-    DiffusionProcess,
-    SamplerState,
-    cosine_betas,
-    sample_ddim,
-    sample_ddpm,
-    sample_dpmpp,
-)
+from connectomics_neurodiff.errors import UnknownName, ValueRangeError
+from connectomics_neurodiff.synthesis import SAMPLERS, DiffusionProcess, cosine_betas, sampler_steps
 
 MEAN, DEVIATION = 0.1, 0.2
 PROCESS = DiffusionProcess(cosine_betas(250))
@@ -44,10 +36,24 @@ def noise_for(k: int, shape: tuple[int, ...] = (3, 5, 7)) -> np.ndarray:
     return np.random.default_rng([9, k]).standard_normal(shape)
 
 
-def run(name: str, steps: int, **options: Any) -> np.ndarray:
-    return SAMPLERS.get(name)(
-        perfect_denoiser(PROCESS), PROCESS, start(), PROCESS.timesteps(steps), noise_for, **options
-    )
+def walk(
+    name: str,
+    denoise: Callable[[np.ndarray, int], np.ndarray],
+    x: np.ndarray,
+    steps: int,
+    noise: Callable[[int], np.ndarray] = noise_for,
+    process: DiffusionProcess = PROCESS,
+) -> np.ndarray:
+    """All steps of a sampler on an array in memory."""
+    rule, clean = SAMPLERS.get(name), None
+    for step in sampler_steps(process.timesteps(steps)):
+        added = noise(step.number) if rule.adds_noise and step.t_next >= 0 else None
+        x, clean = rule(process, step, x, denoise(x, step.t)[None], clean if rule.looks_back else None, added)
+    return x
+
+
+def run(name: str, steps: int) -> np.ndarray:
+    return walk(name, perfect_denoiser(PROCESS), start(), steps)
 
 
 def walk_diffusers(scheduler: Any, times: list[int], **options: Any) -> np.ndarray:
@@ -111,7 +117,7 @@ def test_ancestral_sampling_has_the_moments_of_its_chain(steps: int) -> None:
         variance = (of_clean * gain + of_noisy) ** 2 * variance + added
     shape = (40_000,)
     x = np.random.default_rng(0).standard_normal(shape)
-    sample = sample_ddpm(perfect_denoiser(PROCESS), PROCESS, x, times, lambda k: noise_for(k, shape))
+    sample = walk("ddpm", perfect_denoiser(PROCESS), x, steps, lambda k: noise_for(k, shape))
     assert sample.mean() == pytest.approx(mean, abs=0.005)
     assert sample.std() == pytest.approx(np.sqrt(variance), rel=0.015)  # 4 standard errors of 40,000 draws
     assert mean == pytest.approx(MEAN, abs=0.005)
@@ -145,48 +151,53 @@ def test_second_order_is_nearer_to_the_exact_solution(steps: int) -> None:
 
 @pytest.mark.parametrize("name", SAMPLERS.names())
 class TestEverySampler:
-    def test_goes_on_from_any_state_to_the_same_result(self, name: str) -> None:
-        states: list[SamplerState] = []
-        result = run(name, 12, on_step=states.append)
-        assert [state.done for state in states] == list(range(1, 13))
-        for state in states:
-            np.testing.assert_array_equal(run(name, 12, state=state), result)
+    def test_works_voxel_by_voxel(self, name: str) -> None:
+        """A block of a volume takes the step that the whole volume takes."""
+        rule = SAMPLERS.get(name)
+        x, prediction, before, noise = np.random.default_rng(2).standard_normal((4, 3, 5, 7))
+        for step in sampler_steps(PROCESS.timesteps(12)):
+            whole = rule(PROCESS, step, x, prediction[None], before, noise)
+            part = rule(PROCESS, step, x[1:, 2:4], prediction[None, 1:, 2:4], before[1:, 2:4], noise[1:, 2:4])
+            for of_whole, of_part in zip(whole, part, strict=True):
+                np.testing.assert_array_equal(of_whole[1:, 2:4], of_part)
 
     def test_does_not_modify_what_it_is_given(self, name: str) -> None:
-        x = start()
-        SAMPLERS.get(name)(perfect_denoiser(PROCESS), PROCESS, x, PROCESS.timesteps(4), noise_for)
-        np.testing.assert_array_equal(x, start())
+        given = np.random.default_rng(2).standard_normal((4, 3, 5, 7))
+        kept = given.copy()
+        for step in sampler_steps(PROCESS.timesteps(3)):
+            SAMPLERS.get(name)(PROCESS, step, given[0], given[1][None], given[2], given[3])
+        np.testing.assert_array_equal(given, kept)
 
     def test_stays_within_the_range_of_images(self, name: str) -> None:
-        def wild(x: np.ndarray, t: int) -> np.ndarray:
-            return 30 * np.sin(50 * x)
-
-        x = SAMPLERS.get(name)(wild, PROCESS, start(), PROCESS.timesteps(9), noise_for)
-        assert np.abs(x).max() <= 1
+        assert np.abs(walk(name, lambda x, t: 30 * np.sin(50 * x), start(), 9)).max() <= 1
 
     def test_keeps_float32(self, name: str) -> None:
-        x = SAMPLERS.get(name)(
-            lambda x, t: 0.5 * x, PROCESS, start().astype(np.float32), PROCESS.timesteps(5),
-            lambda k: noise_for(k).astype(np.float32),
-        )  # fmt: skip
+        x = walk(name, lambda x, t: 0.5 * x, start().astype(np.float32), 5, lambda k: noise_for(k).astype(np.float32))
         assert x.dtype == np.float32
 
     def test_takes_a_single_step(self, name: str) -> None:
         assert np.isfinite(run(name, 1)).all()
 
+    def test_refuses_to_go_without_what_it_needs(self, name: str) -> None:
+        rule, (first, second, *_) = SAMPLERS.get(name), sampler_steps(PROCESS.timesteps(4))
+        x = start()
+        if rule.adds_noise:
+            with pytest.raises(ValueRangeError, match="adds noise"):
+                rule(PROCESS, first, x, x[None])
+        if rule.looks_back:
+            rule(PROCESS, first, x, x[None])
+            with pytest.raises(ValueRangeError, match="step before"):
+                rule(PROCESS, second, x, x[None])
 
-def test_only_ddpm_asks_for_noise() -> None:
-    asked: list[int] = []
 
-    def note(k: int) -> np.ndarray:
-        asked.append(k)
-        return noise_for(k)
+def test_steps_know_their_neighbours() -> None:
+    steps = sampler_steps([9, 4, 0])
+    assert [(s.number, s.t_before, s.t, s.t_next) for s in steps] == [(0, None, 9, 4), (1, 9, 4, 0), (2, 4, 0, -1)]
 
-    for sample in (sample_ddim, sample_dpmpp):
-        sample(perfect_denoiser(PROCESS), PROCESS, start(), PROCESS.timesteps(6), note)
-    assert asked == []
-    sample_ddpm(perfect_denoiser(PROCESS), PROCESS, start(), PROCESS.timesteps(6), note)
-    assert asked == [0, 1, 2, 3, 4]  # the last step ends at the mean
+
+def test_only_ddpm_adds_noise_and_only_dpmpp_looks_back() -> None:
+    assert [name for name in SAMPLERS.names() if SAMPLERS.get(name).adds_noise] == ["ddpm"]
+    assert [name for name in SAMPLERS.names() if SAMPLERS.get(name).looks_back] == ["dpmpp"]
 
 
 def test_unknown_sampler() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
@@ -15,15 +16,25 @@ import torch
 from torch import Tensor, nn
 
 from connectomics_neurodiff.checkpoints import load_checkpoint, save_checkpoint
-from connectomics_neurodiff.errors import CheckpointMismatch, ShapeMismatch, UnknownName, ValueRangeError
+from connectomics_neurodiff.errors import (
+    CheckpointMismatch,
+    NotEnoughSpace,
+    ShapeMismatch,
+    UnknownName,
+    ValueRangeError,
+)
+from connectomics_neurodiff.geometry import blend_window, tiles
+from connectomics_neurodiff.seeding import rng_for
 from connectomics_neurodiff.synthesis import (
     SAMPLERS,
     DiffusionProcess,
     build_denoiser,
     cosine_betas,
     denoiser_from_checkpoint,
+    sampler_steps,
     synthesise,
 )
+from connectomics_neurodiff.volume import LazyArray
 
 PROCESS = DiffusionProcess(cosine_betas(50))
 VOXEL = (29.0, 6.0, 6.0)
@@ -133,17 +144,19 @@ def test_hints_are_computed_once_where_memory_allows(cache: int, per_tile: int) 
 
 
 @pytest.mark.parametrize("name", SAMPLERS.names())
-@pytest.mark.parametrize("stop_after", [1, 20, 40])
-def test_an_interrupted_volume_goes_on_to_the_same_bytes(name: str, stop_after: int, tmp_path: Path) -> None:
-    keep = {"sampler": name, "snapshot": tmp_path / "part.npz", "snapshot_seconds": 0.0}
+@pytest.mark.parametrize("stop_after", [0, 1, 6, 20, 40, 59])
+def test_an_interrupted_volume_goes_on_with_its_row(name: str, stop_after: int, tmp_path: Path) -> None:
     whole = paint(sampler=name)
     network = Painter()
-    network.stop_after = stop_after  # of 5 steps of 12 tiles
+    network.stop_after = stop_after  # of 5 steps of 2 rows of 6 tiles
     with pytest.raises(KeyboardInterrupt):
-        paint(network, **keep)
+        paint(network, sampler=name, scratch=tmp_path)
     rest = Painter()
-    np.testing.assert_array_equal(paint(rest, **keep), whole)
-    assert rest.forwards == 60 - stop_after // 12 * 12
+    np.testing.assert_array_equal(paint(rest, sampler=name, scratch=tmp_path), whole)
+    assert rest.forwards == 60 - stop_after // 6 * 6
+    again = Painter()
+    np.testing.assert_array_equal(paint(again, sampler=name, scratch=tmp_path), whole)
+    assert again.forwards == 0
 
 
 @pytest.mark.parametrize(
@@ -154,36 +167,132 @@ def test_an_interrupted_volume_goes_on_to_the_same_bytes(name: str, stop_after: 
         {"sampler": "dpmpp"},
         {"tile": (4, 14, 12)},
         {"overlap": (1, 5, 4)},
-        {"snapshot_key": "other"},
+        {"scratch_key": "other"},
         {"shape": (5, 20, 28)},
     ],
 )
-def test_a_snapshot_of_another_sample_is_not_continued(change: dict[str, Any], tmp_path: Path) -> None:
-    keep = {"snapshot": tmp_path / "part.npz", "snapshot_seconds": 0.0}
+def test_the_scratch_of_another_sample_is_not_continued(change: dict[str, Any], tmp_path: Path) -> None:
     network = Painter()
     network.stop_after = 40
     with pytest.raises(KeyboardInterrupt):
-        paint(network, **keep)
-    np.testing.assert_array_equal(paint(**(keep | change)), paint(**change))
+        paint(network, scratch=tmp_path)
+    np.testing.assert_array_equal(paint(**({"scratch": tmp_path} | change)), paint(**change))
 
 
-def test_a_snapshot_of_other_masks_or_weights_is_not_continued(tmp_path: Path) -> None:
+def test_the_scratch_of_other_masks_or_weights_is_not_continued(tmp_path: Path) -> None:
     membrane, mito = masks()
     options: dict[str, Any] = {"seed": 3, "steps": 5, "tile": (4, 12, 12), "overlap": (1, 4, 4)}
-    keep = options | {"snapshot": tmp_path / "part.npz", "snapshot_seconds": 0.0}
     other = Painter()
     nn.init.constant_(other.shift, -0.1)
     for painter, mask in ((Painter(), membrane), (Painter(), 1 - membrane), (other, membrane)):
-        image = synthesise(painter, PROCESS, mask, mito, VOXEL, **keep)
+        image = synthesise(painter, PROCESS, mask, mito, VOXEL, scratch=tmp_path, **options)
         np.testing.assert_array_equal(image, synthesise(painter, PROCESS, mask, mito, VOXEL, **options))
 
 
-def test_a_damaged_snapshot_is_named_not_overwritten(tmp_path: Path) -> None:
-    path = tmp_path / "part.npz"
-    path.write_bytes(b"PK\x03\x04 half a file")
-    with pytest.raises(CheckpointMismatch, match=r"part\.npz"):
-        paint(snapshot=path)
-    assert path.read_bytes().startswith(b"PK")
+@pytest.mark.parametrize("damage", ["text", "list", "gone", "short"])
+def test_damaged_scratch_is_named_not_overwritten(damage: str, tmp_path: Path) -> None:
+    paint(scratch=tmp_path)
+    file = tmp_path / ("progress.json" if damage in ("text", "list") else "x1.float32")
+    if damage == "gone":
+        file.unlink()
+    else:
+        file.write_text({"text": '{"key": ', "list": "[]", "short": "abc"}[damage])
+    with pytest.raises(CheckpointMismatch, match=file.name):
+        paint(scratch=tmp_path)
+    assert damage == "gone" or file.stat().st_size < 10
+
+
+def test_a_disk_too_small_is_told_before_any_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", refuse)
+    network = Painter()
+    with pytest.raises(NotEnoughSpace, match="GiB while the volume is painted: No space left"):
+        paint(network, scratch=tmp_path)
+    assert network.forwards == 0
+
+
+@pytest.mark.parametrize("name", SAMPLERS.names())
+def test_on_disk_and_in_memory_are_the_same_bytes(name: str, tmp_path: Path) -> None:
+    network = noisy_network()
+    painted = paint(network, sampler=name, scratch=tmp_path)
+    assert isinstance(painted, LazyArray)
+    np.testing.assert_array_equal(painted, paint(network, sampler=name))
+    np.testing.assert_array_equal(painted[2:4, :, 5], np.asarray(painted)[2:4, :, 5])
+
+
+def test_masks_are_read_tile_by_tile(tmp_path: Path) -> None:
+    membrane, mito = masks()
+
+    class OnDisk(LazyArray):
+        largest = 0
+
+        def _read(self, box: tuple[slice, ...]) -> np.ndarray:
+            read = membrane[box]
+            OnDisk.largest = max(OnDisk.largest, read.shape[0])
+            return read
+
+    options: dict[str, Any] = {"seed": 3, "steps": 2, "tile": (2, 12, 12), "overlap": (1, 4, 4)}
+    deep = np.concatenate([membrane] * 3)
+    membrane, mito = deep, np.concatenate([mito] * 3)
+    lazily = synthesise(Painter(), PROCESS, OnDisk(deep.shape, np.uint8), mito, VOXEL, **options)
+    np.testing.assert_array_equal(lazily, synthesise(Painter(), PROCESS, deep, mito, VOXEL, **options))
+    assert OnDisk.largest <= 8 < deep.shape[0]
+
+
+def test_joint_denoising_is_the_blended_average_of_all_tiles() -> None:
+    """A twin that holds everything at once: sums over all tiles, divided by the sum of their windows."""
+    network, shape = noisy_network(), (7, 20, 28)
+    membrane, mito = masks(shape)
+    condition = np.stack([membrane, mito]).astype(np.float32)
+    boxes = tiles(shape, (3, 12, 12), (1, 4, 4))
+    rule = SAMPLERS.get("ddim")
+    x = np.stack([rng_for(3, "start", z, 0).standard_normal(shape[1:], dtype=np.float32) for z in range(shape[0])])
+    for step in sampler_steps(PROCESS.timesteps(4)):
+        total, weight = np.zeros((2, *shape))
+        for box in boxes:
+            window = blend_window(box.shape)
+            parts = [torch.from_numpy(a[None]) for a in (x[box.slices][None], condition[(slice(None), *box.slices)])]
+            with torch.no_grad():
+                found = network(parts[0], torch.tensor([step.t]), parts[1], torch.tensor([VOXEL]))[0, 0].numpy()
+            total[box.slices] += window * found
+            weight[box.slices] += window
+        x, _ = rule(PROCESS, step, x, (total / weight)[None].astype(np.float32))
+    painted = paint(network, shape, steps=4, tile=(3, 12, 12))
+    np.testing.assert_allclose(painted, np.clip((x + 1) / 2, 0, 1), atol=1e-5)
+
+
+def test_memory_does_not_grow_with_the_volume(tmp_path: Path) -> None:
+    """A volume on disk 16 times deeper takes hardly more memory: its arrays alone would take 150 MiB more."""
+    code = textwrap.dedent(
+        """
+        import resource, sys
+        from pathlib import Path
+        import numpy as np
+        sys.path.insert(0, sys.argv[1])
+        from test_synthesis_synthesise import PROCESS, VOXEL, Painter
+        from connectomics_neurodiff.synthesis import synthesise
+        from connectomics_neurodiff.volume import LazyArray
+
+        class Stripes(LazyArray):
+            def _read(self, box):
+                return np.indices([s.stop - s.start for s in box]).sum(0) % 9 == 0
+
+        shape = (int(sys.argv[3]), 256, 512)
+        synthesise(Painter(), PROCESS, Stripes(shape, bool), None, VOXEL, seed=0, steps=2, tile=(8, 256, 256),
+                   overlap=(2, 0, 64), scratch=Path(sys.argv[2]), hint_cache_bytes=0)
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
+        """
+    )
+    here = Path(__file__).resolve().parent
+    environment = os.environ | {"PYTHONPATH": f"{here.parent}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
+
+    def peak_mib(depth: int) -> int:
+        command = [sys.executable, "-c", code, str(here), str(tmp_path / str(depth)), str(depth)]
+        return int(subprocess.run(command, env=environment, capture_output=True, check=True, text=True).stdout)
+
+    assert peak_mib(160) < peak_mib(10) + 30
 
 
 def test_kill_minus_nine_resumes_to_the_same_bytes(tmp_path: Path) -> None:
@@ -202,14 +311,14 @@ def test_kill_minus_nine_resumes_to_the_same_bytes(tmp_path: Path) -> None:
                     os.kill(os.getpid(), signal.SIGKILL)
                 return super().forward(*args, **kwargs)
 
-        np.save(sys.argv[3], paint(Killed(), sampler="dpmpp", snapshot=Path(sys.argv[2]), snapshot_seconds=0.0))
+        np.save(sys.argv[3], paint(Killed(), sampler="dpmpp", scratch=Path(sys.argv[2])))
         """
     )
     here = Path(__file__).resolve().parent
     environment = os.environ | {"PYTHONPATH": f"{here.parent}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
 
     def start(kill_at: int) -> int:
-        arguments = [str(here), str(tmp_path / "part.npz"), str(tmp_path / "image.npy"), str(kill_at)]
+        arguments = [str(here), str(tmp_path / "part"), str(tmp_path / "image.npy"), str(kill_at)]
         command = [sys.executable, "-c", code, *arguments]
         return subprocess.run(command, env=environment, stderr=subprocess.DEVNULL, check=False).returncode
 

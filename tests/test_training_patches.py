@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch.nn import functional
 
-from connectomics_neurodiff.errors import LabelTypeError, MissingInput, ValueRangeError
+from connectomics_neurodiff.errors import LabelTypeError, MissingInput, ShapeMismatch, ValueRangeError
+from connectomics_neurodiff.pairs import is_synthetic
 from connectomics_neurodiff.training import AffinityPatches, AugmentOptions, affinity_loss, weighted_bce
 from connectomics_neurodiff.training.patches import balanced_weights, erode_contacts
 from connectomics_neurodiff.volume import Volume
@@ -170,6 +171,38 @@ def test_weights_balance_the_classes() -> None:
     assert weight.sum() == pytest.approx(known.sum())
     assert (weight[..., 0, :] == 0).all()
     assert balanced_weights(affinity, known, 1.5)[0, 0, 9, 0] == 1.5
+
+
+def test_reliability_weights_both_ends_of_every_edge() -> None:
+    """The image numbers the voxels, so that a sample tells where each of its voxels comes from."""
+    shape = (9, 30, 28)
+    pair = numbered_volume(shape)
+    reliable = np.random.default_rng(4).random(shape).astype(np.float32)
+
+    def make(maps: list[np.ndarray | None]) -> AffinityPatches:
+        options = {"patch": (5, 16, 12), "seed": 2, "ratio": 3.0, "augment": ONLY_POSES}
+        return AffinityPatches([random_volume(shape)], [pair], reliability=maps, **options)
+
+    plain, weighted, half = make([]), make([reliable]), make([np.full(shape, 0.5, np.float32)])
+    for i in range(24):
+        sample, without = weighted[i], plain[i]
+        np.testing.assert_array_equal(sample["affinity"], without["affinity"])
+        if not is_synthetic(i, 3.0):
+            np.testing.assert_array_equal(sample["weight"], without["weight"])
+            continue
+        np.testing.assert_allclose(half[i]["weight"], without["weight"] / 2)
+        at = reliable.ravel()[np.rint(sample["image"][0] * 2**20).astype(int)]
+        for axis in range(3):
+            later, before = (np.moveaxis(at, axis, 0)[part] for part in (slice(1, None), slice(None, -1)))
+            weights = [np.moveaxis(s["weight"][axis], axis, 0)[1:] for s in (sample, without)]
+            np.testing.assert_allclose(weights[0], np.minimum(later, before) * weights[1], rtol=1e-5)
+
+
+def test_reliability_must_fit_its_volumes() -> None:
+    pair = random_volume((9, 30, 28))
+    for maps, reason in (([np.ones((9, 30, 27), np.float32)], "must agree"), ([None, None], "as many maps")):
+        with pytest.raises(ShapeMismatch, match=reason):
+            AffinityPatches([pair], [pair], reliability=maps, patch=(4, 8, 8), seed=0, ratio=1.0)
 
 
 @pytest.mark.parametrize("in_plane", [True, False])

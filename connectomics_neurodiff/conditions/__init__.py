@@ -1,6 +1,6 @@
 """Room 2: labels (and mitochondria) -> membrane -> the condition the diffusion model paints onto."""
 
 from .encoding import check_masks, encode_condition
-from .membrane import membrane_from_labels, with_background
+from .membrane import BackgroundMask, membrane_from_labels, with_background
 
-__all__ = ["check_masks", "encode_condition", "membrane_from_labels", "with_background"]
+__all__ = ["BackgroundMask", "check_masks", "encode_condition", "membrane_from_labels", "with_background"]

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 
 from ..errors import LabelTypeError, ShapeMismatch, ValueRangeError, VolumeFormatError
+from ..volume import ArrayLike, slabs
 
 
 def encode_condition(membrane: np.ndarray, mito: np.ndarray | None) -> np.ndarray:
@@ -40,14 +43,14 @@ def encode_condition(membrane: np.ndarray, mito: np.ndarray | None) -> np.ndarra
     return condition
 
 
-def check_masks(label: np.ndarray, membrane: np.ndarray, mito: np.ndarray | None) -> None:
-    """Refuse masks that cannot condition a synthesis.
+def check_masks(label: ArrayLike, membrane: ArrayLike, mito: ArrayLike | None) -> None:
+    """Refuse masks that cannot condition a synthesis; arrays on disk are read a few sections at a time.
 
     Parameters
     ----------
-    label : numpy.ndarray
+    label : array
         (z, y, x) non-negative integers, at least one > 0.
-    membrane, mito : numpy.ndarray
+    membrane, mito : array
         (z, y, x) integers or bool, 0 or 1; `mito` may be None.
 
     Raises
@@ -66,20 +69,28 @@ def check_masks(label: np.ndarray, membrane: np.ndarray, mito: np.ndarray | None
     for name, array in {"label": label, **masks}.items():
         if array.dtype.kind not in "uib":
             raise LabelTypeError(f"{name} must be made of non-negative integers. Got {array.dtype}.")
-    low, high = label.min(), label.max()
+    low, high = _range(label)
     if low < 0:
         raise LabelTypeError(f"Labels must not be negative (0 = background). Got {low}.")
     if high == 0:
         raise ValueRangeError("At least one voxel must belong to a neuron (label > 0). Got background only.")
     for name, mask in masks.items():
-        if mask.min() < 0 or mask.max() > 1:
-            raise ValueRangeError(f"{name} must hold 0 and 1 only. Got values in [{mask.min()}, {mask.max()}].")
+        low, high = _range(mask)
+        if low < 0 or high > 1:
+            raise ValueRangeError(f"{name} must hold 0 and 1 only. Got values in [{low}, {high}].")
 
 
-def _require_same_shape(arrays: dict[str, np.ndarray]) -> None:
+def _range(array: ArrayLike) -> tuple[int, int]:
+    """Smallest and largest value."""
+    parts = (np.asarray(array[index]) for index in slabs(tuple(array.shape)))
+    ranges = [(int(part.min()), int(part.max())) for part in parts]
+    return min(low for low, _ in ranges), max(high for _, high in ranges)
+
+
+def _require_same_shape(arrays: Mapping[str, ArrayLike]) -> None:
     for name, array in arrays.items():
-        if array.ndim != 3 or 0 in array.shape:
+        if len(array.shape) != 3 or 0 in array.shape:
             raise VolumeFormatError(f"{name} must have three axes (z, y, x), none empty. Got shape {array.shape}.")
-    if len({array.shape for array in arrays.values()}) > 1:
+    if len({tuple(array.shape) for array in arrays.values()}) > 1:
         shapes = ", ".join(f"{name} {array.shape}" for name, array in arrays.items())
         raise ShapeMismatch(f"Masks must have the same shape. Got {shapes}.")

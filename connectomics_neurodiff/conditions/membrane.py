@@ -8,6 +8,7 @@ import numpy as np
 
 from ..errors import LabelTypeError, ShapeMismatch, ValueRangeError, VolumeFormatError
 from ..geometry import is_anisotropic, voxel_size
+from ..volume import ArrayLike, LazyArray
 
 
 def with_background(membrane: np.ndarray, label: np.ndarray) -> np.ndarray:
@@ -35,6 +36,25 @@ def with_background(membrane: np.ndarray, label: np.ndarray) -> np.ndarray:
     if membrane.shape != label.shape:
         raise ShapeMismatch(f"Membrane and label must have one shape. Got {membrane.shape} and {label.shape}.")
     return ((np.asarray(membrane) > 0) | (np.asarray(label) == 0)).astype(np.uint8)
+
+
+class BackgroundMask(LazyArray):
+    """:func:`with_background` of arrays on disk, part by part as it is indexed.
+
+    Parameters
+    ----------
+    membrane, label : array
+        As there.
+    """
+
+    def __init__(self, membrane: ArrayLike, label: ArrayLike) -> None:
+        if tuple(membrane.shape) != tuple(label.shape):
+            raise ShapeMismatch(f"Membrane and label must have one shape. Got {membrane.shape} and {label.shape}.")
+        super().__init__(tuple(membrane.shape), np.uint8)
+        self._membrane, self._label = membrane, label
+
+    def _read(self, box: tuple[slice, ...]) -> np.ndarray:
+        return with_background(np.asarray(self._membrane[box]), np.asarray(self._label[box]))
 
 
 def membrane_from_labels(

@@ -232,6 +232,9 @@ def _add_diffusion(node: CfgNode) -> None:
     # Sampling: "ddpm" [published], "ddim" or "dpmpp"; steps <= STEPS.
     node.DIFFUSION.SAMPLER = "ddpm"
     node.DIFFUSION.SAMPLER_STEPS = 250
+    # Classifier-free guidance, >= 0: 1 none [published]; above 1 the image follows the masks more strictly (easy
+    # samples), below 1 more loosely (hard ones). Other than 1 needs CONDITION_DROPOUT > 0. [ho and salimans 2022]
+    node.DIFFUSION.GUIDANCE = 1.0
     # Tiles of the joint denoising and their overlap, voxels.
     node.DIFFUSION.TILE = [8, 512, 512]
     node.DIFFUSION.OVERLAP = [2, 64, 64]
@@ -244,6 +247,9 @@ def _add_pairs(node: CfgNode) -> None:
     # Least share of its membrane that is visible, relative to the real volume's, 0..1; 0: not checked. Pairs at
     # .77 made a segmenter worse (docs/results.md). [ours]
     node.PAIRS.LEAST_VISIBILITY = 0.8
+    # Images painted onto each mask, >= 1. From two on the pair, which holds the first of them, also says where they
+    # agree: its reliability (docs/method.md). Painting takes as many times longer. [ours]
+    node.PAIRS.SAMPLES = 1
     # Shift and scale the grey values of a synthetic volume to the real mean and spread, one line per volume. [ours]
     node.PAIRS.MATCH_GREY = True
 
@@ -253,6 +259,8 @@ def _add_segmenter(node: CfgNode) -> None:
     # Erode touching labels by this many voxels in the affinity target, so that a boundary is learnt between cells that
     # touch without a gap. 0 where the labels have gaps (AC3/AC4).
     node.SEGMENTER.LABEL_EROSION = 0
+    # Weight the loss on synthetic pairs by their reliability; they need it (PAIRS.SAMPLES >= 2). Not for agq. [ours]
+    node.SEGMENTER.RELIABILITY_WEIGHTS = False
     # Learnt beside the affinities, for nothing but a better network; not by agq. Affinities over larger distances, each
     # [z, y, x] in voxels, shorter than MODEL.INPUT_SIZE; [superhuman, figure 3] has [2,0,0], [3,0,0], [4,0,0], [0,3,0],
     # [0,9,0], [0,27,0], [0,0,3], [0,0,9], [0,0,27].

@@ -49,7 +49,7 @@ def _validate_numbers(cfg: CfgNode) -> None:
         "SYSTEM.NUM_NODES SOLVER.ITERATION_TOTAL SOLVER.ITERATION_SAVE SOLVER.SAMPLES_PER_BATCH SOLVER.ITERATION_STEP "
         "INFERENCE.SAMPLES_PER_BATCH NEURODIFF.REMODEL.COPIES NEURODIFF.DIFFUSION.STEPS NEURODIFF.DIFFUSION.ITERATIONS "
         "NEURODIFF.DIFFUSION.BATCH NEURODIFF.DIFFUSION.ACCUMULATE NEURODIFF.DIFFUSION.SAVE_EVERY "
-        "NEURODIFF.DIFFUSION.SAMPLER_STEPS"
+        "NEURODIFF.DIFFUSION.SAMPLER_STEPS NEURODIFF.PAIRS.SAMPLES"
     )
     _require_numbers(cfg, at_least_one.split(), 1)
     not_negative = (
@@ -57,7 +57,7 @@ def _validate_numbers(cfg: CfgNode) -> None:
         "AUGMENTOR.SYNTHETIC.RATIO NEURODIFF.REMODEL.SIGMA_NM NEURODIFF.DIFFUSION.WARMUP NEURODIFF.DIFFUSION.CLIP_NORM "
         "NEURODIFF.SEGMENTER.LABEL_EROSION NEURODIFF.PHANTOM.SEED NEURODIFF.DIFFUSION.COSINE_OFFSET "
         "NEURODIFF.SEGMENTER.SHAPE_SIGMA_NM NEURODIFF.SEGMENTER.SHAPE_WEIGHT NEURODIFF.SEGMENTER.PIXEL_DISCRIMINATION "
-        "NEURODIFF.SEGMENTER.COMPONENT_PRIOR NEURODIFF.SEGMENTER.POSITION_LENGTH"
+        "NEURODIFF.SEGMENTER.COMPONENT_PRIOR NEURODIFF.SEGMENTER.POSITION_LENGTH NEURODIFF.DIFFUSION.GUIDANCE"
     )
     _require_numbers(cfg, not_negative.split(), 0)
     _require_numbers(cfg, ["SYSTEM.NUM_GPUS"], -1)
@@ -108,8 +108,13 @@ def _validate_segmenter(cfg: CfgNode) -> None:
             node.LONG_RANGE,
         )
     if cfg.MODEL.ARCHITECTURE == "agq":
-        for key in ("LONG_RANGE", "SHAPE_SIGMA_NM"):
-            _require(not node[key], f"NEURODIFF.SEGMENTER.{key}", "empty or 0 for agq, which learns neurons", node[key])
+        for key in ("LONG_RANGE", "SHAPE_SIGMA_NM", "RELIABILITY_WEIGHTS"):
+            _require(
+                not node[key],
+                f"NEURODIFF.SEGMENTER.{key}",
+                "empty, 0 or false for agq, which learns neurons",
+                node[key],
+            )
         terms = dict(zip(cfg.MODEL.LOSS_OPTION, cfg.MODEL.LOSS_WEIGHT, strict=True))
         as_it_is = "WeightedBCEWithLogitsLoss of weight 1 for agq, which has a loss of its own"
         _require(terms == {"WeightedBCEWithLogitsLoss": 1.0}, "MODEL.LOSS_OPTION", as_it_is, terms)

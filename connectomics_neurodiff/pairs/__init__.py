@@ -2,11 +2,13 @@
 
 from .gate import GateReport, grey_value_gate, match_grey_values, membrane_gate, membrane_visibility
 from .mixing import is_synthetic
-from .store import MaskArrays, open_pair, open_pairs, write_pair
+from .reliability import ReliabilityMap
+from .store import MaskArrays, open_pair, open_pairs, read_reliability, write_pair
 
 __all__ = [
     "GateReport",
     "MaskArrays",
+    "ReliabilityMap",
     "grey_value_gate",
     "is_synthetic",
     "match_grey_values",
@@ -14,5 +16,6 @@ __all__ = [
     "membrane_visibility",
     "open_pair",
     "open_pairs",
+    "read_reliability",
     "write_pair",
 ]

@@ -12,7 +12,7 @@ import numpy as np
 
 from ..errors import LabelTypeError, MissingInput, ShapeMismatch, ValueRangeError
 from ..geometry import voxel_size
-from ..volume import Volume, open_volume, write_volume
+from ..volume import ArrayLike, Volume, open_array, open_volume, write_volume
 
 #: Voxel sizes closer than this, relatively, count as equal.
 _VOXEL_TOLERANCE = 0.01
@@ -22,15 +22,15 @@ class Mask(Protocol):
     """Arrays (z, y, x) to paint onto; :class:`~connectomics_neurodiff.remodel.RemodelledMask` is one."""
 
     @property
-    def label(self) -> np.ndarray:
+    def label(self) -> ArrayLike:
         """Neuron ids, unsigned integers, 0 = background."""
 
     @property
-    def membrane(self) -> np.ndarray:
+    def membrane(self) -> ArrayLike:
         """uint8, 1 on membranes."""
 
     @property
-    def mito(self) -> np.ndarray | None:
+    def mito(self) -> ArrayLike | None:
         """uint8, 1 inside mitochondria."""
 
 
@@ -38,25 +38,26 @@ class Mask(Protocol):
 class MaskArrays:
     """The three masks of a file as a :class:`Mask`."""
 
-    label: np.ndarray
-    membrane: np.ndarray
-    mito: np.ndarray | None = None
+    label: ArrayLike
+    membrane: ArrayLike
+    mito: ArrayLike | None = None
 
 
 def write_pair(
     path: str | os.PathLike[str],
-    image: np.ndarray,
+    image: ArrayLike,
     mask: Mask,
     voxel_nm: Sequence[float],
     attributes: Mapping[str, Any],
+    reliability: ArrayLike | None = None,
 ) -> None:
-    """Write one synthetic pair, atomically.
+    """Write one synthetic pair, atomically; arrays on disk are streamed a few sections at a time.
 
     Parameters
     ----------
     path : path
-        HDF5 file: datasets image (uint8), label, membrane, mito (uint8).
-    image : numpy.ndarray
+        HDF5 file: datasets image (uint8), label, membrane, mito, reliability (uint8).
+    image : array
         float in [0, 1], (z, y, x); stored as round(255 x).
     mask : Mask
         Label, membrane and, if there are any, mitochondria of the same shape.
@@ -64,6 +65,8 @@ def write_pair(
         Voxel size (z, y, x), nm.
     attributes : mapping
         Recorded with the file: seed, sampler, checkpoint.
+    reliability : array, optional
+        (z, y, x) in [0, 1], see :class:`.ReliabilityMap`; stored as round(255 x).
 
     Raises
     ------
@@ -77,15 +80,25 @@ def write_pair(
     arrays = {"label": mask.label, "membrane": mask.membrane}
     if mask.mito is not None:
         arrays["mito"] = mask.mito
+    if reliability is not None:
+        arrays["reliability"] = reliability
     for name, array in arrays.items():
-        if array.shape != image.shape:
+        if tuple(array.shape) != tuple(image.shape):
             raise ShapeMismatch(f"A pair's {name} must have the image's shape {image.shape}. Got {array.shape}.")
     if not np.issubdtype(mask.label.dtype, np.integer):
         raise LabelTypeError(f"A pair's label must be integers. Got {mask.label.dtype}.")
-    lowest, highest = image.min(), image.max()
-    if not (np.isfinite(lowest) and np.isfinite(highest) and lowest >= 0 and highest <= 1):
-        raise ValueRangeError(f"A synthetic image must be finite and in [0, 1]. Got {lowest:.3g} to {highest:.3g}.")
     write_volume(path, {"image": image, **arrays}, voxel_size(voxel_nm), attributes)
+
+
+def read_reliability(path: str | os.PathLike[str]) -> np.ndarray:
+    """The reliability map of a pair in memory, float32 in [0, 1].
+
+    Raises
+    ------
+    MissingInput
+        If the pair has none.
+    """
+    return np.asarray(open_array(path, ("reliability",)), dtype=np.float32) / 255
 
 
 def open_pairs(paths: Sequence[str | os.PathLike[str]], real: Volume) -> list[Volume]:

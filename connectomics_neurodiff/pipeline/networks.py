@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from ..checkpoints import Checkpoint
     from ..training import AuxiliaryTargets
 
+#: Keys of NEURODIFF.DIFFUSION that the images depend on, but not the denoiser.
+SAMPLING_KEYS = ("SAMPLER", "SAMPLER_STEPS", "GUIDANCE", "TILE", "OVERLAP")
+
 
 def device_and_precision(cfg: CfgNode) -> tuple[torch.device, str]:
     """Where networks run, and the arithmetic that "auto" stands for there."""

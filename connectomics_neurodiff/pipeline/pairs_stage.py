@@ -14,7 +14,15 @@ from yacs.config import CfgNode
 from ..conditions import membrane_from_labels, with_background
 from ..config import as_dict
 from ..errors import UserError
-from ..pairs import MaskArrays, grey_value_gate, match_grey_values, membrane_gate, membrane_visibility, write_pair
+from ..pairs import (
+    MaskArrays,
+    ReliabilityMap,
+    grey_value_gate,
+    match_grey_values,
+    membrane_gate,
+    membrane_visibility,
+    write_pair,
+)
 from ..provenance import Provenance, hash_of_file, write_json
 from ..seeding import rng_for
 from ..volume import Volume, open_array, open_volume
@@ -23,15 +31,16 @@ from .run import Run
 
 logger = logging.getLogger("connectomics_neurodiff")
 
-#: (masks, membrane, snapshot, key of the snapshot, number of the copy) -> image in [0, 1].
-Painter = Callable[[Volume, np.ndarray, Path, str, int], np.ndarray]
+#: (masks, membrane, scratch folder, its key, number of the copy, and of the sample) -> image in [0, 1].
+Painter = Callable[[Volume, np.ndarray, Path, str, int, int], np.ndarray]
 
 
 def make_pairs(run: Run) -> None:
     """Paint EM onto every remodelled mask -> pairs/copy_000.h5, ...; a volume with wrong grey values is set aside."""
     cfg, node = run.cfg, run.cfg.NEURODIFF.DIFFUSION
-    keys = {k: as_dict(node)[k] for k in ("SAMPLER", "SAMPLER_STEPS", "TILE", "OVERLAP")}
+    keys = {k: as_dict(node)[k] for k in networks.SAMPLING_KEYS}
     settings = keys | {"MATCH_GREY": cfg.NEURODIFF.PAIRS.MATCH_GREY}
+    settings |= {"SAMPLES": cfg.NEURODIFF.PAIRS.SAMPLES} if cfg.NEURODIFF.PAIRS.SAMPLES > 1 else {}
     settings |= {"PRECISION": networks.device_and_precision(cfg)[1]}
     denoiser_hash = run.hash_of("diffusion/checkpoint.pt")
     paint: Painter | None = None
@@ -56,51 +65,59 @@ def make_pairs(run: Run) -> None:
 def _make_painter(run: Run) -> Painter:
     """Function that paints an image onto masks with the run's denoiser."""
     from ..checkpoints import load_checkpoint
-    from ..synthesis import denoiser_from_checkpoint, synthesise
+    from ..synthesis import denoiser_from_checkpoint, guided, require_fitting_tile, synthesise
 
     node = run.cfg.NEURODIFF.DIFFUSION
-    network, process = denoiser_from_checkpoint(
-        load_checkpoint(run.folder / "diffusion" / "checkpoint.pt", kind="denoiser")
-    )
+    checkpoint = load_checkpoint(run.folder / "diffusion" / "checkpoint.pt", kind="denoiser")
+    network, process = denoiser_from_checkpoint(checkpoint)
+    network = guided(network, node.GUIDANCE, checkpoint)
     device, precision = networks.device_and_precision(run.cfg)
+    samples = run.cfg.NEURODIFF.PAIRS.SAMPLES
+    require_fitting_tile(checkpoint, node.TILE, run.parts["train"].box.shape, device)
 
-    def paint(masks: Volume, membrane: np.ndarray, snapshot: Path, key: str, copy: int) -> np.ndarray:
-        return synthesise(
+    def paint(masks: Volume, membrane: np.ndarray, scratch: Path, key: str, copy: int, sample: int) -> np.ndarray:
+        image = synthesise(
             network,
             process,
             with_background(membrane, masks.array("label")),
             masks.mito_array,
             masks.voxel_nm,
-            seed=int(rng_for(run.cfg.NEURODIFF.SEED, "pairs", copy).integers(2**31)),
+            seed=int(rng_for(run.cfg.NEURODIFF.SEED, "pairs", copy, *([sample] if sample else [])).integers(2**31)),
             sampler=node.SAMPLER,
             steps=node.SAMPLER_STEPS,
             tile=tuple(node.TILE),
             overlap=tuple(node.OVERLAP),
             precision=precision,
             device=device,
-            snapshot=snapshot,
-            snapshot_key=key,
-            label=f"synthesis {copy + 1}/{run.cfg.NEURODIFF.REMODEL.COPIES}",
+            scratch=scratch,
+            scratch_key=key,
+            label=f"synthesis {copy * samples + sample + 1}/{run.cfg.NEURODIFF.REMODEL.COPIES * samples}",
         )
+        return np.asarray(image)
 
     return paint
 
 
 def _paint_pair(run: Run, paint: Painter, masks_path: Path, target: Path, provenance: Provenance, copy: int) -> None:
+    from ..synthesis import discard_scratch
+
     masks = open_volume(masks_path).load()
     membrane = np.asarray(open_array(masks_path, ("membrane",)))
     target.parent.mkdir(parents=True, exist_ok=True)
-    snapshot = target.with_name(f".{target.stem}.snapshot.npz")
-    image = paint(masks, membrane, snapshot, provenance.key, copy)
+    scratches = [target.with_name(f".{target.stem}.{i}.unfinished") for i in range(run.cfg.NEURODIFF.PAIRS.SAMPLES)]
+    images = [paint(masks, membrane, at, provenance.key, copy, sample) for sample, at in enumerate(scratches)]
+    image = images[0]
     real = run.parts["train"].load().array("image")
     raw = grey_value_gate(image, real, limit=1.0)
     if run.cfg.NEURODIFF.PAIRS.MATCH_GREY and raw.passed:
         image = match_grey_values(image, real)
     arrays = MaskArrays(masks.array("label"), membrane, masks.mito_array)
     attributes = {"copy": copy, "grey_value_distance_before_matching": raw.distance}
-    write_pair(target, np.clip(image, 0, 1), arrays, masks.voxel_nm, attributes)
+    reliability = ReliabilityMap(images, masks.voxel_nm) if len(images) > 1 else None
+    write_pair(target, np.clip(image, 0, 1), arrays, masks.voxel_nm, attributes, reliability)
     run.finish(target, provenance)
-    snapshot.unlink(missing_ok=True)
+    for scratch in scratches:
+        discard_scratch(scratch)
 
 
 def _judge_pair(run: Run, target: Path, report: Path) -> dict[str, Any]:

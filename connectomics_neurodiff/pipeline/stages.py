@@ -15,7 +15,7 @@ from ..affinities import CONVENTION
 from ..config import as_dict
 from ..errors import CheckpointMismatch, StaleArtifactError, UserError
 from ..metrics import evaluate
-from ..pairs import open_pairs
+from ..pairs import open_pairs, read_reliability
 from ..provenance import hash_of, hash_of_file, write_json
 from ..remodel import SignatureLibrary, remodel
 from ..seeding import rng_for
@@ -44,7 +44,7 @@ def make_diffusion(run: Run) -> None:
     from ..synthesis import DiffusionCrops, DiffusionProcess, build_denoiser, cosine_betas, noise_loss
 
     cfg, node = run.cfg, run.cfg.NEURODIFF.DIFFUSION
-    settings = networks.training_keys(node, ("SAMPLER", "SAMPLER_STEPS", "TILE", "OVERLAP", "SAVE_EVERY"))
+    settings = networks.training_keys(node, (*networks.SAMPLING_KEYS, "SAVE_EVERY"))
     settings |= {"MEMBRANE_NM": cfg.NEURODIFF.MEMBRANE_NM, "PRECISION": networks.device_and_precision(cfg)[1]}
     settings |= networks.world_size(cfg) | run.engine_settings()
     provenance = run.provenance("diffusion", settings, train=run.parts["train"].identity)
@@ -137,6 +137,7 @@ def _train_arm(run: Run, arm: str) -> None:
     cfg = run.cfg
     options = networks.segmenter_options(cfg)
     queries = cfg.MODEL.ARCHITECTURE == QUERIES
+    weighted = cfg.NEURODIFF.SEGMENTER.RELIABILITY_WEIGHTS
     settings = {
         "MODEL": {"ARCHITECTURE": cfg.MODEL.ARCHITECTURE, "INPUT_SIZE": list(cfg.MODEL.INPUT_SIZE), **options},
         "LOSS": dict(zip(cfg.MODEL.LOSS_OPTION, cfg.MODEL.LOSS_WEIGHT, strict=True))
@@ -147,6 +148,7 @@ def _train_arm(run: Run, arm: str) -> None:
         "AUXILIARY": {name: cfg.NEURODIFF.SEGMENTER[name] for name in ("LONG_RANGE", "SHAPE_SIGMA_NM", "SHAPE_WEIGHT")},
         "PRECISION": networks.device_and_precision(cfg)[1],
         "RATIO": cfg.AUGMENTOR.SYNTHETIC.RATIO if arm == "mixed" else 0.0,
+        **({"RELIABILITY_WEIGHTS": True} if weighted and arm == "mixed" else {}),
         **networks.world_size(cfg),
         **run.engine_settings(),
     }
@@ -159,7 +161,8 @@ def _train_arm(run: Run, arm: str) -> None:
     _forget_other_training(run, target.parent, provenance.key)
     train = run.parts["train"].load()
     synthetic = [pair.load() for pair in open_pairs(paths, train)]
-    patches, loss = _samples_and_loss(cfg, train, synthetic, settings["RATIO"])
+    reliability = [read_reliability(path) for path in paths] if weighted else []
+    patches, loss = _samples_and_loss(cfg, train, synthetic, settings["RATIO"], reliability)
     network = _built_with_seed(run, "segmenter", lambda: build_segmenter(cfg.MODEL.ARCHITECTURE, **options))
     fit_settings = networks.segmenter_fit_settings(cfg)
     network = run.engine.fit(
@@ -183,7 +186,9 @@ def _train_arm(run: Run, arm: str) -> None:
     run.finish(target, provenance)
 
 
-def _samples_and_loss(cfg: CfgNode, train: Volume, synthetic: list[Volume], ratio: float) -> tuple[SampleSource, Loss]:
+def _samples_and_loss(
+    cfg: CfgNode, train: Volume, synthetic: list[Volume], ratio: float, reliability: list[np.ndarray]
+) -> tuple[SampleSource, Loss]:
     """What a segmenter learns from: affinities; or, if it tells neurons apart itself, instances too."""
     from ..training import AffinityPatches, AGQLossWeights, AugmentOptions, InstancePatches, affinity_loss, agq_loss
 
@@ -201,7 +206,7 @@ def _samples_and_loss(cfg: CfgNode, train: Volume, synthetic: list[Volume], rati
         )
     auxiliary = networks.auxiliary_targets(cfg)
     terms = dict(zip(cfg.MODEL.LOSS_OPTION, cfg.MODEL.LOSS_WEIGHT, strict=True))
-    patches = AffinityPatches([train], synthetic, auxiliary=auxiliary, **common)
+    patches = AffinityPatches([train], synthetic, auxiliary=auxiliary, reliability=reliability, **common)
     return patches, partial(affinity_loss, terms=terms, shape_weight=auxiliary.shape_weight)
 
 

@@ -5,25 +5,34 @@ each other; :mod:`.crops` feeds the training, :mod:`.synthesise` paints volumes 
 """
 
 from .crops import DiffusionCrops
+from .guidance import NULL_CONDITION, GuidedDenoiser, guided
 from .losses import noise_loss
 from .nets import SYNTHESISERS, build_denoiser, selective_scan
 from .process import DiffusionProcess, cosine_betas
-from .samplers import SAMPLERS, SamplerState, sample_ddim, sample_ddpm, sample_dpmpp
+from .samplers import SAMPLERS, Sampler, Step, sampler_steps
+from .suitability import require_fitting_tile, tile_bytes, warn_of_voxel_size
 from .synthesise import denoiser_from_checkpoint, synthesise
+from .working_arrays import discard_scratch
 
 __all__ = [
+    "NULL_CONDITION",
     "SAMPLERS",
     "SYNTHESISERS",
     "DiffusionCrops",
     "DiffusionProcess",
-    "SamplerState",
+    "GuidedDenoiser",
+    "Sampler",
+    "Step",
     "build_denoiser",
     "cosine_betas",
     "denoiser_from_checkpoint",
+    "discard_scratch",
+    "guided",
     "noise_loss",
-    "sample_ddim",
-    "sample_ddpm",
-    "sample_dpmpp",
+    "require_fitting_tile",
+    "sampler_steps",
     "selective_scan",
     "synthesise",
+    "tile_bytes",
+    "warn_of_voxel_size",
 ]

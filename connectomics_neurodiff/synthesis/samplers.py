@@ -1,8 +1,7 @@
-"""Samplers: functions of a callable that predicts noise. No network and no generator inside.
+"""Samplers: how x_t becomes x_s, voxel by voxel, from what the network predicts. No network and no generator inside.
 
-All share one signature. `denoise(x, t)` predicts the noise in `x` at step t; `noise_for(k)` is the standard normal
-noise that the k-th sampler step may add. After every step `on_step` gets a :class:`SamplerState`; a sampler that is
-given one as `state` goes on from there to the same result.
+As no voxel needs its neighbours here, a sampler works on blocks of any shape: volumes that do not fit into memory are
+denoised block by block.
 
 A denoiser that is hardly trained does better with ``ddpm``: the noise it adds lets later steps correct the early
 guesses, which the deterministic samplers carry to the end as excess contrast.
@@ -16,168 +15,192 @@ from math import exp, log, sqrt
 
 import numpy as np
 
+from ..errors import ValueRangeError
 from ..registry import Registry
 from .process import DiffusionProcess
 
-Denoise = Callable[[np.ndarray, int], np.ndarray]
-NoiseFor = Callable[[int], np.ndarray]
 
-
-@dataclass(frozen=True, eq=False)
-class SamplerState:
-    """Where a sampler stands.
+@dataclass(frozen=True)
+class Step:
+    """One step of a sampler.
 
     Attributes
     ----------
-    done : int
-        Sampler steps done.
-    x : numpy.ndarray
-        Image after them.
-    clean : numpy.ndarray
-        Clean image predicted in the last of them, which DPM-Solver++(2M) extrapolates from.
+    number : int
+        From 0.
+    t, t_next : int
+        Diffusion step before and after; -1 after the last one: the clean image.
+    t_before : int or None
+        Diffusion step of the sampler step before this one; None in the first.
     """
 
-    done: int
-    x: np.ndarray
-    clean: np.ndarray
+    number: int
+    t: int
+    t_next: int
+    t_before: int | None
 
 
-OnStep = Callable[[SamplerState], object]
-#: (t, t after the step, x_t, predicted clean image, clean image of the step before, t of the step before, k) -> x.
-Update = Callable[[int, int, np.ndarray, np.ndarray, "np.ndarray | None", int, int], np.ndarray]
-SAMPLERS: Registry = Registry("sampler", call="f(denoise, process, x, timesteps, noise_for, *, state, on_step) -> x_0")
+def sampler_steps(timesteps: Sequence[int]) -> list[Step]:
+    """The steps of a sampler that visits `timesteps`, falling; see :meth:`.DiffusionProcess.timesteps`."""
+    after = [*timesteps[1:], -1]
+    before = [None, *timesteps[:-1]]
+    return [Step(k, *ts) for k, ts in enumerate(zip(timesteps, after, before, strict=True))]
 
 
-def _walk(
-    denoise: Denoise,
+#: (process, step, x_t, clean image, clean image of the step before, noise, variance coefficient v) -> x_s
+Update = Callable[
+    [
+        DiffusionProcess,
+        Step,
+        np.ndarray,
+        np.ndarray,
+        "np.ndarray | None",
+        "np.ndarray | None",
+        "np.ndarray | None",
+    ],
+    np.ndarray,
+]
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """A sampler, and what its steps need.
+
+    Attributes
+    ----------
+    update : callable
+        x_s from x_t and the clean image.
+    adds_noise : bool
+        Whether a step, unless it is the last, adds standard normal noise.
+    looks_back : bool
+        Whether a step, unless it is the first, needs the clean image that the step before predicted.
+    """
+
+    update: Update
+    adds_noise: bool = False
+    looks_back: bool = False
+
+    def __call__(
+        self,
+        process: DiffusionProcess,
+        step: Step,
+        x: np.ndarray,
+        prediction: np.ndarray,
+        before: np.ndarray | None = None,
+        noise: np.ndarray | None = None,
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Take one step.
+
+        Parameters
+        ----------
+        process : DiffusionProcess
+            Schedule that the denoiser was trained on.
+        step : Step
+            Which one.
+        x : numpy.ndarray
+            x_t of any shape; not modified.
+        prediction : numpy.ndarray
+            (1, ...) what the network predicts for it, or (2, ...) with the coefficient of its variance.
+        before : numpy.ndarray, optional
+            Clean image of the step before, for samplers that look back.
+        noise : numpy.ndarray, optional
+            Standard normal noise, for samplers that add it.
+
+        Returns
+        -------
+        x_s, clean : numpy.ndarray
+            Image after the step, and the clean image predicted in it, clipped to [-1, 1] as published. Both are the
+            same after the last step of a deterministic sampler.
+
+        Raises
+        ------
+        ValueRangeError
+            If noise or the clean image of the step before is needed and not there.
+        """
+        if self.adds_noise and noise is None and step.t_next >= 0:
+            raise ValueRangeError(f"Step {step.number} of this sampler adds noise. Got none.")
+        if self.looks_back and before is None and step.t_before is not None:
+            raise ValueRangeError(f"Step {step.number} of this sampler needs the clean image of the step before.")
+        predicted_noise = process.noise_from(prediction[0], x, step.t)
+        clean = np.clip(process.predict_clean(x, step.t, predicted_noise), -1, 1)
+        coefficient = prediction[1] if len(prediction) > 1 else None
+        return self.update(process, step, x, clean, before, noise, coefficient), clean
+
+
+SAMPLERS: Registry[Sampler] = Registry("sampler", call="f(process, step, x, prediction, before, noise) -> x_s, clean")
+
+
+def _update_ddpm(
     process: DiffusionProcess,
+    step: Step,
     x: np.ndarray,
-    timesteps: Sequence[int],
-    update: Update,
-    state: SamplerState | None,
-    on_step: OnStep | None,
+    clean: np.ndarray,
+    before: np.ndarray | None,
+    noise: np.ndarray | None,
+    coefficient: np.ndarray | None,
 ) -> np.ndarray:
-    """The loop that all samplers share; the clean image is clipped to the range of images, as published."""
-    first, clean = 0, None
-    if state is not None:
-        first, x, clean = state.done, state.x, state.clean
-    for k in range(first, len(timesteps)):
-        t, t_next = timesteps[k], timesteps[k + 1] if k + 1 < len(timesteps) else -1
-        before, clean = clean, np.clip(process.predict_clean(x, t, denoise(x, t)), -1, 1)
-        x = update(t, t_next, x, clean, before, timesteps[k - 1] if k else -1, k)
-        if on_step is not None:
-            on_step(SamplerState(k + 1, x, clean))
-    return x
-
-
-@SAMPLERS.register("ddpm")
-def sample_ddpm(
-    denoise: Denoise,
-    process: DiffusionProcess,
-    x: np.ndarray,
-    timesteps: Sequence[int],
-    noise_for: NoiseFor,
-    *,
-    state: SamplerState | None = None,
-    on_step: OnStep | None = None,
-) -> np.ndarray:
-    """Ancestral sampling with the posterior's fixed variance (Ho et al. 2020, algorithm 2 with eq. 6 and 7).
+    """Ancestral sampling (Ho et al. 2020, algorithm 2 with eq. 6 and 7), the variance learned where there is one.
 
     With fewer timesteps than T the process is respaced (Nichol and Dhariwal 2021, section 4).
-
-    Parameters
-    ----------
-    denoise : callable
-        ``denoise(x, t) -> noise``, in the shape of `x`.
-    process : DiffusionProcess
-        Schedule that the denoiser was trained on.
-    x : numpy.ndarray
-        Standard normal noise of any shape; not modified, and not used when going on from a `state`.
-    timesteps : sequence of int
-        Steps t to visit, falling; see :meth:`.DiffusionProcess.timesteps`.
-    noise_for : callable
-        ``noise_for(k)``: noise in the shape of `x` for the k-th of the timesteps.
-    state : SamplerState, optional
-        Go on from here.
-    on_step : callable, optional
-        Called with a :class:`SamplerState` after every step.
-
-    Returns
-    -------
-    numpy.ndarray
-        Clean image in [-1, 1].
     """
-
-    def update(
-        t: int, t_next: int, x: np.ndarray, clean: np.ndarray, before: np.ndarray | None, t_before: int, k: int
-    ) -> np.ndarray:
-        of_clean, of_noisy, variance = process.posterior(t, t_next)
-        mean = of_clean * clean + of_noisy * x
-        return mean + sqrt(variance) * noise_for(k) if variance > 0 else mean
-
-    return _walk(denoise, process, x, timesteps, update, state, on_step)
+    of_clean, of_noisy, variance = process.posterior(step.t, step.t_next)
+    mean = of_clean * clean + of_noisy * x
+    if noise is None or step.t_next < 0:
+        return mean
+    if coefficient is None:
+        return mean + sqrt(variance) * noise
+    return mean + np.exp(0.5 * process.learned_log_variance(coefficient, step.t, step.t_next)) * noise
 
 
-@SAMPLERS.register("ddim")
-def sample_ddim(
-    denoise: Denoise,
+def _update_ddim(
     process: DiffusionProcess,
+    step: Step,
     x: np.ndarray,
-    timesteps: Sequence[int],
-    noise_for: NoiseFor,
-    *,
-    state: SamplerState | None = None,
-    on_step: OnStep | None = None,
+    clean: np.ndarray,
+    before: np.ndarray | None,
+    noise: np.ndarray | None,
+    coefficient: np.ndarray | None,
 ) -> np.ndarray:
-    """Deterministic DDIM (Song et al. 2021, eq. 12 with sigma = 0); arguments as in :func:`sample_ddpm`.
+    """Deterministic DDIM (Song et al. 2021, eq. 12 with sigma = 0).
 
-    The noise is taken anew from the clipped clean image, so that the two still add up to x_t. `noise_for` is not asked.
+    The noise is taken anew from the clipped clean image, so that the two still add up to x_t.
     """
-
-    def update(
-        t: int, t_next: int, x: np.ndarray, clean: np.ndarray, before: np.ndarray | None, t_before: int, k: int
-    ) -> np.ndarray:
-        now, after = process.signal_at(t), process.signal_at(t_next)
-        noise = (x - sqrt(now) * clean) / sqrt(1 - now)
-        return sqrt(after) * clean + sqrt(1 - after) * noise
-
-    return _walk(denoise, process, x, timesteps, update, state, on_step)
+    now, after = process.signal_at(step.t), process.signal_at(step.t_next)
+    left = (x - sqrt(now) * clean) / sqrt(1 - now)
+    return sqrt(after) * clean + sqrt(1 - after) * left
 
 
-@SAMPLERS.register("dpmpp")
-def sample_dpmpp(
-    denoise: Denoise,
+def _update_dpmpp(
     process: DiffusionProcess,
+    step: Step,
     x: np.ndarray,
-    timesteps: Sequence[int],
-    noise_for: NoiseFor,
-    *,
-    state: SamplerState | None = None,
-    on_step: OnStep | None = None,
+    clean: np.ndarray,
+    before: np.ndarray | None,
+    noise: np.ndarray | None,
+    coefficient: np.ndarray | None,
 ) -> np.ndarray:
-    """DPM-Solver++(2M) (Lu et al. 2022, algorithm 2); arguments as in :func:`sample_ddpm`.
+    """DPM-Solver++(2M) (Lu et al. 2022, algorithm 2).
 
     The first and the last step are of first order: the one has nothing to extrapolate from, the other ends at an
-    infinite signal-to-noise ratio, where the solution is the clean image itself. `noise_for` is not asked.
+    infinite signal-to-noise ratio, where the solution is the clean image itself.
     """
-
-    def update(
-        t: int, t_next: int, x: np.ndarray, clean: np.ndarray, before: np.ndarray | None, t_before: int, k: int
-    ) -> np.ndarray:
-        if t_next < 0:
-            return clean
-        h = _half_log_snr(process, t_next) - _half_log_snr(process, t)
-        target = clean
-        if before is not None:
-            ratio = (_half_log_snr(process, t) - _half_log_snr(process, t_before)) / h
-            target = clean + (clean - before) / (2 * ratio)
-        now, after = process.signal_at(t), process.signal_at(t_next)
-        return sqrt((1 - after) / (1 - now)) * x + sqrt(after) * (1 - exp(-h)) * target
-
-    return _walk(denoise, process, x, timesteps, update, state, on_step)
+    if step.t_next < 0:
+        return clean
+    h = _half_log_snr(process, step.t_next) - _half_log_snr(process, step.t)
+    target = clean
+    if before is not None and step.t_before is not None:
+        ratio = (_half_log_snr(process, step.t) - _half_log_snr(process, step.t_before)) / h
+        target = clean + (clean - before) / (2 * ratio)
+    now, after = process.signal_at(step.t), process.signal_at(step.t_next)
+    return sqrt((1 - after) / (1 - now)) * x + sqrt(after) * (1 - exp(-h)) * target
 
 
 def _half_log_snr(process: DiffusionProcess, t: int) -> float:
     """lambda_t = log(sqrt(alpha_bar_t) / sqrt(1 - alpha_bar_t))."""
     signal = process.signal_at(t)
     return 0.5 * (log(signal) - log(1 - signal))
+
+
+SAMPLERS.register("ddpm")(Sampler(_update_ddpm, adds_noise=True))
+SAMPLERS.register("ddim")(Sampler(_update_ddim))
+SAMPLERS.register("dpmpp")(Sampler(_update_dpmpp, looks_back=True))

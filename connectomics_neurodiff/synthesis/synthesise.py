@@ -2,17 +2,18 @@
 
 At every step the whole volume holds one x_t. Each tile predicts the noise in its part, the overlapping predictions are
 averaged, and the sampler takes one step on the whole volume.
+
+Glossary: a row is all tiles that begin in the same section. Rows are worked through from the first section to the last;
+the sections that no later row reaches are finished at the end of a row. So no more than one tile needs to be in memory,
+and a killed run goes on with the row it was in.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import cast
-from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -23,14 +24,19 @@ from ..conditions import encode_condition
 from ..convolution import use_sound_convolutions
 from ..engine import resolve_precision
 from ..errors import CheckpointMismatch, ShapeMismatch, ValueRangeError
-from ..geometry import Box, blend_window, tiles, voxel_size
+from ..geometry import Box, blend_weights, blend_window, tile_starts, tiles, voxel_size
 from ..memory import kept_memory
 from ..progress import progress_bar
-from ..provenance import atomic_write, hash_of
+from ..provenance import hash_of
 from ..seeding import rng_for
+from ..volume import ArrayLike, slabs
 from .nets import build_denoiser
 from .process import DiffusionProcess, cosine_betas
-from .samplers import SAMPLERS, SamplerState
+from .samplers import SAMPLERS, Sampler, Step, sampler_steps
+from .working_arrays import PaintedImage, WorkingArrays, to_grey
+
+#: Image rows of a block that is drawn from one generator: the noise depends neither on tiles nor on memory.
+_NOISE_ROWS = 256
 
 
 def denoiser_from_checkpoint(checkpoint: Checkpoint) -> tuple[nn.Module, DiffusionProcess]:
@@ -53,8 +59,8 @@ def denoiser_from_checkpoint(checkpoint: Checkpoint) -> tuple[nn.Module, Diffusi
 def synthesise(
     network: nn.Module,
     process: DiffusionProcess,
-    membrane: np.ndarray,
-    mito: np.ndarray | None,
+    membrane: ArrayLike,
+    mito: ArrayLike | None,
     voxel_nm: Sequence[float],
     *,
     seed: int,
@@ -64,20 +70,19 @@ def synthesise(
     overlap: Sequence[int] = (2, 32, 32),
     precision: str = "fp32",
     device: str | torch.device = "cpu",
-    snapshot: Path | None = None,
-    snapshot_key: str = "",
-    snapshot_seconds: float = 20.0,
+    scratch: Path | None = None,
+    scratch_key: str = "",
     hint_cache_bytes: int = 1 << 30,
     label: str = "synthesis",
-) -> np.ndarray:
+) -> ArrayLike:
     """Synthesise the image of a mask.
 
     Parameters
     ----------
     network, process
         Denoiser and the process it was trained for.
-    membrane, mito : numpy.ndarray
-        (z, y, x) masks, 0 or 1; `mito` may be None. Any size.
+    membrane, mito : array
+        (z, y, x) masks, 0 or 1, in memory or on disk; `mito` may be None. Any size.
     voxel_nm : sequence of 3 floats
         Voxel size in nm.
     seed : int
@@ -88,12 +93,13 @@ def synthesise(
         Tile and least overlap of neighbours, voxels.
     precision, device
         ``"fp32"``, ``"bf16"`` or ``"auto"``, and where the network runs.
-    snapshot : pathlib.Path, optional
-        File that the unfinished volume is saved to every `snapshot_seconds`; a later call goes on from it. Removed
-        by the caller.
-    snapshot_key : str
-        Further identifies the sample. A snapshot of another sample (other key, masks, weights, process or argument that
-        the image depends on) is made anew.
+    scratch : pathlib.Path, optional
+        Folder for the unfinished volume: 8 bytes per voxel, 16 with ``dpmpp``, and some tiles. Memory is then bounded
+        whatever the size of the volume, and a later call goes on where a killed one stopped. Removed by the caller,
+        once the image is no longer needed. Without it all is in memory.
+    scratch_key : str
+        Further identifies the sample. What a folder holds of another sample (other key, masks, weights, process or
+        argument that the image depends on) is made anew.
     hint_cache_bytes : int
         Memory for hints, which are the same at every step; tiles whose hints do not fit compute them at every step.
     label : str
@@ -101,56 +107,37 @@ def synthesise(
 
     Returns
     -------
-    numpy.ndarray
-        (z, y, x) float32 in [0, 1].
+    array
+        (z, y, x) float32 in [0, 1]; with `scratch` it stays there and is read as it is indexed.
 
     Raises
     ------
     ShapeMismatch
         If the masks differ in shape.
     ValueRangeError
-        If there are more steps than the process has, or a tile does not fit its overlap.
+        If there are more steps than the process has, a tile does not fit its overlap, or a mask leaves [0, 1].
     UnknownName
         If there is no such sampler.
+    NotEnoughSpace
+        If the disk cannot hold the unfinished volume.
+    CheckpointMismatch
+        If what the folder holds of this very sample is damaged.
     """
     _check(membrane, mito, tile, overlap)
-    sample = SAMPLERS.get(sampler)
-    timesteps = process.timesteps(steps)
-    shape = membrane.shape
-    boxes = tiles(shape, tile, overlap)
-    arguments = [snapshot_key, seed, sampler, steps, list(tile), list(overlap), list(voxel_nm), precision, str(device)]
-    key = "" if snapshot is None else hash_of([arguments, _content_of(network, process, membrane, mito)])
-    state = _read_snapshot(snapshot, key)
-
-    def noise_for(position: int) -> np.ndarray:
-        return rng_for(seed, "noise", position).standard_normal(shape, dtype=np.float32)
-
-    done = 0 if state is None else state.done
-    with progress_bar(label=label, total=steps * len(boxes), initial=done * len(boxes)) as bar:
-        denoise = _tiled_denoiser(
-            network,
-            process,
-            encode_condition(membrane, mito),
-            voxel_size(voxel_nm),
-            boxes,
-            precision,
-            device,
-            hint_cache_bytes,
-            bar.update,
-        )
-        x = sample(
-            denoise,
-            process,
-            rng_for(seed, "start").standard_normal(shape, dtype=np.float32),
-            timesteps,
-            noise_for,
-            state=state,
-            on_step=_snapshot_writer(snapshot, key, snapshot_seconds),
-        )
-    return np.clip((x + 1) / 2, 0, 1)
+    rule = SAMPLERS.get(sampler)
+    walk = sampler_steps(process.timesteps(steps))
+    arguments = [scratch_key, seed, sampler, steps, list(tile), list(overlap), list(voxel_nm), precision, str(device)]
+    key = hash_of([arguments, _content_of(network, process, membrane, mito)])
+    predict = _Predictor(network, membrane, mito, voxel_nm, precision, device, hint_cache_bytes)
+    canvas = _Canvas(membrane.shape, tile, overlap, process, rule, seed, predict.channels, scratch, key)
+    done = canvas.tiles_done
+    with progress_bar(label=label, total=len(walk) * canvas.tiles_per_step, initial=done) as bar:
+        for step in walk[canvas.step :]:
+            canvas.take(step, predict, bar.update)
+    return canvas.image(len(walk))
 
 
-def _check(membrane: np.ndarray, mito: np.ndarray | None, tile: Sequence[int], overlap: Sequence[int]) -> None:
+def _check(membrane: ArrayLike, mito: ArrayLike | None, tile: Sequence[int], overlap: Sequence[int]) -> None:
     if mito is not None and mito.shape != membrane.shape:
         raise ShapeMismatch(f"membrane and mito must have one shape. Got {membrane.shape} and {mito.shape}.")
     if len(tile) != 3 or len(overlap) != 3 or any(o >= t for o, t in zip(overlap, tile, strict=True)):
@@ -159,95 +146,196 @@ def _check(membrane: np.ndarray, mito: np.ndarray | None, tile: Sequence[int], o
         )
 
 
-def _tiled_denoiser(
-    network: nn.Module,
-    process: DiffusionProcess,
-    condition: np.ndarray,
-    voxel_nm: Sequence[float],
-    boxes: Sequence[Box],
-    precision: str,
-    device: str | torch.device,
-    hint_cache_bytes: int,
-    on_tile: Callable[[], object],
-) -> Callable[[np.ndarray, int], np.ndarray]:
-    """Function (x, t) -> noise over the whole volume, blended from tiles."""
-    device = torch.device(device)
-    network = network.to(device).eval()
-    use_sound_convolutions(network)
-    encode = cast("Callable[[torch.Tensor], list[torch.Tensor]]", network.encode_condition_path)
-    autocast = resolve_precision(precision, device)
-    size = torch.tensor([list(voxel_nm)], dtype=torch.float32, device=device)
-    window = blend_window(boxes[0].shape)
-    weight = np.zeros(condition.shape[1:], np.float32)
-    for box in boxes:
-        weight[box.slices] += window
-    cached: dict[Box, list[torch.Tensor]] = {}
-    free = hint_cache_bytes
+class _Canvas:
+    """The volume between two steps, and the step that is being taken."""
+
+    def __init__(
+        self,
+        shape: Sequence[int],
+        tile: Sequence[int],
+        overlap: Sequence[int],
+        process: DiffusionProcess,
+        rule: Sampler,
+        seed: int,
+        channels: int,
+        scratch: Path | None,
+        key: str,
+    ) -> None:
+        self.shape = (int(shape[0]), int(shape[1]), int(shape[2]))
+        self.process, self.rule, self.seed = process, rule, seed
+        boxes = tiles(self.shape, tile, overlap)
+        self.extent = boxes[0].shape
+        self.rows = tile_starts(self.shape[0], tile[0], overlap[0])
+        self.tiles_per_step = len(boxes)
+        per_row = len(boxes) // len(self.rows)
+        self._boxes = [boxes[i : i + per_row] for i in range(0, len(boxes), per_row)]
+        self._window = blend_window(self.extent)
+        self._weights = [
+            _summed_weights(n, e, tile_starts(n, t, o))
+            for n, e, t, o in zip(self.shape, self.extent, tile, overlap, strict=True)
+        ]
+        plane = self.shape[1:]
+        shared = max((a + self.extent[0] - b for a, b in zip(self.rows, self.rows[1:], strict=False)), default=1)
+        shapes: dict[str, tuple[int, ...]] = {"x0": self.shape, "x1": self.shape}
+        if rule.looks_back:
+            shapes |= {"clean0": self.shape, "clean1": self.shape}
+        shapes["total"] = (channels, self.extent[0], *plane)
+        # What a row leaves to the next one, by turns: while one is written, a resumed run begins with the other.
+        shapes |= {f"left{i}": (channels, max(shared, 1), *plane) for i in (0, 1)}
+        self._arrays = WorkingArrays(scratch, key, shapes)
+        if self._arrays.progress is None:
+            self._fill_with_noise()
+            self._arrays.commit({"step": 0, "row": 0})
+
+    @property
+    def step(self) -> int:
+        """Number of the step that comes next, or is half done."""
+        return self._progress["step"]
+
+    @property
+    def tiles_done(self) -> int:
+        """Tiles that need not be denoised again."""
+        done = self._progress
+        return done["step"] * self.tiles_per_step + done["row"] * (self.tiles_per_step // len(self.rows))
+
+    @property
+    def _progress(self) -> dict[str, int]:
+        return self._arrays.progress or {"step": 0, "row": 0}
+
+    def take(self, step: Step, predict: _Predictor, on_tile: Callable[[], object]) -> None:
+        """Take one step, or what is left of it."""
+        x = self._arrays[f"x{step.number % 2}"]
+        total = self._arrays["total"]
+        for row in range(self._progress["row"], len(self.rows)):
+            first = self.rows[row]
+            self._begin(row, total)
+            for box in self._boxes[row]:
+                part = (slice(None), slice(0, self.extent[0]), *box.slices[1:])
+                total[part] += self._window * predict(x[box.slices], step.t, box)
+                on_tile()
+            last = row == len(self.rows) - 1
+            end = self.shape[0] if last else self.rows[row + 1]
+            for z in range(first, end):
+                self._finish_section(step, z, total[:, z - first])
+            if last:
+                self._arrays.commit({"step": step.number + 1, "row": 0})
+            else:
+                left = self._arrays[f"left{row % 2}"]
+                remaining = total[:, end - first :]
+                left[:, : remaining.shape[1]] = remaining
+                self._arrays.commit({"step": step.number, "row": row + 1})
+
+    def image(self, steps: int) -> ArrayLike:
+        """What is there after `steps` steps."""
+        name = f"x{steps % 2}"
+        path = self._arrays.path_of(name)
+        return to_grey(self._arrays[name]) if path is None else PaintedImage(path, self.shape)
+
+    def _begin(self, row: int, total: np.ndarray) -> None:
+        """What the row before left in the sections that both cover; nothing in the others."""
+        shared = self.rows[row - 1] + self.extent[0] - self.rows[row] if row else 0
+        total[:, :shared] = self._arrays[f"left{(row - 1) % 2}"][:, :shared] if row else 0
+        total[:, shared:] = 0
+
+    def _finish_section(self, step: Step, z: int, total: np.ndarray) -> None:
+        """One step of section `z`; `total` (c, y, x) is the weighted sum of all predictions for it."""
+        now, after = step.number % 2, (step.number + 1) % 2
+        noisy = self.rule.adds_noise and step.t_next >= 0
+        for index, rows in enumerate(_row_blocks(self.shape[1])):
+            weight = self._weights[0][z] * self._weights[1][rows, None] * self._weights[2][None]
+            self._arrays[f"x{after}"][z, rows], clean = self.rule(
+                self.process,
+                step,
+                self._arrays[f"x{now}"][z, rows],
+                total[:, rows] / weight,
+                self._arrays[f"clean{now}"][z, rows] if self.rule.looks_back else None,
+                self._noise(z, index, rows, "noise", step.number) if noisy else None,
+            )
+            if self.rule.looks_back:
+                self._arrays[f"clean{after}"][z, rows] = clean
+
+    def _fill_with_noise(self) -> None:
+        for z in range(self.shape[0]):
+            for index, rows in enumerate(_row_blocks(self.shape[1])):
+                self._arrays["x0"][z, rows] = self._noise(z, index, rows, "start")
+
+    def _noise(self, z: int, index: int, rows: slice, *purpose: str | int) -> np.ndarray:
+        shape = (rows.stop - rows.start, self.shape[2])
+        return rng_for(self.seed, *purpose, z, index).standard_normal(shape, dtype=np.float32)
+
+
+def _row_blocks(size: int) -> list[slice]:
+    """The image rows of a section, in blocks."""
+    return [slice(start, min(start + _NOISE_ROWS, size)) for start in range(0, size, _NOISE_ROWS)]
+
+
+def _summed_weights(size: int, extent: int, starts: Sequence[int]) -> np.ndarray:
+    """Sum of the tiles' weights along one axis; that of the volume is the product over axes."""
+    total = np.zeros(size, np.float32)
+    for start in starts:
+        total[start : start + extent] += blend_weights(extent)
+    return total
+
+
+class _Predictor:
+    """What the network predicts for a tile; its hints are kept from step to step as far as they fit."""
+
+    def __init__(
+        self,
+        network: nn.Module,
+        membrane: ArrayLike,
+        mito: ArrayLike | None,
+        voxel_nm: Sequence[float],
+        precision: str,
+        device: str | torch.device,
+        hint_cache_bytes: int,
+    ) -> None:
+        self._device = torch.device(device)
+        self._autocast = resolve_precision(precision, self._device)
+        self._network = network.to(self._device).eval()
+        use_sound_convolutions(self._network)
+        self._encode = cast("Callable[[torch.Tensor], list[torch.Tensor]]", self._network.encode_condition_path)
+        self._membrane, self._mito = membrane, mito
+        self._voxel_nm = torch.tensor([list(voxel_size(voxel_nm))], dtype=torch.float32, device=self._device)
+        self._cached: dict[Box, list[torch.Tensor]] = {}
+        self._free = hint_cache_bytes
+        #: 1: noise or velocity; 2: and the coefficient of the variance.
+        self.channels = 2 if getattr(network, "learns_variance", False) else 1
 
     @torch.inference_mode()
-    def predict(x: np.ndarray, t: int, box: Box) -> np.ndarray:
-        nonlocal free
-        part = torch.from_numpy(condition[(slice(None), *box.slices)][None].astype(np.float32)).to(device)
-        noisy = torch.from_numpy(x[box.slices][None, None]).to(device)
-        with torch.autocast(device.type, dtype=autocast, enabled=autocast != torch.float32):
-            # The condition path depends neither on x_t nor on t: once per sample is enough.
-            hints = cached.get(box)
-            if hints is None:
-                hints = encode(part)
-                needed = sum(hint.nbytes for hint in hints)
-                if needed <= free:
-                    cached[box], free = hints, free - needed
-            prediction = network(noisy, torch.tensor([t], device=device), part, size, hints=hints)
-        return prediction[0, 0].float().cpu().numpy()
+    def __call__(self, x: np.ndarray, t: int, box: Box) -> np.ndarray:
+        """Predict (c, z, y, x) float32 for the part `x` of x_t that lies in `box`."""
+        condition = torch.from_numpy(self._condition(box)[None]).to(self._device)
+        noisy = torch.from_numpy(np.array(x[None, None])).to(self._device)
+        with torch.autocast(self._device.type, dtype=self._autocast, enabled=self._autocast != torch.float32):
+            hints = self._hints(condition, box)
+            step = torch.tensor([t], device=self._device)
+            prediction = self._network(noisy, step, condition, self._voxel_nm, hints=hints)
+        return cast("np.ndarray", prediction[0].float().cpu().numpy())
 
-    def denoise(x: np.ndarray, t: int) -> np.ndarray:
-        total = np.zeros(x.shape, np.float32)
-        for box in boxes:
-            total[box.slices] += window * predict(x, t, box)
-            on_tile()
-        return process.noise_from(total / weight, x, t)
+    def _condition(self, box: Box) -> np.ndarray:
+        mito = None if self._mito is None else np.asarray(self._mito[box.slices])
+        return encode_condition(np.asarray(self._membrane[box.slices]), mito)
 
-    return denoise
+    def _hints(self, condition: torch.Tensor, box: Box) -> list[torch.Tensor]:
+        """The condition path depends neither on x_t nor on t: once per sample is enough."""
+        hints = self._cached.get(box)
+        if hints is None:
+            hints = self._encode(condition)
+            needed = sum(hint.nbytes for hint in hints)
+            if needed <= self._free:
+                self._cached[box], self._free = hints, self._free - needed
+        return hints
 
 
-def _content_of(network: nn.Module, process: DiffusionProcess, membrane: np.ndarray, mito: np.ndarray | None) -> str:
-    """Hash of weights, schedule and masks."""
+def _content_of(network: nn.Module, process: DiffusionProcess, membrane: ArrayLike, mito: ArrayLike | None) -> str:
+    """Hash of weights, schedule and masks; the masks are checked on the way."""
     digest = hashlib.sha256(process.betas.tobytes() + process.prediction.encode())
     for name, tensor in network.state_dict().items():
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    for mask in (membrane, mito):
-        digest.update(
-            b"none" if mask is None else f"{mask.shape} {mask.dtype}".encode() + np.ascontiguousarray(mask).tobytes()
-        )
+    digest.update(f"{tuple(membrane.shape)} {mito is None}".encode())
+    for index in slabs(tuple(membrane.shape)):
+        condition = encode_condition(np.asarray(membrane[index]), None if mito is None else np.asarray(mito[index]))
+        digest.update(condition.tobytes())
     return digest.hexdigest()
-
-
-def _snapshot_writer(path: Path | None, key: str, seconds: float) -> Callable[[SamplerState], None] | None:
-    if path is None:
-        return None
-    last = time.monotonic()
-
-    def on_step(state: SamplerState) -> None:
-        nonlocal last
-        if time.monotonic() - last >= seconds:
-            with atomic_write(path) as temporary, open(temporary, "wb") as handle:
-                np.savez(handle, key=json.dumps(key), done=state.done, x=state.x, clean=state.clean)
-            last = time.monotonic()
-
-    return on_step
-
-
-def _read_snapshot(path: Path | None, key: str) -> SamplerState | None:
-    """The state saved for exactly this sample, None if there is none; another sample's is left to be replaced."""
-    if path is None or not path.exists():
-        return None
-    try:
-        with open(path, "rb") as handle, np.load(handle, allow_pickle=False) as saved:
-            if json.loads(str(saved["key"])) == key:
-                return SamplerState(int(saved["done"]), saved["x"], saved["clean"])
-    except (BadZipFile, ValueError, KeyError, OSError) as error:
-        raise CheckpointMismatch(
-            f"{path} is damaged ({type(error).__name__}); remove it to start the volume anew."
-        ) from error
-    return None

@@ -262,7 +262,8 @@ def elastic(
     near_row, near_column = np.rint(row).astype(int), np.rint(column).astype(int)
     inside = (near_row >= 0) & (near_row < height) & (near_column >= 0) & (near_column < width)
     index = (slice(None), near_row.clip(0, height - 1), near_column.clip(0, width - 1))
-    return warped, np.where(inside, label[index], 0).astype(label.dtype), known[index] & inside
+    moved = (np.where(inside, array[index], 0).astype(array.dtype) for array in (label, known))
+    return (warped, *moved)
 
 
 _PIXELWISE = (
@@ -291,7 +292,7 @@ def augment(
     label : numpy.ndarray
         (z, y, x) unsigned integers.
     known : numpy.ndarray
-        (z, y, x) bool, true where the label is annotated.
+        (z, y, x): 1 where the label is annotated, 0 elsewhere; between them where it is reliable to that degree.
     rng : numpy.random.Generator
         Source of randomness.
     options : AugmentOptions

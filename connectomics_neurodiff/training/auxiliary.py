@@ -77,7 +77,7 @@ def long_range_affinities(
     label : numpy.ndarray
         (z, y, x) integers, 0 = background.
     known : numpy.ndarray
-        (z, y, x) bool, where the label is annotated.
+        (z, y, x): 1 where the label is annotated, 0 elsewhere, or between them.
     offsets : sequence of 3 ints
         Distances (z, y, x) >= 0 in voxels.
 
@@ -86,15 +86,15 @@ def long_range_affinities(
     affinity : numpy.ndarray
         (n, z, y, x) uint8: 1 where voxel v and voxel v - offset carry the same label > 0.
     usable : numpy.ndarray
-        (n, z, y, x) bool: both voxels exist and are annotated.
+        (n, z, y, x) in the type of `known`: the smaller value of both voxels, 0 if one does not exist.
     """
     affinity = np.zeros((len(offsets), *label.shape), dtype=np.uint8)
-    usable = np.zeros(affinity.shape, dtype=bool)
+    usable = np.zeros(affinity.shape, dtype=known.dtype)
     for channel, offset in enumerate(offsets):
         here = tuple(slice(min(d, n), None) for d, n in zip(offset, label.shape, strict=True))
         before = tuple(slice(0, max(n - d, 0)) for d, n in zip(offset, label.shape, strict=True))
         affinity[channel][here] = (label[here] == label[before]) & (label[here] > 0)
-        usable[channel][here] = known[here] & known[before]
+        usable[channel][here] = np.minimum(known[here], known[before])
     return affinity, usable
 
 

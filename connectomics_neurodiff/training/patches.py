@@ -24,10 +24,11 @@ NO_AUXILIARY_TARGETS = AuxiliaryTargets()
 
 @dataclass(frozen=True)
 class _Annotated:
-    """A volume ready for training: image float32 [0, 1] and label uint32, both (z, y, x) in memory."""
+    """A volume ready for training: image float32 [0, 1], label uint32, how reliable it is [0, 1]; (z, y, x), in memory."""
 
     image: np.ndarray
     label: np.ndarray
+    reliability: np.ndarray | None = None
 
 
 class AffinityPatches:
@@ -39,6 +40,8 @@ class AffinityPatches:
         Annotated volumes with image and label. All of the annotated area is used, up to the outermost voxel.
     synthetic : sequence of Volume
         Synthetic pairs; may be empty if `ratio` is 0.
+    reliability : sequence of (array or None)
+        One per synthetic volume, (z, y, x) in [0, 1], by which the loss of its edges is weighted; empty: no weights.
     patch : sequence of 3 ints
         Shape of a patch, voxels (z, y, x); volumes may be smaller (the image is reflected, the rest has weight 0).
     seed : int
@@ -75,6 +78,7 @@ class AffinityPatches:
         real: Sequence[Volume],
         synthetic: Sequence[Volume],
         *,
+        reliability: Sequence[np.ndarray | None] = (),
         patch: Sequence[int],
         seed: int,
         ratio: float,
@@ -102,7 +106,11 @@ class AffinityPatches:
         self.auxiliary = auxiliary
         self.voxel_nm = real[0].voxel_nm
         self._real = [_prepare(volume, label_erosion) for volume in real]
-        self._synthetic = [_prepare(volume, label_erosion) for volume in synthetic] if ratio > 0 else []
+        if reliability and len(reliability) != len(synthetic):
+            raise ShapeMismatch(f"{len(synthetic)} synthetic volumes need as many maps. Got {len(reliability)}.")
+        maps = reliability or [None] * len(synthetic)
+        mixed = zip(synthetic, maps, strict=True) if ratio > 0 else ()
+        self._synthetic = [_prepare(volume, label_erosion, reliable) for volume, reliable in mixed]
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
         """Sample `index` >= 0.
@@ -133,7 +141,7 @@ class AffinityPatches:
         if self.auxiliary.shape_sigma_nm:
             shape = shape_descriptors(label, self.voxel_nm, self.auxiliary.shape_sigma_nm)
             sample["shape"] = np.array(shape[inner], order="C")
-            sample["shape_weight"] = np.array(((label > 0) & known)[None][inner], dtype=np.float32, order="C")
+            sample["shape_weight"] = np.array(((label > 0) * known)[None][inner], dtype=np.float32, order="C")
         return sample
 
     def _draw(
@@ -149,13 +157,19 @@ class AffinityPatches:
         z, y, x = (
             int(rng.integers(min(0, n - e), max(0, n - e) + 1)) for n, e in zip(volume.image.shape, extent, strict=True)
         )
-        crop = read_crop(volume.image, volume.label, *source_box((z, y, x), self.patch, pose))
+        box = source_box((z, y, x), self.patch, pose)
+        crop = read_crop(volume.image, volume.label, *box, reliability=volume.reliability)
         image, label, known = (apply_pose(array, pose) for array in crop)
         return image, label, known
 
 
 def read_crop(
-    image: np.ndarray, label: np.ndarray, start: Sequence[int], shape: Sequence[int]
+    image: np.ndarray,
+    label: np.ndarray,
+    start: Sequence[int],
+    shape: Sequence[int],
+    *,
+    reliability: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """A box that may reach outside the volume.
 
@@ -165,27 +179,33 @@ def read_crop(
         (z, y, x).
     start, shape : sequence of 3 ints
         First voxel, possibly negative, and extent.
+    reliability : numpy.ndarray, optional
+        (z, y, x) float32 in [0, 1].
 
     Returns
     -------
     image, label, known : numpy.ndarray
-        Of that shape. Outside the volume the image is reflected, the label 0 and `known` false.
+        Of that shape. Outside the volume the image is reflected, the label 0 and `known` false. With reliability
+        `known` is that, and 0 outside.
     """
     stop = [s + n for s, n in zip(start, shape, strict=True)]
     inside = tuple(slice(max(0, a), min(n, b)) for a, b, n in zip(start, stop, image.shape, strict=True))
     margin = [(part.start - a, b - part.stop) for part, a, b in zip(inside, start, stop, strict=True)]
-    known = np.ones(image[inside].shape, dtype=bool)
+    known = np.ones(image[inside].shape, dtype=bool) if reliability is None else reliability[inside]
     if not any(low or high for low, high in margin):
         return image[inside], label[inside], known
     return np.pad(image[inside], margin, mode="reflect"), np.pad(label[inside], margin), np.pad(known, margin)
 
 
 def known_edges(known: np.ndarray) -> np.ndarray:
-    """Which edges have both ends annotated, bool (3, z, y, x); false on the first plane of each channel's axis."""
-    edges = np.zeros((3, *known.shape), dtype=bool)
-    edges[0, 1:] = known[1:] & known[:-1]
-    edges[1, :, 1:] = known[:, 1:] & known[:, :-1]
-    edges[2, :, :, 1:] = known[:, :, 1:] & known[:, :, :-1]
+    """The smaller value of both ends of each edge (3, z, y, x), in the type of `known`: whether both are annotated.
+
+    0 on the first plane of each channel's axis.
+    """
+    edges = np.zeros((3, *known.shape), dtype=known.dtype)
+    np.minimum(known[1:], known[:-1], out=edges[0, 1:])
+    np.minimum(known[:, 1:], known[:, :-1], out=edges[1, :, 1:])
+    np.minimum(known[:, :, 1:], known[:, :, :-1], out=edges[2, :, :, 1:])
     return edges
 
 
@@ -197,20 +217,21 @@ def balanced_weights(affinity: np.ndarray, known: np.ndarray, largest: float) ->
     affinity : numpy.ndarray
         (c, z, y, x), 0 or 1.
     known : numpy.ndarray
-        (c, z, y, x) bool; elsewhere the weight is 0.
+        (c, z, y, x), 0 to 1: a factor of the weight.
     largest : float
         Bound on a weight.
 
     Returns
     -------
     numpy.ndarray
-        (c, z, y, x) float32: 0.5 / share of the voxel's class among the known voxels of its channel, at most `largest`.
+        (c, z, y, x) float32: 0.5 / share of the voxel's class among the known voxels of its channel, at most `largest`;
+        times `known`.
     """
     weight = np.zeros(affinity.shape, dtype=np.float32)
     for channel in range(len(affinity)):
         total = np.count_nonzero(known[channel])
         positive = affinity[channel] > 0
-        count = np.count_nonzero(positive & known[channel])
+        count = np.count_nonzero(positive & (known[channel] > 0))
         by_class = [min(largest, 0.5 * total / n) if n else 0.0 for n in (total - count, count)]
         weight[channel] = np.where(positive, np.float32(by_class[1]), np.float32(by_class[0])) * known[channel]
     return weight
@@ -244,7 +265,7 @@ def erode_contacts(label: np.ndarray, width: int, *, in_plane: bool) -> np.ndarr
     return np.where(lowest < highest, 0, label).astype(label.dtype)
 
 
-def _prepare(volume: Volume, label_erosion: int) -> _Annotated:
+def _prepare(volume: Volume, label_erosion: int, reliability: np.ndarray | None = None) -> _Annotated:
     """Check a volume and bring it into memory."""
     import fastremap
 
@@ -256,6 +277,8 @@ def _prepare(volume: Volume, label_erosion: int) -> _Annotated:
         raise ShapeMismatch(f"{where}: image and label must agree. Got {image.shape} and {label.shape}.")
     if not np.issubdtype(label.dtype, np.integer):
         raise LabelTypeError(f"{where}: labels must be integers. Got {label.dtype}.")
+    if reliability is not None and reliability.shape != image.shape:
+        raise ShapeMismatch(f"{where}: image and reliability must agree. Got {image.shape} and {reliability.shape}.")
     image = image.astype(np.float32)
     if not (image.min() >= 0 and image.max() <= 1):  # written so that NaN is refused too
         raise ValueRangeError(f"{where}: the image must be finite and in [0, 1]. Got {image.min()} to {image.max()}.")
@@ -263,4 +286,4 @@ def _prepare(volume: Volume, label_erosion: int) -> _Annotated:
     compact, _ = fastremap.renumber(label, preserve_zero=True, in_place=False)
     compact = compact.astype(np.uint32)
     eroded = erode_contacts(compact, label_erosion, in_plane=is_anisotropic(volume.voxel_nm))
-    return _Annotated(image, eroded)
+    return _Annotated(image, eroded, reliability)

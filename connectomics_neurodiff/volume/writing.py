@@ -18,7 +18,7 @@ from .arrays import ArrayLike, slabs
 from .roles import require_finite, require_integers, require_natural
 
 #: What a file of ours may hold, and how it is stored.
-DATASETS = ("image", "label", "membrane", "mito", "affinity")
+DATASETS = ("image", "label", "membrane", "mito", "affinity", "reliability")
 #: Sections, rows and columns of a chunk: a training patch of 18 x 160 x 160 touches few of them.
 _CHUNK = (8, 128, 128)
 #: Grey values computed in float32 may exceed 1 by this much.
@@ -41,7 +41,7 @@ def write_volume(
     arrays : mapping of str to array
         ``image``: float in [0, 1] (stored as ``round(255 x)``) or uint8; ``label``: non-negative integers (stored as
         uint32, or uint64 where needed); ``membrane``, ``mito``: integers or bool, stored as 0/1 uint8; ``affinity``:
-        (3, z, y, x) float in [0, 1] (stored as float16) or uint8. Arrays on disk are streamed a few sections at a time.
+        (3, z, y, x) float in [0, 1] (stored as float16) or uint8; ``reliability``: as ``image``. Arrays on disk are streamed a few sections at a time.
     voxel_nm : sequence of 3 floats
         Voxel size in nm, (z, y, x); stored as the attribute ``resolution_nm``.
     attributes : mapping
@@ -132,7 +132,7 @@ def _stored_type(name: str, array: ArrayLike) -> np.dtype:
 
 
 def _stored(name: str, block: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    if name in ("image", "affinity"):
+    if name in ("image", "affinity", "reliability"):
         if block.dtype == np.uint8:
             return block
         _require_unit_range(block, name)

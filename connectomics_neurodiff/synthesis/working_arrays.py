@@ -1,0 +1,154 @@
+"""Arrays of a volume that is being denoised: in memory, or in files, so that any size fits and a killed run goes on.
+
+In files, a commit makes everything written so far durable and says how far the work has come. Whoever goes on from a
+commit must write the same voxels again, or others, but must not need what was overwritten since.
+"""
+
+from __future__ import annotations
+
+import json
+import mmap
+import os
+from pathlib import Path
+
+import numpy as np
+
+from ..errors import CheckpointMismatch, NotEnoughSpace
+from ..provenance import atomic_write
+from ..volume.arrays import LazyArray
+
+_PROGRESS = "progress.json"
+
+
+class WorkingArrays:
+    """Named float32 arrays, and how far the work on them has come.
+
+    Parameters
+    ----------
+    folder : pathlib.Path or None
+        Where the files are; made if it is not there. None keeps all in memory.
+    key : str
+        Identifies the work. Files of other work are made anew.
+    shapes : mapping of str to shape
+        The arrays; zero at first.
+
+    Raises
+    ------
+    NotEnoughSpace
+        If the disk cannot hold them; asked before any work.
+    CheckpointMismatch
+        If the files of this very work are damaged.
+    """
+
+    def __init__(self, folder: Path | None, key: str, shapes: dict[str, tuple[int, ...]]) -> None:
+        self._folder, self._key = folder, key
+        self._mapped: list[np.memmap] = []
+        #: How far the work had come at the last commit; None before the first one.
+        self.progress = self._read_progress(shapes)
+        if folder is not None and self.progress is None:
+            self._allocate(folder, shapes)
+        self._arrays = {name: self._open(name, shape) for name, shape in shapes.items()}
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        return self._arrays[name]
+
+    def path_of(self, name: str) -> Path | None:
+        """File of an array, None in memory."""
+        return None if self._folder is None else self._folder / f"{name}.float32"
+
+    def commit(self, progress: dict[str, int]) -> None:
+        """Record how far the work has come, and let go of the memory that mapped files take."""
+        self.progress = progress
+        if self._folder is None:
+            return
+        for array in self._mapped:
+            array.flush()
+            # Pages of a shared mapping stay in the file; only this process forgets them.
+            if hasattr(mmap, "MADV_DONTNEED"):
+                array._mmap.madvise(mmap.MADV_DONTNEED)  # type: ignore[attr-defined]
+        with atomic_write(self._folder / _PROGRESS) as temporary:
+            temporary.write_text(json.dumps({"key": self._key, "progress": progress}))
+
+    def _read_progress(self, shapes: dict[str, tuple[int, ...]]) -> dict[str, int] | None:
+        path = None if self._folder is None else self._folder / _PROGRESS
+        if path is None or not path.exists():
+            return None
+        try:
+            found = json.loads(path.read_text())
+            if found["key"] != self._key:
+                return None
+            progress = {name: int(value) for name, value in found["progress"].items()}
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise self._damaged(path) from error
+        for name, shape in shapes.items():
+            file = path.with_name(f"{name}.float32")
+            if not file.exists() or file.stat().st_size != _bytes(shape):
+                raise self._damaged(file)
+        return progress
+
+    def _damaged(self, path: Path) -> CheckpointMismatch:
+        return CheckpointMismatch(f"{path} is damaged or missing; remove {path.parent} to start the volume anew.")
+
+    def _allocate(self, folder: Path, shapes: dict[str, tuple[int, ...]]) -> None:
+        """Files of zeros whose space is reserved: a full disk behind a mapped file would kill the process later."""
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / _PROGRESS).unlink(missing_ok=True)
+        for name, shape in shapes.items():
+            with open(folder / f"{name}.float32", "wb") as handle:
+                try:
+                    if hasattr(os, "posix_fallocate"):
+                        os.posix_fallocate(handle.fileno(), 0, _bytes(shape))
+                    else:
+                        handle.truncate(_bytes(shape))
+                except OSError as error:
+                    handle.truncate(0)
+                    raise NotEnoughSpace(
+                        f"{folder} needs {sum(map(_bytes, shapes.values())) / 2**30:.2f} GiB while the volume is "
+                        f"painted: {os.strerror(error.errno or 0)}."
+                    ) from error
+
+    def _open(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
+        path = self.path_of(name)
+        if path is None:
+            return np.zeros(shape, np.float32)
+        array = np.memmap(path, np.float32, mode="r+", shape=shape)
+        self._mapped.append(array)
+        return array
+
+
+def discard_scratch(folder: Path) -> None:
+    """Remove the files of :class:`WorkingArrays`, and their folder if nothing else is in it."""
+    if not folder.is_dir():
+        return
+    for file in [folder / _PROGRESS, *folder.glob("*.float32")]:
+        file.unlink(missing_ok=True)
+    if not any(folder.iterdir()):
+        folder.rmdir()
+
+
+def _bytes(shape: tuple[int, ...]) -> int:
+    return 4 * int(np.prod(shape, dtype=np.int64))
+
+
+class PaintedImage(LazyArray):
+    """Image (z, y, x) in [0, 1], float32, read from a file of raw values in [-1, 1] as it is indexed.
+
+    Parameters
+    ----------
+    path : pathlib.Path
+        File of an array of :class:`WorkingArrays`.
+    shape : tuple of 3 ints
+        Its shape.
+    """
+
+    def __init__(self, path: Path, shape: tuple[int, ...]) -> None:
+        super().__init__(shape, np.float32)
+        self._path = path
+
+    def _read(self, box: tuple[slice, ...]) -> np.ndarray:
+        return to_grey(np.memmap(self._path, np.float32, mode="r", shape=self.shape)[box])
+
+
+def to_grey(values: np.ndarray) -> np.ndarray:
+    """Grey values in [0, 1] from the scale of the diffusion model, [-1, 1]."""
+    return np.clip((np.asarray(values) + 1) / 2, 0, 1)

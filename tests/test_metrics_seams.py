@@ -1,0 +1,72 @@
+"""Seams: absent in noise, found where tiles were put side by side."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from connectomics_neurodiff.errors import ValueRangeError
+from connectomics_neurodiff.geometry import tiles
+from connectomics_neurodiff.metrics import seams, tile_borders
+
+SHAPE, TILE, OVERLAP = (20, 60, 84), (8, 24, 32), (2, 6, 8)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_borders_are_where_tiles_begin_and_end(data: st.DataObject) -> None:
+    size, tile = data.draw(st.integers(1, 40)), data.draw(st.integers(1, 12))
+    overlap = data.draw(st.integers(0, tile - 1))
+    boxes = tiles((1, 1, size), (1, 1, tile), (0, 0, overlap))
+    members = [[b.start[2] <= v < b.stop[2] for b in boxes] for v in range(size)]
+    assert tile_borders(size, tile, overlap) == [v for v in range(1, size) if members[v] != members[v - 1]]
+
+
+def test_white_noise_has_none() -> None:
+    found = seams(np.random.default_rng(0).random(SHAPE), TILE, OVERLAP)
+    assert list(found) == ["z", "y", "x"]
+    for one in found.values():
+        assert abs(one.ratio - 1) < 3 * one.standard_error < 0.05
+
+
+def test_the_ratio_is_that_of_a_plain_loop() -> None:
+    image = np.random.default_rng(1).random(SHAPE).astype(np.float32)
+    found = seams(image, TILE, OVERLAP)
+    for axis, name in enumerate("zyx"):
+        at, elsewhere = [], []
+        borders = tile_borders(SHAPE[axis], TILE[axis], OVERLAP[axis])
+        planes = np.moveaxis(image.astype(float), axis, 0)
+        for v in range(1, SHAPE[axis]):
+            (at if v in borders else elsewhere).append(((planes[v] - planes[v - 1]) ** 2).mean())
+        assert found[name].ratio == pytest.approx(np.mean(at) / np.mean(elsewhere), rel=1e-9)
+        assert found[name].borders == len(borders)
+
+
+def test_tiles_side_by_side_show() -> None:
+    """Every tile has a brightness of its own, and the last one painted wins."""
+    rng = np.random.default_rng(2)
+    image = rng.random(SHAPE) * 0.2
+    for box in tiles(SHAPE, TILE, OVERLAP):
+        image[box.slices] = rng.random(box.shape) * 0.2 + rng.random()
+    for one in seams(image, TILE, OVERLAP).values():
+        assert one.ratio > 1.5
+
+
+def test_blurred_borders_are_seams_too() -> None:
+    image = np.random.default_rng(3).random(SHAPE)
+    for v in tile_borders(SHAPE[2], TILE[2], OVERLAP[2]):
+        image[..., v] = image[..., v - 1] = (image[..., v] + image[..., v - 1]) / 2
+    found = seams(image, TILE, OVERLAP)
+    assert found["x"].ratio < 0.1
+    assert found["y"].ratio == pytest.approx(1, abs=0.1)
+
+
+def test_axes_with_one_tile_have_no_borders() -> None:
+    image = np.random.default_rng(4).random((8, 20, 84))
+    assert list(seams(image, TILE, OVERLAP)) == ["x"]
+    with pytest.raises(ValueRangeError, match="One tile"):
+        seams(image[..., :32], TILE, OVERLAP)
+    with pytest.raises(ValueRangeError, match="One tile"):
+        seams(image[:1, :1, :1], TILE, OVERLAP)

@@ -1,0 +1,112 @@
+"""Guidance: linear in its scale, exact at 1 and 0, and only for denoisers that know what no condition is."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from connectomics_neurodiff.checkpoints import Checkpoint
+from connectomics_neurodiff.errors import CheckpointMismatch, ValueRangeError
+from connectomics_neurodiff.synthesis import (
+    NULL_CONDITION,
+    DiffusionProcess,
+    GuidedDenoiser,
+    build_denoiser,
+    cosine_betas,
+    guided,
+    synthesise,
+)
+
+TINY: dict[str, Any] = {
+    "base_channels": 32,
+    "multipliers": [1, 1],
+    "condition_channels": [32, 32],
+    "rgm_reductions": [2],
+    "time_channels": 32,
+}
+
+
+def network(conditioning: str = "both") -> nn.Module:
+    torch.manual_seed(1)
+    built = build_denoiser("neurodiff", preset="small", conditioning=conditioning, **TINY)
+    with torch.no_grad():
+        for parameter in built.parameters():
+            if not parameter.any():
+                parameter.normal_(std=0.05)
+    return built.eval()
+
+
+def arguments(seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    noisy = torch.randn(1, 1, 3, 12, 20, generator=generator)
+    condition = (torch.rand(1, 2, 3, 12, 20, generator=generator) < 0.3).float()
+    return noisy, torch.tensor([7]), condition, torch.tensor([[29.0, 6.0, 6.0]])
+
+
+@pytest.mark.parametrize("conditioning", ["msc", "concat", "both"])
+def test_prediction_lies_on_the_line_between_with_and_without(conditioning: str) -> None:
+    plain = network(conditioning)
+    noisy, t, condition, size = arguments()
+    with torch.no_grad():
+        with_masks = plain(noisy, t, condition, size)
+        without = plain(noisy, t, torch.full_like(condition, NULL_CONDITION), size)
+        assert (with_masks - without).abs().max() > 1e-3
+        for scale in (0.0, 0.5, 1.0, 3.0):
+            guide = GuidedDenoiser(plain, scale)
+            expected = without + scale * (with_masks - without)
+            torch.testing.assert_close(guide(noisy, t, condition, size), expected)
+            hints = guide.encode_condition_path(condition)
+            torch.testing.assert_close(guide(noisy, t, condition, size, hints=hints), expected)
+
+
+def test_the_variance_is_that_with_condition() -> None:
+    class TwoChannels(nn.Module):
+        learns_variance = True
+
+        def encode_condition_path(self, condition: Tensor) -> list[Tensor]:
+            return []
+
+        def forward(self, x: Tensor, t: Tensor, condition: Tensor, size: Tensor, hints: Any = None) -> Tensor:
+            return condition
+
+    noisy, t, condition, size = arguments()
+    guide = GuidedDenoiser(TwoChannels(), 3.0)
+    assert guide.learns_variance
+    predicted = guide(noisy, t, condition, size)
+    torch.testing.assert_close(predicted[:, 0], 0.5 + 3 * (condition[:, 0] - 0.5))
+    torch.testing.assert_close(predicted[:, 1], condition[:, 1])
+
+
+def checkpoint(dropout: float | None) -> Checkpoint:
+    extra = {} if dropout is None else {"condition_dropout": dropout}
+    return Checkpoint("denoiser", "neurodiff", {}, {}, extra)
+
+
+def test_only_a_denoiser_trained_with_dropout_can_be_guided() -> None:
+    plain = network()
+    assert guided(plain, 1.0, checkpoint(None)) is plain
+    assert isinstance(guided(plain, 2.0, checkpoint(0.1)), GuidedDenoiser)
+    for dropout in (None, 0.0):
+        with pytest.raises(CheckpointMismatch, match="CONDITION_DROPOUT"):
+            guided(plain, 2.0, checkpoint(dropout))
+    for scale in (-0.1, float("nan"), float("inf")):
+        with pytest.raises(ValueRangeError, match="guidance"):
+            guided(plain, scale, checkpoint(0.1))
+
+
+def test_a_guided_denoiser_paints_and_its_scratch_is_its_own(tmp_path: Any) -> None:
+    process = DiffusionProcess(cosine_betas(20))
+    membrane = (np.random.default_rng(0).random((4, 20, 28)) < 0.3).astype(np.uint8)
+    options: dict[str, Any] = {"seed": 1, "steps": 3, "tile": (4, 12, 16), "overlap": (0, 4, 4)}
+    images = []
+    for scale in (1.0, 4.0):
+        guide = GuidedDenoiser(network(), scale)
+        painted = synthesise(guide, process, membrane, None, (29, 6, 6), scratch=tmp_path, **options)
+        images.append(np.asarray(painted))
+    plain = synthesise(network(), process, membrane, None, (29, 6, 6), **options)
+    np.testing.assert_allclose(images[0], plain, atol=1e-5)
+    assert np.abs(images[1] - images[0]).max() > 0.01

@@ -1,0 +1,73 @@
+"""Whether a denoiser suits a volume: memory of a tile, and a voxel size far from the training's."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from connectomics_neurodiff.checkpoints import Checkpoint
+from connectomics_neurodiff.errors import ValueRangeError
+from connectomics_neurodiff.memory import available_bytes, peak_bytes
+from connectomics_neurodiff.synthesis import require_fitting_tile, suitability, tile_bytes, warn_of_voxel_size
+
+CPU = torch.device("cpu")
+
+
+def checkpoint(**extra: Any) -> Checkpoint:
+    return Checkpoint("denoiser", "neurodiff", {"preset": "small"}, {}, extra)
+
+
+def test_peak_is_what_lives_at_once() -> None:
+    """Two convolutions: while the second runs, its input and output live; the input of the first lives throughout."""
+    with torch.device("meta"):
+        network = nn.Sequential(nn.Conv3d(1, 8, 1), nn.Conv3d(8, 2, 1))
+        image = torch.zeros(1, 1, 4, 10, 20)
+    assert peak_bytes(network, image) == (8 + 2) * 800 * 4
+    assert peak_bytes(network, image, *()) == peak_bytes(nn.Sequential(*network, nn.Identity()), image)
+
+
+def test_memory_is_in_proportion_to_the_voxels() -> None:
+    assert tile_bytes(checkpoint(), (8, 256, 256)) == pytest.approx(8 * tile_bytes(checkpoint(), (4, 128, 128)))
+
+
+def test_a_tile_that_does_not_fit_is_refused_with_one_that_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    free = tile_bytes(checkpoint(), (8, 128, 128)) + 1
+    monkeypatch.setattr(suitability, "available_bytes", lambda device: free)
+    require_fitting_tile(checkpoint(), (8, 128, 128), (100, 1000, 1000), CPU)
+    require_fitting_tile(checkpoint(), (64, 4096, 4096), (8, 100, 120), CPU)  # no tile is larger than its volume
+    with pytest.raises(ValueRangeError, match=r"A tile of \(8, 128, 128\) fits") as caught:
+        require_fitting_tile(checkpoint(), (8, 512, 512), (100, 1000, 1000), CPU)
+    assert "GiB are free on cpu" in str(caught.value)
+    with pytest.raises(ValueRangeError, match=r"\(256, 16, 16\) fits"):
+        require_fitting_tile(checkpoint(), (512, 32, 32), (1000, 1000, 1000), CPU)
+
+
+def test_memory_of_this_machine_is_known() -> None:
+    assert 1 << 20 < available_bytes(CPU) < 1 << 50
+
+
+@pytest.mark.parametrize(
+    ("size", "axis"),
+    [
+        ((50, 4.6, 4.6), ""),
+        ((8, 8, 8), ""),
+        ((79, 4.6, 8), ""),
+        ((501, 8, 8), "z"),
+        ((50, 0.45, 8), "y"),
+        ((50, 8, 81), "x"),
+    ],
+)
+def test_a_voxel_size_ten_times_off_is_told(size: Any, axis: str, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING, logger="connectomics_neurodiff"):
+        warn_of_voxel_size(checkpoint(voxel_nm=[[50, 4.6, 4.6], [8, 8, 8]]), size)
+    assert [record.args[1] for record in caplog.records if record.args] == ([axis] if axis else [])
+    assert not axis or "to" in caplog.text
+
+
+def test_a_checkpoint_that_does_not_say_is_not_judged(caplog: pytest.LogCaptureFixture) -> None:
+    warn_of_voxel_size(checkpoint(), (8, 8, 8))
+    assert not caplog.records
