@@ -16,11 +16,14 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
+import torch
 from conftest import REPOSITORY
 from tiny import command, settings
 
+from connectomics_neurodiff.checkpoints import load_checkpoint
 from connectomics_neurodiff.config import load_config
 from connectomics_neurodiff.errors import ConfigError, MissingInput, OutputExists, StaleArtifactError, UserError
+from connectomics_neurodiff.pairs import read_reliability
 from connectomics_neurodiff.pipeline import choose_stages, run_pipeline
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
@@ -371,6 +374,22 @@ def test_force_starts_a_half_finished_training_anew_even_after_a_refusal(tmp_pat
             run(folder, **changes)
     run(folder, **changes, force=True)
     assert (folder / "diffusion" / "checkpoint.pt").exists()
+
+
+def test_pairs_of_several_samples_are_learnt_as_far_as_they_are_reliable(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    run(folder, NEURODIFF__PAIRS__SAMPLES="2", stages=["diffusion", "masks", "pairs"])
+    reliability = read_reliability(folder / "pairs" / "copy_000.h5")
+    assert reliability.shape == (8, 72, 88)
+    assert reliability.std() > 0.01
+    assert not list((folder / "pairs").glob(".*unfinished"))
+    changes = {"NEURODIFF__PAIRS__SAMPLES": "2", "SOLVER__ITERATION_TOTAL": "5", "stages": ["segmenter"]}
+    weights = []
+    for weighted in ("False", "True"):
+        run(folder, NEURODIFF__SEGMENTER__RELIABILITY_WEIGHTS=weighted, force=weighted == "True", **changes)
+        checkpoint = load_checkpoint(folder / "segmenter" / "mixed" / "checkpoint.pt", kind="segmenter")
+        weights.append(torch.cat([tensor.flatten() for tensor in checkpoint.state_dict.values()]))
+    assert not torch.equal(*weights)
 
 
 def test_a_folder_that_is_not_a_run_is_left_alone(tmp_path: Path) -> None:

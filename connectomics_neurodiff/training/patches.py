@@ -24,7 +24,7 @@ NO_AUXILIARY_TARGETS = AuxiliaryTargets()
 
 @dataclass(frozen=True)
 class _Annotated:
-    """A volume ready for training: image float32 [0, 1], label uint32, how reliable it is [0, 1]; (z, y, x), in memory."""
+    """A volume ready for training: image float32 and reliability in [0, 1], label uint32; (z, y, x) in memory."""
 
     image: np.ndarray
     label: np.ndarray

@@ -41,7 +41,8 @@ def write_volume(
     arrays : mapping of str to array
         ``image``: float in [0, 1] (stored as ``round(255 x)``) or uint8; ``label``: non-negative integers (stored as
         uint32, or uint64 where needed); ``membrane``, ``mito``: integers or bool, stored as 0/1 uint8; ``affinity``:
-        (3, z, y, x) float in [0, 1] (stored as float16) or uint8; ``reliability``: as ``image``. Arrays on disk are streamed a few sections at a time.
+        (3, z, y, x) float in [0, 1] (stored as float16) or uint8; ``reliability``: as ``image``.
+        Arrays on disk are streamed a few sections at a time.
     voxel_nm : sequence of 3 floats
         Voxel size in nm, (z, y, x); stored as the attribute ``resolution_nm``.
     attributes : mapping
