@@ -1,20 +1,27 @@
 """Room 10: how good a segmentation is, and which threshold to choose.
 
 ``evaluate`` gives variation of information (bits, split and merge by name) and the adapted Rand error of SNEMI3D;
-``tune_threshold`` picks a threshold on the tune split.
+``tune_threshold`` picks a threshold on the tune split. ``fid3d`` tells how far synthetic volumes are from a real one.
 """
 
+from .fid3d import FID3D, fid3d, patch_features
+from .frechet import bootstrap_interval, frechet_distance
 from .overlap import Overlap, RandScores, Scores, contingency, evaluate, rand_scores
 from .tuning import CRITERIA, TuneResult, tune_threshold
 
 __all__ = [
     "CRITERIA",
+    "FID3D",
     "Overlap",
     "RandScores",
     "Scores",
     "TuneResult",
+    "bootstrap_interval",
     "contingency",
     "evaluate",
+    "fid3d",
+    "frechet_distance",
+    "patch_features",
     "rand_scores",
     "tune_threshold",
 ]
