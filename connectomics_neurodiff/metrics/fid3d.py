@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
     from ..predict.affinities import ImageLike
 
+#: The numbers of a :class:`FID3D`, as metrics.json names them.
+NAMES = ("fid3d", "fid3d_interval", "fid3d_floor", "fid3d_patches", "fid3d_features")
 #: Patches per forward pass; the result does not depend on it.
 BATCH = 4
 
@@ -67,14 +69,9 @@ class FID3D:
         )
 
     def as_dict(self) -> dict[str, Any]:
-        """The numbers as metrics.json names them."""
-        return {
-            "fid3d": self.distance,
-            "fid3d_interval": list(self.interval),
-            "fid3d_floor": self.floor,
-            "fid3d_patches": self.patches,
-            "fid3d_features": self.features,
-        }
+        """The numbers by their :data:`NAMES`."""
+        values = (self.distance, list(self.interval), self.floor, self.patches, self.features)
+        return dict(zip(NAMES, values, strict=True))
 
 
 def fid3d(

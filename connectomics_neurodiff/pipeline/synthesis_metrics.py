@@ -1,0 +1,85 @@
+"""How far the synthetic volumes are from the real one: the part of metrics.json that is called synthesis."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..config import as_dict
+from ..errors import UserError
+from ..metrics.fid3d import NAMES, fid3d
+from ..pairs import open_pairs
+from ..provenance import write_json
+from . import networks
+from .pairs_stage import pair_paths
+from .parts import hash_of_source
+from .run import Run
+
+logger = logging.getLogger("connectomics_neurodiff")
+
+
+def synthesis_metrics(run: Run) -> dict[str, Any]:
+    """3D-FID, its numbers null where there is none; distance of the grey values and number of the run's own pairs."""
+    paths = pair_paths(run) if len(run.arms) > 1 else []
+    found = _fid3d_or_null(run, paths)
+    reports = [path.with_suffix(".gate.json") for path in paths]
+    gates = [json.loads(path.read_text()) for path in reports if path.exists()]
+    if gates:
+        found["grey_value_distance"] = float(np.mean([gate["distance"] for gate in gates]))
+        found["pairs"] = len(gates)
+    return found
+
+
+def _fid3d_or_null(run: Run, paths: Sequence[Path]) -> dict[str, Any]:
+    """The 3D-FID; null, with the reason in the log, where it cannot be had: the scores do not depend on it."""
+    reason = ""
+    if run.cfg.NEURODIFF.FID.PATCHES == 0:
+        reason = "NEURODIFF.FID.PATCHES is 0"
+    elif not paths:
+        reason = "it compares synthetic pairs with real data, by the segmenter of the arm 'real'; this run has not both"
+    else:
+        try:
+            return _kept_fid3d(run, paths)
+        except UserError as error:
+            reason = str(error)
+    logger.info("no 3D-FID: %s", reason)
+    return dict.fromkeys(NAMES)
+
+
+def _kept_fid3d(run: Run, paths: Sequence[Path]) -> dict[str, Any]:
+    """The 3D-FID -> fid3d.json; kept for as long as all that it depends on is the same."""
+    node, train = run.cfg.NEURODIFF.FID, run.parts["train"]
+    device, precision = networks.device_and_precision(run.cfg)
+    segmenter, segmenter_hash = run.segmenter_of("real")
+    judged = {
+        "settings": as_dict(node) | {"PRECISION": precision, "SEED": run.cfg.NEURODIFF.SEED},
+        "segmenter": segmenter_hash,
+        "train": train.identity,
+        "pairs": [hash_of_source(str(path)) for path in paths],
+    }
+    kept = run.folder / "fid3d.json"
+    if kept.exists():
+        content: dict[str, Any] = json.loads(kept.read_text())
+        if {name: content.get(name) for name in judged} == judged:
+            return {name: content[name] for name in NAMES}
+    real = train.load()
+    found = fid3d(
+        networks.load_segmenter(segmenter),
+        real.array("image"),
+        [pair.array("image") for pair in open_pairs(paths, real)],
+        patch=node.PATCH,
+        patches=node.PATCHES,
+        seed=run.cfg.NEURODIFF.SEED,
+        resamples=node.BOOTSTRAP,
+        precision=precision,
+        device=device,
+    )
+    if found.warning:
+        logger.warning(found.warning)
+    write_json(kept, found.as_dict() | judged)
+    return found.as_dict()
