@@ -61,7 +61,9 @@ def test_a_run_leaves_what_the_design_says(undisturbed: Path) -> None:
     synthesis = metrics["synthesis"]
     assert synthesis["fid3d_interval"][0] <= synthesis["fid3d"] <= synthesis["fid3d_interval"][1]
     assert (synthesis["fid3d_patches"], synthesis["fid3d_features"]) == (16, 12)
-    assert 0 < synthesis["fid3d_floor"] < synthesis["fid3d"]  # eight iterations of diffusion make no tissue
+    # Eight iterations of diffusion make no tissue.
+    assert 0 < synthesis["fid3d_floor"] < synthesis["fid3d"]
+    assert 0 < synthesis["fid3d_test"] < synthesis["fid3d"]
     assert "3D-FID of the synthetic volumes" in (undisturbed / "report.html").read_text()
     assert "http" not in (undisturbed / "report.html").read_text().split("</style>")[1].split("<details")[0]
 
@@ -183,7 +185,7 @@ def test_where_there_is_no_fid_the_log_says_why(undisturbed: Path, tmp_path: Pat
     shutil.copytree(undisturbed, folder)
     metrics = run(folder, **change, stages=["metrics", "report"])
     assert {name: value for name, value in metrics["synthesis"].items() if name.startswith("fid3d")} == dict.fromkeys(
-        ("fid3d", "fid3d_interval", "fid3d_floor", "fid3d_patches", "fid3d_features")
+        ("fid3d", "fid3d_interval", "fid3d_floor", "fid3d_patches", "fid3d_features", "fid3d_test")
     )
     assert {arm: metrics[arm] for arm in ("real", "mixed")} == scores(undisturbed)
     (line,) = [line for line in (folder / "run.log").read_text().splitlines() if "no 3D-FID: " in line]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ import numpy as np
 
 from ..config import as_dict
 from ..errors import UserError
-from ..metrics.fid3d import NAMES, fid3d
+from ..metrics import fid3d
+from ..metrics.fid3d import NAMES
 from ..pairs import open_pairs
 from ..provenance import write_json
 from . import networks
@@ -21,6 +23,9 @@ from .parts import hash_of_source
 from .run import Run
 
 logger = logging.getLogger("connectomics_neurodiff")
+
+#: The numbers of the synthetic pairs, and the distance of real tissue from elsewhere to judge theirs by.
+_FID_NAMES = (*NAMES, "fid3d_test")
 
 
 def synthesis_metrics(run: Run) -> dict[str, Any]:
@@ -48,38 +53,44 @@ def _fid3d_or_null(run: Run, paths: Sequence[Path]) -> dict[str, Any]:
         except UserError as error:
             reason = str(error)
     logger.info("no 3D-FID: %s", reason)
-    return dict.fromkeys(NAMES)
+    return dict.fromkeys(_FID_NAMES)
 
 
 def _kept_fid3d(run: Run, paths: Sequence[Path]) -> dict[str, Any]:
     """The 3D-FID -> fid3d.json; kept for as long as all that it depends on is the same."""
-    node, train = run.cfg.NEURODIFF.FID, run.parts["train"]
+    node, train, test = run.cfg.NEURODIFF.FID, run.parts["train"], run.parts["test"]
     device, precision = networks.device_and_precision(run.cfg)
     segmenter, segmenter_hash = run.segmenter_of("real")
     judged = {
         "settings": as_dict(node) | {"PRECISION": precision, "SEED": run.cfg.NEURODIFF.SEED},
         "segmenter": segmenter_hash,
         "train": train.identity,
+        "test": test.identity,
         "pairs": [hash_of_source(str(path)) for path in paths],
     }
     kept = run.folder / "fid3d.json"
     if kept.exists():
         content: dict[str, Any] = json.loads(kept.read_text())
         if {name: content.get(name) for name in judged} == judged:
-            return {name: content[name] for name in NAMES}
+            return {name: content[name] for name in _FID_NAMES}
     real = train.load()
-    found = fid3d(
+    compare = partial(
+        fid3d,
         networks.load_segmenter(segmenter),
         real.array("image"),
-        [pair.array("image") for pair in open_pairs(paths, real)],
-        patch=node.PATCH,
         patches=node.PATCHES,
         seed=run.cfg.NEURODIFF.SEED,
         resamples=node.BOOTSTRAP,
         precision=precision,
         device=device,
     )
+    pairs = [pair.array("image") for pair in open_pairs(paths, real)]
+    # Both distances are of patches of one size, which all the volumes can hold.
+    patch = np.min([node.PATCH, test.box.shape, real.shape, *(pair.shape for pair in pairs)], axis=0).tolist()
+    found = compare(pairs, patch=patch)
     if found.warning:
         logger.warning(found.warning)
-    write_json(kept, found.as_dict() | judged)
-    return found.as_dict()
+    elsewhere = compare([test.load().array("image")], patch=patch, label="3D-FID of the test part")
+    numbers = found.as_dict() | {"fid3d_test": elsewhere.distance}
+    write_json(kept, numbers | judged)
+    return numbers

@@ -224,7 +224,9 @@ def _synthesis_rows(synthesis: Mapping[str, Any]) -> list[tuple[str, str]]:
         text += f", from {synthesis['fid3d_patches']} patches of {synthesis['fid3d_features']} features"
     found = [("3D-FID of the synthetic volumes, lower is better", text)]
     if synthesis.get("fid3d_floor") is not None:
-        found.append(("Its floor: real patches against other real patches", _text_of(synthesis["fid3d_floor"])))
+        found.append(("Its floor: real patches against others of the same part", _text_of(synthesis["fid3d_floor"])))
+    if synthesis.get("fid3d_test") is not None:
+        found.append(("For comparison, 3D-FID of the test part, real tissue", _text_of(synthesis["fid3d_test"])))
     return found + rows
 
 
