@@ -16,7 +16,7 @@ from conftest import REPOSITORY
 from tiny import neurodiff, settings
 
 from connectomics_neurodiff.affinities import affinities_from_labels
-from connectomics_neurodiff.checkpoints import save_checkpoint
+from connectomics_neurodiff.checkpoints import load_checkpoint, save_checkpoint
 from connectomics_neurodiff.segmenters import build_segmenter
 from connectomics_neurodiff.synthesis import build_denoiser
 
@@ -140,12 +140,16 @@ def test_fid_warns_of_what_spoils_it(cells: Path, segmenter: Path, tmp_path: Pat
     with h5py.File(cells) as file, h5py.File(tmp_path / "coarse.h5", "w") as coarse:
         coarse["image"] = file["image"][:]
         coarse.attrs["resolution_nm"] = (29, 8, 8)
-    arguments = ["--checkpoint", str(segmenter), "--patch", "4", "24", "32", "--patches", "5", "--gpus", "0"]
-    result = neurodiff("fid", str(cells), str(tmp_path / "coarse.h5"), *arguments)
+    real_only = load_checkpoint(segmenter, kind="segmenter")
+    mixed = vars(real_only) | {"extra": real_only.extra | {"arm": "mixed"}}
+    save_checkpoint(tmp_path / "mixed.pt", **mixed)
+    arguments = ["--checkpoint", str(tmp_path / "mixed.pt"), "--patch", "4", "24", "32", "--patches", "5"]
+    result = neurodiff("fid", str(cells), str(tmp_path / "coarse.h5"), *arguments, "--gpus", "0")
     assert result.returncode == 0, result.stderr
-    voxels, few = [line for line in result.stderr.splitlines() if line.startswith("neurodiff: warning: ")]
+    voxels, trained, few = [line for line in result.stderr.splitlines() if line.startswith("neurodiff: warning: ")]
     assert "(29.0, 6.0, 6.0) nm" in voxels
     assert "(29.0, 8.0, 8.0) nm" in voxels
+    assert "mixed.pt was trained on synthetic data too" in trained
     assert "5 patches of 12 features" in few
     assert "floor" in result.stdout
 
