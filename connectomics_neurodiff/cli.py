@@ -208,6 +208,24 @@ def _add_segmentation_commands(commands: Any) -> None:
     evaluate.add_argument("--truth", required=True, metavar="VOLUME.h5", help="its label 0 is ignored")
     evaluate.add_argument("--json", action="store_true", help="print JSON")
 
+    fid = _add_command(
+        commands,
+        "fid",
+        "3D-FID: distance of a synthetic volume from a real one, in the features of a segmenter trained on real data",
+        "neurodiff fid cells.h5 pair.h5 --checkpoint outputs/demo/segmenter/real/checkpoint.pt --json",
+    )
+    fid.add_argument("real", metavar="REAL.h5", help="all of it is compared")
+    fid.add_argument("synthetic", metavar="SYNTHETIC.h5")
+    fid.add_argument("--checkpoint", required=True, metavar="C", help="segmenter trained on real data only")
+    fid.add_argument(
+        "--patch", nargs=3, type=int, default=(16, 64, 64), metavar=("Z", "Y", "X"), help="voxels (default: 16 64 64)"
+    )
+    fid.add_argument("--patches", type=int, default=256, metavar="N", help="at least 2 (default: 256)")
+    fid.add_argument("--json", action="store_true", help="print JSON")
+    _add_seed(fid)
+    _add_voxel_size(fid)
+    _add_device(fid)
+
 
 def _add_command(commands: Any, name: str, what: str, example: str) -> argparse.ArgumentParser:
     parser: argparse.ArgumentParser = commands.add_parser(

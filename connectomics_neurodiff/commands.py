@@ -44,6 +44,10 @@ def _image_of(path: str, options: argparse.Namespace) -> tuple[Volume, ArrayLike
     return volume, volume.image
 
 
+def _warn(message: str) -> None:
+    print(f"neurodiff: warning: {message}", file=sys.stderr)
+
+
 def run(options: argparse.Namespace) -> None:
     """``neurodiff run``"""
     from .config import load_config
@@ -386,6 +390,45 @@ def evaluate(options: argparse.Namespace) -> None:
         print("\n".join(f"{name:>10} {value:.6f}" for name, value in scores.items()))
 
 
+def fid(options: argparse.Namespace) -> None:
+    """``neurodiff fid``"""
+    from .checkpoints import load_checkpoint
+    from .engine import resolve_device
+    from .geometry import same_voxel_size
+    from .metrics import fid3d
+    from .pipeline.networks import trained_segmenter
+
+    checkpoint = load_checkpoint(options.checkpoint, kind="segmenter")
+    real, real_image = _image_of(options.real, options)
+    synthetic, synthetic_image = _image_of(options.synthetic, options)
+    if not same_voxel_size(real.voxel_nm, synthetic.voxel_nm):
+        _warn(
+            f"voxels of different size give different features: {tuple(real.voxel_nm)} nm in {options.real}, "
+            f"{tuple(synthetic.voxel_nm)} nm in {options.synthetic}."
+        )
+    if checkpoint.extra.get("arm") == "mixed":
+        _warn(f"{options.checkpoint} was trained on synthetic data too, which lowers their distance from real data.")
+    found = fid3d(
+        trained_segmenter(checkpoint),
+        real_image,
+        [synthetic_image],
+        patch=options.patch,
+        patches=options.patches,
+        seed=options.seed,
+        precision=options.precision,
+        device=resolve_device(options.gpus),
+    )
+    if found.warning:
+        _warn(found.warning)
+    if options.json:
+        json.dump(found.as_dict(), sys.stdout, indent=2)
+        print()
+    else:
+        print(f"{found.distance:.6g}  95 % interval {found.interval[0]:.6g} to {found.interval[1]:.6g}")
+        print(f"{found.floor:.6g}  floor: real patches against others of the same volume")
+        print(f"{found.patches} patches of {found.features} features from each")
+
+
 COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
     "run": run,
     "phantom": phantom,
@@ -397,4 +440,5 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
     "predict": predict,
     "segment": segment,
     "evaluate": evaluate,
+    "fid": fid,
 }

@@ -49,6 +49,11 @@ def voxel_size(values: Sequence[float] | np.ndarray | float) -> ZYX:
     return ZYX(*(float(v) for v in flat))
 
 
+def same_voxel_size(first: Sequence[float], second: Sequence[float]) -> bool:
+    """Whether two voxel sizes, nm, agree within 1 % on every axis."""
+    return bool(np.allclose(first, second, rtol=0.01, atol=0))
+
+
 def is_anisotropic(voxel_nm: Sequence[float], ratio: float = 2.0) -> bool:
     """Whether sections are at least `ratio` times thicker than a pixel is wide: then work goes section by section."""
     z, y, x = voxel_nm

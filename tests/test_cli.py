@@ -18,7 +18,7 @@ from conftest import REPOSITORY
 from tiny import neurodiff, settings
 
 from connectomics_neurodiff.affinities import affinities_from_labels
-from connectomics_neurodiff.checkpoints import save_checkpoint
+from connectomics_neurodiff.checkpoints import load_checkpoint, save_checkpoint
 from connectomics_neurodiff.segmenters import build_segmenter
 from connectomics_neurodiff.synthesis import build_denoiser
 
@@ -149,6 +149,55 @@ def test_predict_writes_affinities(cells: Path, segmenter: Path, tmp_path: Path)
         assert file["affinity"].shape == (3, 8, 48, 60)
         assert file["affinity"].dtype == np.float16
         assert 0 <= file["affinity"][:].min() <= file["affinity"][:].max() <= 1
+
+
+def test_fid_of_an_image_that_is_darker_elsewhere_and_of_itself(cells: Path, segmenter: Path, tmp_path: Path) -> None:
+    with h5py.File(cells) as file, h5py.File(tmp_path / "dark.h5", "w") as dark:
+        dark["image"] = file["image"][:6, :40] // 2
+        dark.attrs["resolution_nm"] = (29, 6, 6)
+    arguments = ["--checkpoint", str(segmenter), "--patch", "4", "24", "32", "--patches", "16", "--gpus", "0", "--json"]
+    same = json.loads(done("fid", str(cells), str(cells), *arguments))
+    assert same["fid3d"] == pytest.approx(0, abs=1e-9)
+    far = neurodiff("fid", str(cells), str(tmp_path / "dark.h5"), *arguments)
+    found = json.loads(far.stdout)
+    assert set(found) == {"fid3d", "fid3d_interval", "fid3d_floor", "fid3d_patches", "fid3d_features"}
+    assert found["fid3d_floor"] == same["fid3d_floor"] < found["fid3d"]
+    assert found["fid3d_interval"][0] <= found["fid3d"] <= found["fid3d_interval"][1]
+    assert (found["fid3d_patches"], found["fid3d_features"]) == (16, 12)
+    assert "warning" not in far.stderr
+
+
+def test_fid_warns_of_what_spoils_it(cells: Path, segmenter: Path, tmp_path: Path) -> None:
+    with h5py.File(cells) as file, h5py.File(tmp_path / "coarse.h5", "w") as coarse:
+        coarse["image"] = file["image"][:]
+        coarse.attrs["resolution_nm"] = (29, 8, 8)
+    real_only = load_checkpoint(segmenter, kind="segmenter")
+    mixed = vars(real_only) | {"extra": real_only.extra | {"arm": "mixed"}}
+    save_checkpoint(tmp_path / "mixed.pt", **mixed)
+    arguments = ["--checkpoint", str(tmp_path / "mixed.pt"), "--patch", "4", "24", "32", "--patches", "5"]
+    result = neurodiff("fid", str(cells), str(tmp_path / "coarse.h5"), *arguments, "--gpus", "0")
+    assert result.returncode == 0, result.stderr
+    voxels, trained, few = [line for line in result.stderr.splitlines() if line.startswith("neurodiff: warning: ")]
+    assert "(29.0, 6.0, 6.0) nm" in voxels
+    assert "(29.0, 8.0, 8.0) nm" in voxels
+    assert "mixed.pt was trained on synthetic data too" in trained
+    assert "5 patches of 12 features" in few
+    assert "floor" in result.stdout
+
+
+def test_fid_refuses_what_it_cannot_compare(cells: Path, segmenter: Path, denoiser: Path, tmp_path: Path) -> None:
+    image = np.full((8, 48, 60), 0.5, np.float32)
+    image[3, 3, 3] = np.nan
+    for name, role, array in (("nan", "image", image), ("masks", "label", np.ones(image.shape, np.uint32))):
+        with h5py.File(tmp_path / f"{name}.h5", "w") as file:
+            file[role] = array
+            file.attrs["resolution_nm"] = (29, 6, 6)
+    by = ["--checkpoint", str(segmenter)]
+    refused("holds a denoiser", "fid", str(cells), str(cells), "--checkpoint", str(denoiser))
+    refused("no dataset 'image'", "fid", str(cells), str(tmp_path / "masks.h5"), *by)
+    refused("must be finite", "fid", str(cells), str(tmp_path / "nan.h5"), *by)
+    refused("at least 2 patches. Got 1", "fid", str(cells), str(cells), *by, "--patches", "1")
+    refused("take a smaller patch", "fid", str(cells), str(cells), *by, "--patch", "99", "99", "99")
 
 
 @pytest.mark.parametrize("method", ["waterz", "multicut"])

@@ -61,6 +61,15 @@ def test_a_run_leaves_what_the_design_says(undisturbed: Path) -> None:
         for method in ("waterz", "multicut"):
             assert set(metrics[arm][method]) == {"voi_split", "voi_merge", "voi", "arand"}
             assert all(math.isfinite(v) for v in metrics[arm][method].values())
+    synthesis = metrics["synthesis"]
+    assert synthesis["fid3d_interval"][0] <= synthesis["fid3d"] <= synthesis["fid3d_interval"][1]
+    assert (synthesis["fid3d_patches"], synthesis["fid3d_features"]) == (16, 12)
+    # Eight iterations of diffusion make no tissue.
+    assert 0 < synthesis["fid3d_floor"] < synthesis["fid3d"]
+    assert 0 < synthesis["fid3d_test"] < synthesis["fid3d"]
+    assert set(synthesis["seams"]) == {"y", "x"}  # tiles are as deep as the train part
+    assert all(0.5 < seam["ratio"] < 2 for seam in synthesis["seams"].values())
+    assert "3D-FID of the synthetic volumes" in (undisturbed / "report.html").read_text()
     assert "http" not in (undisturbed / "report.html").read_text().split("</style>")[1].split("<details")[0]
 
 
@@ -157,6 +166,38 @@ def test_force_makes_stale_artefacts_anew(tmp_path: Path) -> None:
     assert digest(tmp_path / "run" / "masks", "*.h5") != old
 
 
+def test_fid_is_kept_until_something_that_it_depends_on_changes(undisturbed: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "again"
+    shutil.copytree(undisturbed, folder)
+    kept = folder / "fid3d.json"
+    first = kept.read_bytes(), kept.stat().st_mtime_ns
+    run(folder, stages=["metrics"])
+    assert (kept.read_bytes(), kept.stat().st_mtime_ns) == first
+    found = run(folder, NEURODIFF__FID__PATCHES="12", stages=["metrics"])["synthesis"]
+    assert found["fid3d_patches"] == 12
+    assert kept.read_bytes() != first[0]
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"NEURODIFF__FID__PATCHES": "0"}, "NEURODIFF.FID.PATCHES is 0"),
+        ({"NEURODIFF__FID__PATCH": "[8, 72, 88]"}, "take a smaller patch"),
+    ],
+)
+def test_where_there_is_no_fid_the_log_says_why(undisturbed: Path, tmp_path: Path, change: dict, reason: str) -> None:
+    folder = tmp_path / "without"
+    shutil.copytree(undisturbed, folder)
+    metrics = run(folder, **change, stages=["metrics", "report"])
+    assert {name: value for name, value in metrics["synthesis"].items() if name.startswith("fid3d")} == dict.fromkeys(
+        ("fid3d", "fid3d_interval", "fid3d_floor", "fid3d_patches", "fid3d_features", "fid3d_test")
+    )
+    assert {arm: metrics[arm] for arm in ("real", "mixed")} == scores(undisturbed)
+    (line,) = [line for line in (folder / "run.log").read_text().splitlines() if "no 3D-FID: " in line]
+    assert reason in line
+    assert "not computed" in (folder / "report.html").read_text()
+
+
 def test_pairs_made_before_are_used_as_they_are(undisturbed: Path, tmp_path: Path) -> None:
     pair = str(undisturbed / "pairs" / "copy_000.h5")
     run(
@@ -165,6 +206,7 @@ def test_pairs_made_before_are_used_as_they_are(undisturbed: Path, tmp_path: Pat
         AUGMENTOR__SYNTHETIC__ENABLED="True",
         SOLVER__ITERATION_TOTAL="2",
     )
+    assert json.loads((tmp_path / "run" / "metrics.json").read_text())["synthesis"]["fid3d_patches"] == 16
     assert not (tmp_path / "run" / "diffusion").exists()
     assert (tmp_path / "run" / "segmenter" / "mixed" / "checkpoint.pt").exists()
 
@@ -174,6 +216,8 @@ def test_without_synthetic_pairs_there_is_one_arm(tmp_path: Path) -> None:
     assert "real" in metrics
     assert "mixed" not in metrics
     assert "no synthetic pairs" in (tmp_path / "run" / "report.html").read_text()
+    assert metrics["synthesis"]["fid3d"] is None
+    assert "no 3D-FID: it compares" in (tmp_path / "run" / "run.log").read_text()
 
 
 def test_another_checkpoint_can_be_used_for_inference(undisturbed: Path, tmp_path: Path) -> None:

@@ -14,7 +14,13 @@ from connectomics_neurodiff.affinities import affinities_from_labels
 from connectomics_neurodiff.checkpoints import load_checkpoint, save_checkpoint
 from connectomics_neurodiff.convolution import use_sound_convolutions
 from connectomics_neurodiff.errors import ShapeMismatch, UnknownName, UserError, ValueRangeError
-from connectomics_neurodiff.segmenters import SEGMENTERS, build_segmenter, options_of, segmenter_from_checkpoint
+from connectomics_neurodiff.segmenters import (
+    SEGMENTERS,
+    build_segmenter,
+    encoder_of,
+    options_of,
+    segmenter_from_checkpoint,
+)
 from connectomics_neurodiff.segmenters.levels import pad_to_multiple
 from connectomics_neurodiff.segmenters.seg_mamba import TriOrientatedMamba, across_sections, along_sections
 from connectomics_neurodiff.training import affinity_loss, agq_loss, weighted_bce
@@ -119,6 +125,28 @@ def test_bfloat16_stays_near_single_precision(name: str) -> None:
 
 
 @every_segmenter
+def test_the_deepest_features_are_what_the_decoder_starts_from(name: str) -> None:
+    network = build(name).eval()
+    image = image_of(2, 1, 5, 40, 70)
+    # The first part of each decoder, and which of its inputs is the coarsest level.
+    first = {
+        "superhuman": lambda: network.up[0],
+        "swin_unetr": lambda: network.network.decoder5,
+        "seg_mamba": lambda: network.up[0],
+        "agq": lambda: network.backbone.project[0],
+    }[name]()
+    seen: list[Tensor] = []
+    first.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    with torch.inference_mode():
+        features = encoder_of(network).deepest_features(image)
+        assert not seen  # nothing of the decoder is computed for them
+        network(image)
+    assert torch.equal(features, seen[0])
+    assert features.ndim == 5
+    assert len(features) == 2
+
+
+@every_segmenter
 def test_it_learns_one_crop(name: str) -> None:
     phantom = grow_phantom((6, 32, 40), (29, 6, 6), 0)
     image = torch.from_numpy(phantom.array("image")).float()[None, None]
@@ -148,6 +176,8 @@ def test_wrong_channels_and_options_are_one_line(name: str) -> None:
 def test_what_is_no_batch_of_images_is_told(name: str, shape: tuple[int, ...]) -> None:
     with pytest.raises(ShapeMismatch, match=r"images \(b, 1, z, y, x\)"):
         build(name).eval()(torch.zeros(shape))
+    with pytest.raises(ShapeMismatch, match=r"images \(b, 1, z, y, x\)"):
+        encoder_of(build(name).eval()).deepest_features(torch.zeros(shape))
 
 
 @pytest.mark.parametrize(

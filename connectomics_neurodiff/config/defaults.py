@@ -29,6 +29,7 @@ def default_config() -> CfgNode:
     _add_pairs(cfg.NEURODIFF)
     _add_segmenter(cfg.NEURODIFF)
     _add_agglomeration(cfg.NEURODIFF)
+    _add_fid(cfg.NEURODIFF)
     return cfg
 
 
@@ -299,3 +300,15 @@ def _add_agglomeration(node: CfgNode) -> None:
     node.SEGMENT.MULTICUT_THRESHOLDS = [0.1, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9]
     # What the tuning minimises: "voi" or "arand".
     node.SEGMENT.CRITERION = "arand"
+
+
+def _add_fid(node: CfgNode) -> None:
+    # 3D-FID of the synthetic pairs, in the deepest features of the segmenter trained on real data only. [ours]
+    node.FID = CfgNode()
+    # Patch in voxels, (z, y, x); shorter where a volume is.
+    node.FID.PATCH = [16, 64, 64]
+    # Patches of the real and of the synthetic volumes; 0: no 3D-FID, else >= 2. More than the network has features
+    # (superhuman 80, agq 160, swin_unetr 384, seg_mamba 768), or the distance is too large.
+    node.FID.PATCHES = 256
+    # Resamples of the bootstrap that gives the interval, >= 1.
+    node.FID.BOOTSTRAP = 100

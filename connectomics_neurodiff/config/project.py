@@ -25,7 +25,7 @@ from .validate import validate
 #: Groups of ours that a project may have besides the host's.
 OWN = ("NEURODIFF", "AUGMENTOR.SYNTHETIC")
 #: Groups of NEURODIFF that make a configuration a recipe of ours, from data to scores.
-RECIPE = {"SPLIT", "PHANTOM", "SEGMENT"}
+RECIPE = {"SPLIT", "PHANTOM", "SEGMENT", "FID"}
 #: Keys that the host's own files name, and its configuration does not know (Scutoid-Base.yaml).
 RENAMED = {"DATASET.LABEL_EROSION": "MODEL.LABEL_EROSION"}
 NORMALISATIONS = {"bn": "batch", "sync_bn": "batch", "gn": "group", "in": "instance", "none": "none"}

@@ -49,7 +49,7 @@ def _validate_numbers(cfg: CfgNode) -> None:
         "SYSTEM.NUM_NODES SOLVER.ITERATION_TOTAL SOLVER.ITERATION_SAVE SOLVER.SAMPLES_PER_BATCH SOLVER.ITERATION_STEP "
         "INFERENCE.SAMPLES_PER_BATCH NEURODIFF.REMODEL.COPIES NEURODIFF.DIFFUSION.STEPS NEURODIFF.DIFFUSION.ITERATIONS "
         "NEURODIFF.DIFFUSION.BATCH NEURODIFF.DIFFUSION.ACCUMULATE NEURODIFF.DIFFUSION.SAVE_EVERY "
-        "NEURODIFF.DIFFUSION.SAMPLER_STEPS NEURODIFF.PAIRS.SAMPLES"
+        "NEURODIFF.DIFFUSION.SAMPLER_STEPS NEURODIFF.PAIRS.SAMPLES NEURODIFF.FID.BOOTSTRAP"
     )
     _require_numbers(cfg, at_least_one.split(), 1)
     not_negative = (
@@ -75,6 +75,8 @@ def _validate_numbers(cfg: CfgNode) -> None:
     for name, node in cfg.AUGMENTOR.items():
         if isinstance(node, CfgNode) and "P" in node:
             _require_numbers(cfg, [f"AUGMENTOR.{name}.P"], 0, 1)
+    patches = cfg.NEURODIFF.FID.PATCHES
+    _require(patches == 0 or patches >= 2, "NEURODIFF.FID.PATCHES", ">= 2, or 0 for none", patches)
     diffusion = cfg.NEURODIFF.DIFFUSION
     _require(
         diffusion.SAMPLER_STEPS <= diffusion.STEPS,
@@ -132,6 +134,7 @@ def _validate_geometry(cfg: CfgNode) -> None:
         ("NEURODIFF.DIFFUSION.PATCH", diffusion.PATCH),
         ("NEURODIFF.DIFFUSION.TILE", diffusion.TILE),
         ("NEURODIFF.PHANTOM.SHAPE", phantom.SHAPE),
+        ("NEURODIFF.FID.PATCH", cfg.NEURODIFF.FID.PATCH),
     ):
         _require_size(key, size)
     strides = all(s <= t for s, t in zip(cfg.INFERENCE.STRIDE, cfg.INFERENCE.INPUT_SIZE, strict=True))

@@ -1,22 +1,30 @@
 """Room 10: how good a segmentation and a synthetic image are, and which threshold to choose.
 
 ``evaluate`` gives variation of information (bits, split and merge by name) and the adapted Rand error of SNEMI3D;
-``tune_threshold`` picks a threshold on the tune split; ``seams`` tells whether tiles show in a synthetic image.
+``tune_threshold`` picks a threshold on the tune split. ``fid3d`` tells how far synthetic volumes are from a real one,
+``seams`` whether the tiles they were painted in show.
 """
 
+from .fid3d import FID3D, fid3d, patch_features
+from .frechet import bootstrap_interval, frechet_distance
 from .overlap import Overlap, RandScores, Scores, contingency, evaluate, rand_scores
 from .seams import Seams, seams, tile_borders
 from .tuning import CRITERIA, TuneResult, tune_threshold
 
 __all__ = [
     "CRITERIA",
+    "FID3D",
     "Overlap",
     "RandScores",
     "Scores",
     "Seams",
     "TuneResult",
+    "bootstrap_interval",
     "contingency",
     "evaluate",
+    "fid3d",
+    "frechet_distance",
+    "patch_features",
     "rand_scores",
     "seams",
     "tile_borders",

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..errors import ValueRangeError
 from ..geometry import tile_starts
 from ..volume import ArrayLike, slabs
 
@@ -56,11 +55,6 @@ def seams(image: ArrayLike, tile: Sequence[int], overlap: Sequence[int]) -> dict
     -------
     dict of str to Seams
         By axis, ``"z"``, ``"y"``, ``"x"``; only axes with more than one tile and a plane that is no border.
-
-    Raises
-    ------
-    ValueRangeError
-        If no axis has more than one tile.
     """
     energies = _gradient_energies(image)
     found = {}
@@ -70,8 +64,6 @@ def seams(image: ArrayLike, tile: Sequence[int], overlap: Sequence[int]) -> dict
         on[borders - 1] = True
         if on.any() and not on.all():
             found[axis] = _compared(energy[on], energy[~on])
-    if not found:
-        raise ValueRangeError(f"One tile of {tuple(tile)} covers the volume {tuple(image.shape)}: there are no seams.")
     return found
 
 

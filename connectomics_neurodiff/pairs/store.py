@@ -11,11 +11,8 @@ from typing import Any, Protocol
 import numpy as np
 
 from ..errors import LabelTypeError, MissingInput, ShapeMismatch, ValueRangeError
-from ..geometry import voxel_size
+from ..geometry import same_voxel_size, voxel_size
 from ..volume import ArrayLike, Volume, open_array, open_volume, write_volume
-
-#: Voxel sizes closer than this, relatively, count as equal.
-_VOXEL_TOLERANCE = 0.01
 
 
 class Mask(Protocol):
@@ -158,7 +155,7 @@ def open_pair(path: str | os.PathLike[str], voxel_nm: Sequence[float]) -> Volume
         raise ShapeMismatch(f"Image and label of {path} must agree. Got {pair.image.shape} and {pair.label.shape}.")
     if not np.issubdtype(pair.label.dtype, np.integer):
         raise LabelTypeError(f"The label of {path} must be integers. Got {pair.label.dtype}.")
-    if not np.allclose(pair.voxel_nm, voxel_nm, rtol=_VOXEL_TOLERANCE, atol=0):
+    if not same_voxel_size(pair.voxel_nm, voxel_nm):
         raise ValueRangeError(
             f"{path} must have the real volume's voxel size {tuple(voxel_nm)} nm (z, y, x). "
             f"Got {tuple(pair.voxel_nm)} nm."

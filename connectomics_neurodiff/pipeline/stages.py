@@ -25,6 +25,7 @@ from .pairs_stage import pair_paths
 from .parts import hash_of_source
 from .run import Run, discard_training
 from .segmentations_stage import QUERIES
+from .synthesis_metrics import synthesis_metrics
 
 if TYPE_CHECKING:
     import torch
@@ -257,7 +258,7 @@ def make_metrics(run: Run) -> None:
             if method != QUERIES:
                 tuning = json.loads((run.folder / "segmentations" / f"{name}.tuning.json").read_text())
                 thresholds.setdefault(arm, {})[method] = tuning["threshold"]
-    metrics["synthesis"] = _synthesis_metrics(run)
+    metrics["synthesis"] = synthesis_metrics(run)
     metrics["seconds"] = run.seconds
     provenance = run.provenance("metrics", as_dict(run.cfg), **{n: p.identity for n, p in run.parts.items()})
     metrics["provenance"] = {
@@ -270,17 +271,6 @@ def make_metrics(run: Run) -> None:
         "boxes": {name: [*part.box.start, *part.box.stop] for name, part in run.parts.items()},
     }
     write_json(run.folder / "metrics.json", metrics)
-
-
-def _synthesis_metrics(run: Run) -> dict[str, Any]:
-    """How far the synthetic grey values are from the real ones; fid3d is null until it has been computed."""
-    found: dict[str, Any] = {"fid3d": None}
-    reports = [p.with_suffix(".gate.json") for p in pair_paths(run)] if len(run.arms) > 1 else []
-    gates = [json.loads(path.read_text()) for path in reports if path.exists()]
-    if gates:
-        found["grey_value_distance"] = float(np.mean([gate["distance"] for gate in gates]))
-        found["pairs"] = len(gates)
-    return found
 
 
 def _built_with_seed(run: Run, purpose: str, build: Callable[[], torch.nn.Module]) -> torch.nn.Module:

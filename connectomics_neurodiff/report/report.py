@@ -80,7 +80,6 @@ _SECTIONS: Mapping[str, tuple[str, str]] = {
 }
 
 _SYNTHESIS_NAMES: Mapping[str, str] = {
-    "fid3d": "3D-FID, lower is better",
     "grey_value_distance": "Distance of grey values, synthetic to real",
     "pairs": "Synthetic volumes that entered training",
 }
@@ -149,7 +148,7 @@ def write_report(
         arm_names=ARM_NAMES,
         missing_arms=[name for arm, name in ARM_NAMES.items() if not metrics.get(arm)],
         sections=_sections(pictures, metrics),
-        synthesis=[(_SYNTHESIS_NAMES.get(key, key), value) for key, value in _flatten(metrics.get("synthesis") or {})],
+        synthesis=_synthesis_rows(metrics.get("synthesis") or {}),
         timing=_timing(metrics.get("seconds") or {}),
         provenance=_flatten(metrics.get("provenance") or {}),
         config_text=config_text,
@@ -209,6 +208,26 @@ def _sections(pictures: Sequence[dict[str, Any]], metrics: Mapping[str, Any]) ->
         if name != "more" or own:
             sections.append({"id": name, "heading": heading, "figures": own, "missing": missing if empty else ""})
     return sections
+
+
+def _synthesis_rows(synthesis: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Name and text of each number; the 3D-FID in one row with what it was taken from, and its floor beneath."""
+    rest = {name: value for name, value in synthesis.items() if not name.startswith("fid3d")}
+    rows = [(_SYNTHESIS_NAMES.get(name, name), text) for name, text in _flatten(rest)]
+    if "fid3d" not in synthesis:
+        return rows
+    text = _text_of(synthesis["fid3d"])
+    if synthesis.get("fid3d_interval"):
+        low, high = map(_text_of, synthesis["fid3d_interval"])
+        text += f" (95 % interval {low} to {high})"
+    if synthesis.get("fid3d_patches"):
+        text += f", from {synthesis['fid3d_patches']} patches of {synthesis['fid3d_features']} features"
+    found = [("3D-FID of the synthetic volumes, lower is better", text)]
+    if synthesis.get("fid3d_floor") is not None:
+        found.append(("Its floor: real patches against others of the same part", _text_of(synthesis["fid3d_floor"])))
+    if synthesis.get("fid3d_test") is not None:
+        found.append(("For comparison, 3D-FID of the test part, real tissue", _text_of(synthesis["fid3d_test"])))
+    return found + rows
 
 
 def _flatten(content: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping
 from numbers import Integral
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
@@ -116,6 +116,31 @@ def segmenter_from_checkpoint(checkpoint: Checkpoint) -> nn.Module:
         )
     network = load_weights(build_segmenter(checkpoint.architecture, **checkpoint.options), checkpoint).eval()
     return AffinitiesAlone(network).eval() if auxiliary else network
+
+
+@runtime_checkable
+class Encoder(Protocol):
+    """A segmenter that shows what it sees before it decodes, as every one of this room does."""
+
+    def deepest_features(self, image: Tensor) -> Tensor:
+        """Features (b, c, z', y', x') of the coarsest level, of an image (b, in_channels, z, y, x) in [0, 1]."""
+
+
+def encoder_of(network: nn.Module) -> Encoder:
+    """The segmenter as an :class:`Encoder`.
+
+    Raises
+    ------
+    UnknownName
+        If it has no ``deepest_features``, as the networks of pytorch_connectomics.
+    """
+    inner = network.network if isinstance(network, AffinitiesAlone) else network
+    if not isinstance(inner, Encoder):
+        raise UnknownName(
+            f"The deepest features are known of the segmenters of this package. Got {type(inner).__name__}, which has "
+            "no deepest_features."
+        )
+    return inner
 
 
 class AffinitiesAlone(nn.Module):

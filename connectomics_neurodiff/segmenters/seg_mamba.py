@@ -232,21 +232,31 @@ class SegMamba(nn.Module):
         torch.Tensor
             (b, out_channels, z, y, x) logits.
         """
-        check_image(image, self.in_channels)
-        z, y, x = image.shape[2:]
-        image = pad_to_multiple(image, self.multiple, self.least)
-        features, levels = image, [self.skips[0](image)]
-        for stage, skip in zip(self.stages, self.skips[1:], strict=True):
-            if self.checkpointing and self.training:
-                features, out = checkpoint(stage, features, use_reentrant=False)
-            else:
-                features, out = stage(features)
-            levels.append(skip(out))
+        levels = [skip(level) for skip, level in zip(self.skips, self._encode(image), strict=True)]
         result = levels.pop()
         for up in self.up:
             result = up(result, levels.pop())
         logits: Tensor = self.head(self.refine(result))
+        z, y, x = image.shape[2:]
         return logits[:, :, :z, :y, :x]
+
+    def deepest_features(self, image: Tensor) -> Tensor:
+        """Features (b, filters[-1], z', y', x') of the coarsest level, of an image as :meth:`forward` takes it."""
+        features: Tensor = self.skips[-1](self._encode(image)[-1])
+        return features
+
+    def _encode(self, image: Tensor) -> list[Tensor]:
+        """What the skip connections get: the padded image, and the output of every stage."""
+        check_image(image, self.in_channels)
+        features = pad_to_multiple(image, self.multiple, self.least)
+        levels = [features]
+        for stage in self.stages:
+            if self.checkpointing and self.training:
+                features, out = checkpoint(stage, features, use_reentrant=False)
+            else:
+                features, out = stage(features)
+            levels.append(out)
+        return levels
 
 
 def _halving(before: int, channels: int, factor: tuple[int, int, int]) -> nn.Sequential:

@@ -194,17 +194,23 @@ class Superhuman(nn.Module):
         torch.Tensor
             (b, out_channels, z, y, x) logits.
         """
-        check_image(image, self.in_channels)
+        levels = self._encode(image)
+        features = levels.pop()
+        for module in self.up:
+            features = module(features, levels.pop())
         z, y, x = image.shape[2:]
+        return self.head(features)[:, :, :z, :y, :x]
+
+    def deepest_features(self, image: Tensor) -> Tensor:
+        """Features (b, filters[-1], z', y', x') of the coarsest level, of an image as :meth:`forward` takes it."""
+        return self._encode(image)[-1]
+
+    def _encode(self, image: Tensor) -> list[Tensor]:
+        """Features of every level before the decoder, finest first."""
+        check_image(image, self.in_channels)
         # The coarsest level needs more than one voxel, or there is nothing to normalise over.
         least = (self.multiple[0], 2 * self.multiple[1], 2 * self.multiple[2])
-        features = self.embed(pad_to_multiple(image, self.multiple, least))
-        skips = []
-        for module, pool in zip(self.down[:-1], self.pool, strict=True):
-            features = module(features)
-            skips.append(features)
-            features = pool(features)
-        features = self.down[-1](features)
-        for module in self.up:
-            features = module(features, skips.pop())
-        return self.head(features)[:, :, :z, :y, :x]
+        levels = [self.down[0](self.embed(pad_to_multiple(image, self.multiple, least)))]
+        for pool, module in zip(self.pool, self.down[1:], strict=True):
+            levels.append(module(pool(levels[-1])))
+        return levels

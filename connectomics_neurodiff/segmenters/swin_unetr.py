@@ -113,3 +113,11 @@ class SwinUNETRSegmenter(nn.Module):
         z, y, x = image.shape[2:]
         logits: Tensor = self.network(pad_to_multiple(image, self.multiple, self.least))
         return logits[:, :, :z, :y, :x]
+
+    def deepest_features(self, image: Tensor) -> Tensor:
+        """Features (b, 16 feature_size, z', y', x') of the coarsest level, of an image as :meth:`forward` takes it."""
+        check_image(image, self.in_channels)
+        padded = pad_to_multiple(image, self.multiple, self.least)
+        coarsest = self.network.swinViT(padded, self.network.normalize)[-1]
+        features: Tensor = self.network.encoder10(coarsest)
+        return features

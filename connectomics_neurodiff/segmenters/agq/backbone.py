@@ -89,15 +89,20 @@ class Backbone(nn.Module):
 
     def forward(self, image: Tensor) -> list[Tensor]:
         """Features of all levels, finest first: level i is (b, filters[i], z_i, y_i, x_i)."""
-        features, skips = self.embed(image), []
-        for module in self.down:
-            features = module(features)
-            skips.append(features)
+        skips = self.encode(image)
         levels = [skips.pop()]
         for project, refine in zip(self.project, self.refine, strict=True):
             skip = skips.pop()
             levels.append(refine(resize(project(levels[-1]), skip.shape[2:]) + skip))
         return levels[::-1]
+
+    def encode(self, image: Tensor) -> list[Tensor]:
+        """Features of all levels before the decoder, finest first."""
+        features, levels = self.embed(image), []
+        for module in self.down:
+            features = module(features)
+            levels.append(features)
+        return levels
 
 
 class Fusion(nn.Module):

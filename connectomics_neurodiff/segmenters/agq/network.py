@@ -234,6 +234,11 @@ class AGQ(nn.Module):
         """
         return self._enlarged(self.affinity_branch(self._features(image)), image)
 
+    def deepest_features(self, image: Tensor) -> Tensor:
+        """Features (b, filters[-1], z', y', x') of the coarsest level, of an image as :meth:`forward` takes it."""
+        check_image(image, self.in_channels)
+        return self.backbone.encode(self._pad(2 * image - 1))[-1]
+
     def predict_instances(self, image: Tensor, rngs: Sequence[np.random.Generator] | None = None) -> InstancePrediction:
         """Affinities and the masks of all stages.
 

@@ -1,0 +1,111 @@
+"""How far the synthetic volumes are from the real one: the part of metrics.json that is called synthesis."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..config import as_dict
+from ..errors import UserError
+from ..metrics import fid3d, seams
+from ..metrics.fid3d import NAMES
+from ..pairs import open_pairs
+from ..provenance import write_json
+from ..volume import open_array
+from . import networks
+from .pairs_stage import pair_paths
+from .parts import hash_of_source
+from .run import Run
+
+logger = logging.getLogger("connectomics_neurodiff")
+
+#: The numbers of the synthetic pairs, and the distance of real tissue from elsewhere to judge theirs by.
+_FID_NAMES = (*NAMES, "fid3d_test")
+
+
+def synthesis_metrics(run: Run) -> dict[str, Any]:
+    """3D-FID, its numbers null where there is none; grey values, number and seams of the run's own pairs."""
+    paths = pair_paths(run) if len(run.arms) > 1 else []
+    found = _fid3d_or_null(run, paths)
+    reports = [path.with_suffix(".gate.json") for path in paths]
+    gates = [json.loads(path.read_text()) for path in reports if path.exists()]
+    if gates:
+        found["grey_value_distance"] = float(np.mean([gate["distance"] for gate in gates]))
+        found["pairs"] = len(gates)
+        found["seams"] = _seams(run, [path for path, report in zip(paths, reports, strict=True) if report.exists()])
+    return found
+
+
+def _seams(run: Run, paths: Sequence[Path]) -> dict[str, dict[str, float]]:
+    """Per axis with more than one tile, gradient energy on their borders over elsewhere: mean over pairs, its error."""
+    node = run.cfg.NEURODIFF.DIFFUSION
+    measured = [seams(open_array(path, ("image",)), node.TILE, node.OVERLAP) for path in paths]
+    found = {}
+    for axis in measured[0]:
+        ones = [pair[axis] for pair in measured if axis in pair]
+        error = math.sqrt(sum(one.standard_error**2 for one in ones)) / len(ones)
+        found[axis] = {"ratio": float(np.mean([one.ratio for one in ones])), "standard_error": error}
+    return found
+
+
+def _fid3d_or_null(run: Run, paths: Sequence[Path]) -> dict[str, Any]:
+    """The 3D-FID; null, with the reason in the log, where it cannot be had: the scores do not depend on it."""
+    reason = ""
+    if run.cfg.NEURODIFF.FID.PATCHES == 0:
+        reason = "NEURODIFF.FID.PATCHES is 0"
+    elif not paths:
+        reason = "it compares synthetic pairs with real data, by the segmenter of the arm 'real'; this run has not both"
+    else:
+        try:
+            return _kept_fid3d(run, paths)
+        except UserError as error:
+            reason = str(error)
+    logger.warning("no 3D-FID: %s", reason)
+    return dict.fromkeys(_FID_NAMES)
+
+
+def _kept_fid3d(run: Run, paths: Sequence[Path]) -> dict[str, Any]:
+    """The 3D-FID -> fid3d.json; kept for as long as all that it depends on is the same."""
+    node, train, test = run.cfg.NEURODIFF.FID, run.parts["train"], run.parts["test"]
+    device, precision = networks.device_and_precision(run.cfg)
+    segmenter, segmenter_hash = run.segmenter_of("real")
+    judged = {
+        "settings": as_dict(node) | {"PRECISION": precision, "SEED": run.cfg.NEURODIFF.SEED},
+        "segmenter": segmenter_hash,
+        "train": train.identity,
+        "test": test.identity,
+        "pairs": [hash_of_source(str(path)) for path in paths],
+    }
+    kept = run.folder / "fid3d.json"
+    if kept.exists():
+        content: dict[str, Any] = json.loads(kept.read_text())
+        if {name: content.get(name) for name in judged} == judged:
+            return {name: content[name] for name in _FID_NAMES}
+    real = train.load()
+    compare = partial(
+        fid3d,
+        networks.load_segmenter(segmenter),
+        real.array("image"),
+        patches=node.PATCHES,
+        seed=run.cfg.NEURODIFF.SEED,
+        resamples=node.BOOTSTRAP,
+        precision=precision,
+        device=device,
+    )
+    pairs = [pair.array("image") for pair in open_pairs(paths, real)]
+    # Both distances are of patches of one size, which all the volumes can hold.
+    patch = np.min([node.PATCH, test.box.shape, real.shape, *(pair.shape for pair in pairs)], axis=0).tolist()
+    found = compare(pairs, patch=patch)
+    if found.warning:
+        logger.warning(found.warning)
+    elsewhere = compare([test.load().array("image")], patch=patch, label="3D-FID of the test part")
+    numbers = found.as_dict() | {"fid3d_test": elsewhere.distance}
+    write_json(kept, numbers | judged)
+    return numbers
