@@ -12,9 +12,10 @@ import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 # Parameters of mallopt (malloc.h).
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4
@@ -46,6 +47,8 @@ def kept_memory() -> Iterator[None]:
 def available_bytes(device: torch.device) -> int:
     """Memory that a network may still take on a device; on the CPU within the limit of its control group, if any."""
     if device.type == "cuda":
+        import torch
+
         return int(torch.cuda.mem_get_info(device)[0])
     import psutil
 
@@ -71,6 +74,7 @@ def peak_bytes(network: torch.nn.Module, *inputs: torch.Tensor) -> int:
     int
         Bytes of all tensors that live at the same time, weights not included, nor what convolutions need inside.
     """
+    import torch
     from torch.utils._python_dispatch import TorchDispatchMode
     from torch.utils._pytree import tree_leaves
 

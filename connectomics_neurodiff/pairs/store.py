@@ -95,7 +95,7 @@ def read_reliability(path: str | os.PathLike[str]) -> np.ndarray:
     MissingInput
         If the pair has none.
     """
-    return np.asarray(open_array(path, ("reliability",)), dtype=np.float32) / 255
+    return np.asarray(open_array(Path(path), ("reliability",)), dtype=np.float32) / 255
 
 
 def open_pairs(paths: Sequence[str | os.PathLike[str]], real: Volume) -> list[Volume]:

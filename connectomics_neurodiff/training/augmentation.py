@@ -262,8 +262,8 @@ def elastic(
     near_row, near_column = np.rint(row).astype(int), np.rint(column).astype(int)
     inside = (near_row >= 0) & (near_row < height) & (near_column >= 0) & (near_column < width)
     index = (slice(None), near_row.clip(0, height - 1), near_column.clip(0, width - 1))
-    moved = (np.where(inside, array[index], 0).astype(array.dtype) for array in (label, known))
-    return (warped, *moved)
+    moved, reached = (np.where(inside, array[index], 0).astype(array.dtype) for array in (label, known))
+    return warped, moved, reached
 
 
 _PIXELWISE = (
