@@ -1,6 +1,6 @@
 """Room 2: labels (and mitochondria) -> membrane -> the condition the diffusion model paints onto."""
 
-from .encoding import check_masks, encode_condition
+from .encoding import NULL_CONDITION, check_masks, encode_condition
 from .membrane import membrane_from_labels, with_background
 
-__all__ = ["check_masks", "encode_condition", "membrane_from_labels", "with_background"]
+__all__ = ["NULL_CONDITION", "check_masks", "encode_condition", "membrane_from_labels", "with_background"]
