@@ -15,7 +15,7 @@ from connectomics_neurodiff.config import load_config
 from connectomics_neurodiff.errors import ConfigError, MissingInput, StaleArtifactError, UserError, ValueRangeError
 from connectomics_neurodiff.pipeline import run_pipeline
 from connectomics_neurodiff.pipeline.plan import describe_plan
-from connectomics_neurodiff.synthesis import build_denoiser, denoiser_from_checkpoint
+from connectomics_neurodiff.synthesis import denoiser_from_checkpoint
 from connectomics_neurodiff.volume import grow_phantom, write_volume
 
 EXTRA = "NEURODIFF__DIFFUSION__EXTRA_VOLUMES"
@@ -65,10 +65,8 @@ def test_a_checkpoint_says_what_it_was_trained_on(trained: tuple[Path, dict[str,
     with torch.no_grad():
         out = network(image, torch.zeros(1, dtype=torch.long), torch.zeros(1, 2, 2, 8, 8), torch.zeros(1, 3))
     assert out.shape == (1, 2, 2, 8, 8)
-    fresh = build_denoiser(checkpoint.architecture, **checkpoint.options).state_dict()["resolution.known.2.weight"]
-    assert not torch.equal(
-        network.state_dict()["resolution.known.2.weight"], fresh
-    )  # four steps wake the zero layers before it
+    # It starts at zero behind two other zero layers, each of which takes a step to wake.
+    assert network.state_dict()["resolution.known.2.weight"].any()
 
 
 @pytest.mark.parametrize(

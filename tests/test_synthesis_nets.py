@@ -348,6 +348,7 @@ def test_a_learned_variance_is_a_second_channel_and_leaves_the_first_alone() -> 
     with torch.no_grad():
         one, both = plain(**inputs()), two(**inputs())
     assert both.shape == (2, 2, 3, 12, 20)
+    assert (plain.learns_variance, two.learns_variance) == (False, True)
     torch.testing.assert_close(both, torch.cat([one, 2 * one], dim=1))
 
 

@@ -83,6 +83,11 @@ class NeuroDiffDenoiser(nn.Module):
         """Keyword arguments of ``build_denoiser`` that rebuild this network."""
         return as_keywords(self.settings)
 
+    @property
+    def learns_variance(self) -> bool:
+        """Whether there is a second output channel, v of :meth:`.DiffusionProcess.learned_log_variance`."""
+        return self.settings.learn_variance
+
     def _build_encoder(self, o: DenoiserOptions) -> None:
         self.encoder, self.downsamples = nn.ModuleList(), nn.ModuleList()
         width = o.channels[0]
