@@ -41,6 +41,16 @@ def test_pairs_may_be_one_path_or_several() -> None:
     ]
 
 
+def test_an_extra_volume_may_be_a_name_or_a_group(tmp_path: Path) -> None:
+    key = "NEURODIFF.DIFFUSION.EXTRA_VOLUMES"
+    box = {"IMAGE_NAME": "b.h5", "BOX": [0, 0, 0, 8, 9, 9]}
+    assert load_config(overrides=[key, "a.h5"]).NEURODIFF.DIFFUSION.EXTRA_VOLUMES == [{"IMAGE_NAME": "a.h5"}]
+    cfg = load_config(overrides=[key, str(["a.h5", box])])
+    assert [{"IMAGE_NAME": "a.h5"}, box] == cfg.NEURODIFF.DIFFUSION.EXTRA_VOLUMES
+    (tmp_path / "dump.yaml").write_text(dump_config(cfg))
+    assert load_config(tmp_path / "dump.yaml") == cfg
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
@@ -79,6 +89,32 @@ def test_pairs_may_be_one_path_or_several() -> None:
         (["NEURODIFF.REMODEL.SIGMA_NM", "inf"], "SIGMA_NM must be"),
         (["NEURODIFF.SEGMENT.METHODS", "[1]"], "METHODS is '1'"),
         (["NEURODIFF.SEGMENT.MULTICUT_THRESHOLDS", "[0.5, 1]"], r"inside \(0, 1\)"),
+        (["NEURODIFF.DIFFUSION.VOLUME_SHARE", "eqal"], "Did you mean 'equal'"),
+        (["NEURODIFF.DIFFUSION.CONDITION_DROPOUT", "1"], r"CONDITION_DROPOUT must be in \[0, 1\). Got 1.0"),
+        (["NEURODIFF.DIFFUSION.VOXEL_SIZE_DROPOUT", "-0.1"], r"VOXEL_SIZE_DROPOUT must be in \[0, 1\)"),
+        (["NEURODIFF.DIFFUSION.VOXEL_SIZE_DROPOUT", "nan"], r"VOXEL_SIZE_DROPOUT must be in \[0, 1\)"),
+        (["NEURODIFF.DIFFUSION.CONDITION_DROPOUT", ".1", "NEURODIFF.DIFFUSION.CONDITIONING", "none"], "has no masks"),
+        (["NEURODIFF.DIFFUSION.VOXEL_SIZE_DROPOUT", ".1", "NEURODIFF.DIFFUSION.RPGE", "False"], "0 without RPGE"),
+        (["NEURODIFF.DIFFUSION.VOXEL_SIZE_DROPOUT", ".1", "NEURODIFF.DIFFUSION.RGM", "False"], "0 without RPGE"),
+        (["NEURODIFF.DIFFUSION.SNR_GAMMA", "-5"], "SNR_GAMMA must be >= 0"),
+        (["NEURODIFF.DIFFUSION.INTENSITY_JITTER", "1.5"], r"INTENSITY_JITTER must be in \[0, 1\]"),
+        (["NEURODIFF.DIFFUSION.EXTRA_VOLUMES", "3"], "must be of type list"),
+        (["NEURODIFF.DIFFUSION.EXTRA_VOLUMES", "[3]"], r"EXTRA_VOLUMES\[0\] must be the name of a volume"),
+        (["NEURODIFF.DIFFUSION.EXTRA_VOLUMES", "[{'BOX': []}]"], r"EXTRA_VOLUMES\[0\] must be the name of a volume"),
+        (
+            ["NEURODIFF.DIFFUSION.EXTRA_VOLUMES", "['a.h5', {'IMAGE_NAME': 'b.h5', 'BOXX': []}]"],
+            r"EXTRA_VOLUMES\[1\] has no key 'BOXX'. Did you mean 'BOX'",
+        ),
+        (
+            ["NEURODIFF.DIFFUSION.EXTRA_VOLUMES", "[{'IMAGE_NAME': 'b.h5', 'BOX': [0, 0, 0, 0, 9, 9]}]"],
+            r"EXTRA_VOLUMES\[0\].BOX must be .* z0 < z1",
+        ),
+        (
+            ["NEURODIFF.DIFFUSION.EXTRA_VOLUMES", "[{'IMAGE_NAME': 'b.h5', 'VOXEL_NM': [6]}]"],
+            r"EXTRA_VOLUMES\[0\].VOXEL_NM must be three numbers",
+        ),
+        (["NEURODIFF.DIFFUSION.EXTRA_VOLUMES", "[{'IMAGE_NAME': 'b.h5', 'MITO_NAME': 3}]"], "MITO_NAME must be a str"),
+        (["NEURODIFF.PHANTOM.VOXEL_NM", "[]"], "PHANTOM.VOXEL_NM must be three numbers"),
         (["DATASET.IMAGE_NAME", ""], "name of a volume"),
         (["NEURODIFF.SPLIT.TUNE.LABEL_NAME", "a.h5"], "empty without NEURODIFF.SPLIT.TUNE.IMAGE_NAME"),
         (["NEURODIFF.SPLIT.TEST.IMAGE_NAME", "a.h5"], "empty while DATASET.IMAGE_NAME is 'phantom'"),

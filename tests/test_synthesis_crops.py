@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from connectomics_neurodiff.conditions import membrane_from_labels
-from connectomics_neurodiff.errors import MissingInput, ValueRangeError
+from connectomics_neurodiff.errors import MissingInput, UnknownName, ValueRangeError
 from connectomics_neurodiff.geometry import ZYX
 from connectomics_neurodiff.synthesis import DiffusionCrops, DiffusionProcess, cosine_betas
 from connectomics_neurodiff.volume import Volume
@@ -165,3 +165,40 @@ def test_volumes_that_cannot_be_trained_on() -> None:
     for lacking in (Volume(None, whole.label, None, VOXEL), Volume(whole.image, None, None, VOXEL)):
         with pytest.raises(MissingInput):
             crops(lacking)
+
+
+def test_equal_shares_do_not_starve_a_small_volume() -> None:
+    dataset = crops(volume((6, 20, 28)), volume((6, 20, 280), ZYX(8.0, 8.0, 8.0)), share="equal")
+    share = np.mean([dataset[i]["voxel_nm"][0] == 8 for i in range(400)])
+    assert share == pytest.approx(0.5, abs=0.08)  # by voxels it would be 10/11
+
+
+def test_dropping_changes_nothing_but_what_is_dropped() -> None:
+    plain, dropping = crops(), crops(condition_dropout=0.3, voxel_size_dropout=0.2)
+    counts = {"condition": 0, "voxel_nm": 0, "both": 0}
+    for i in range(400):
+        before, after = plain[i], dropping[i]
+        for name in ("noisy", "target", "t"):
+            np.testing.assert_array_equal(before[name], after[name])
+        without_masks = not np.array_equal(before["condition"], after["condition"])
+        without_size = not np.array_equal(before["voxel_nm"], after["voxel_nm"])
+        if without_masks:
+            assert (after["condition"] == 0.5).all()
+            assert after["condition"].shape == before["condition"].shape
+        if without_size:
+            assert after["voxel_nm"].tolist() == [0, 0, 0]
+        counts["condition"] += without_masks
+        counts["voxel_nm"] += without_size
+        counts["both"] += without_masks and without_size
+    assert counts["condition"] / 400 == pytest.approx(0.3, abs=0.07)
+    assert counts["voxel_nm"] / 400 == pytest.approx(0.2, abs=0.07)
+    assert counts["both"] / 400 == pytest.approx(0.06, abs=0.04)  # one by one, not together
+    assert all(np.array_equal(dropping[7][name], dropping[7][name]) for name in dropping[7])
+
+
+@pytest.mark.parametrize("options", [{"condition_dropout": 1.0}, {"voxel_size_dropout": -0.1}])
+def test_dropouts_that_are_refused(options: dict[str, float]) -> None:
+    with pytest.raises(ValueRangeError, match=r"in \[0, 1\)"):
+        crops(**options)
+    with pytest.raises(UnknownName, match="Did you mean 'equal'"):
+        crops(share="eqal")

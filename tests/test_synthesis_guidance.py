@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from connectomics_neurodiff.checkpoints import Checkpoint
+from connectomics_neurodiff.conditions import NULL_CONDITION
 from connectomics_neurodiff.errors import CheckpointMismatch, ValueRangeError
 from connectomics_neurodiff.synthesis import (
-    NULL_CONDITION,
     DiffusionProcess,
     GuidedDenoiser,
     build_denoiser,

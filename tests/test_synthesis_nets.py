@@ -15,6 +15,7 @@ from connectomics_neurodiff.registry import Registry
 from connectomics_neurodiff.synthesis import SYNTHESISERS, build_denoiser
 from connectomics_neurodiff.synthesis.nets import Mamba
 from connectomics_neurodiff.synthesis.nets.blocks import resize_sections, time_embedding
+from connectomics_neurodiff.synthesis.nets.resolution import ResolutionEmbedding
 from connectomics_neurodiff.synthesis.nets.rgm import physical_coordinates
 
 TINY: dict[str, Any] = {
@@ -60,6 +61,8 @@ def count(network: nn.Module) -> int:
     [
         ({}, 62_339_361),  # as published
         ({"conditioning": "msc"}, 62_339_361 - 2 * 27 * 32),  # two channels less into the first convolution
+        ({"resolution_embedding": True}, 62_339_361 + 4 * 256 + 257 * 256 + 256),  # two layers, the unknown size
+        ({"learn_variance": True}, 62_339_361 + 27 * 32 + 1),  # one channel more out of the last convolution
     ],
 )
 def test_the_paper_preset_has_the_published_size(options: dict[str, Any], parameters: int) -> None:
@@ -241,7 +244,7 @@ def test_time_embedding_by_hand() -> None:
 
 
 def test_options_survive_json_and_rebuild_the_network() -> None:
-    network = tiny(conditioning="msc", scan_directions=2)
+    network = tiny(conditioning="msc", scan_directions=2, resolution_embedding=True, learn_variance=True)
     again = build_denoiser("neurodiff", preset="paper", **json.loads(json.dumps(network.options)))
     again.load_state_dict(network.state_dict())
     assert again.options == network.options
@@ -265,6 +268,88 @@ def test_wrong_names_and_options(name: str, options: dict[str, Any], error: type
     with pytest.raises(error, match=hint) as caught:
         build_denoiser(name, **options)
     assert "\n" not in str(caught.value)
+
+
+def test_without_a_voxel_size_there_is_no_rpge() -> None:
+    """A batch of a known and an unknown size against networks of the same weights with and without RPGE."""
+    network, without = awake(tiny()), tiny(rpge=False)
+    without.load_state_dict(network.state_dict(), strict=False)
+    batch = inputs()
+    batch["voxel_nm"][1] = 0
+    with torch.no_grad():
+        got = network(**batch)
+        expected = [network(**inputs())[0], without(**inputs())[1]]
+    torch.testing.assert_close(got, torch.stack(expected), rtol=1e-4, atol=1e-5)
+    assert (got[1] - network(**inputs())[1]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    "size", [[-29.0, 6.0, 6.0], [29.0, 0.0, 6.0], [float("nan"), 6.0, 6.0], [float("inf"), 6.0, 6.0], [0.0, 0.0, -1.0]]
+)
+def test_voxel_sizes_that_are_neither_known_nor_unknown(size: list[float]) -> None:
+    batch = inputs()
+    batch["voxel_nm"][1] = torch.tensor(size)
+    with pytest.raises(ValueRangeError, match="or three zeros where it is unknown") as caught:
+        tiny()(**batch)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_resolution_embedding_starts_as_nothing() -> None:
+    plain, told = awake(tiny()), tiny(resolution_embedding=True)
+    missing = told.load_state_dict(plain.state_dict(), strict=False).missing_keys
+    assert {name.split(".")[0] for name in missing} == {"resolution"}
+    with torch.no_grad():
+        assert torch.equal(plain(**inputs()), told(**inputs()))
+
+
+@pytest.mark.parametrize("other", [[29.0, 7.0, 6.0], [29.0, 6.0, 7.0], [40.0, 6.0, 6.0], [0.0, 0.0, 0.0]])
+def test_the_resolution_embedding_reaches_the_finest_level(other: list[float]) -> None:
+    """Without RGM nothing else reads the voxel size: the very first block differs, of that sample alone."""
+    network = awake(tiny(resolution_embedding=True, rgm=False))
+    seen = []
+    network.encoder[0][0].register_forward_hook(lambda module, args, output: seen.append(output))
+    batch = inputs()
+    with torch.no_grad():
+        network(**batch)
+        batch["voxel_nm"][1] = torch.tensor(other)
+        network(**batch)
+    assert torch.equal(seen[0][0], seen[1][0])
+    assert (seen[0][1] - seen[1][1]).abs().max() > 1e-4
+
+
+def test_the_embedding_of_ten_nanometres_by_hand() -> None:
+    embedding = ResolutionEmbedding(4)
+    with torch.no_grad():
+        embedding.known[0].weight.copy_(torch.tensor([[1.0, 0, 0], [0, 1, 0], [0, 0, 1], [0, 0, 0]]))
+        embedding.known[0].bias.zero_()
+        embedding.known[2].weight.copy_(torch.eye(4))
+        embedding.unknown.fill_(3)
+        got = embedding(torch.tensor([[10.0, 20.0, 5.0], [0.0, 0.0, 0.0]]))
+    a, b = np.log(2), -np.log(2)
+    np.testing.assert_allclose(got, [[0, a / (1 + np.exp(-a)), b / (1 + np.exp(-b)), 0], [3, 3, 3, 3]], atol=1e-6)
+
+
+def test_every_parameter_learns_with_all_options() -> None:
+    network = awake(tiny(resolution_embedding=True, learn_variance=True))
+    batch = inputs()
+    batch["voxel_nm"][1] = 0
+    network(**batch).square().sum().backward()
+    grads = {name: p.grad for name, p in network.named_parameters()}
+    assert [name for name, grad in grads.items() if grad is None or not grad.any()] == []
+    assert all(torch.isfinite(grad).all() for grad in grads.values())
+
+
+def test_a_learned_variance_is_a_second_channel_and_leaves_the_first_alone() -> None:
+    plain, two = awake(tiny()), tiny(learn_variance=True)
+    state = plain.state_dict()
+    for name in ("out_conv.weight", "out_conv.bias"):
+        state[name] = torch.cat([state[name], 2 * state[name]])
+    two.load_state_dict(state)
+    with torch.no_grad():
+        one, both = plain(**inputs()), two(**inputs())
+    assert both.shape == (2, 2, 3, 12, 20)
+    assert (plain.learns_variance, two.learns_variance) == (False, True)
+    torch.testing.assert_close(both, torch.cat([one, 2 * one], dim=1))
 
 
 @pytest.mark.parametrize("wrong", ["x_t", "t", "condition", "voxel_nm"])

@@ -123,3 +123,37 @@ def test_the_loss_is_the_mean_absolute_error_of_the_noise() -> None:
     loss, parts = noise_loss(Constant(), batch)
     assert float(loss) == pytest.approx((0.5 + 1.5 + 0 + 1.5) / 4)
     assert float(parts["l1"]) == float(loss)
+
+
+@pytest.mark.parametrize("t", [1, 30, 120, 248, 249])
+def test_the_learned_variance_matches_diffusers(t: int) -> None:
+    betas = cosine_betas(250)
+    theirs = DDPMScheduler(trained_betas=betas.tolist(), variance_type="learned_range")
+    v = np.array([-1.0, -0.3, 0.0, 1.0, 1.4])
+    expected = theirs._get_variance(t, predicted_variance=torch.tensor(v)).numpy()
+    np.testing.assert_allclose(DiffusionProcess(betas).learned_log_variance(v, t, t - 1), expected, atol=2e-4)
+
+
+@pytest.mark.parametrize(("t", "t_next"), [(249, 248), (249, 187), (62, 0), (5, 4)])
+def test_the_learned_variance_of_skipped_steps_lies_between_posterior_and_their_beta(t: int, t_next: int) -> None:
+    process = DiffusionProcess(cosine_betas(250))
+    beta = 1 - float(np.prod(1 - process.betas[t_next + 1 : t + 1]))
+    low, middle, high = np.exp(process.learned_log_variance(np.array([-1.0, 0.0, 1.0]), t, t_next))
+    assert low == pytest.approx(process.posterior(t, t_next)[2], rel=1e-9)
+    assert high == pytest.approx(beta, rel=1e-9)
+    assert middle == pytest.approx(math.sqrt(low * high), rel=1e-9)
+
+
+def test_the_last_step_takes_the_posterior_of_the_one_before() -> None:
+    process = DiffusionProcess(cosine_betas(250))
+    low, high = np.exp(process.learned_log_variance(np.array([-1.0, 1.0]), 0, -1))
+    assert low == pytest.approx(process.posterior(1, 0)[2], rel=1e-9)
+    assert high == pytest.approx(process.betas[0], rel=1e-9)
+    one_step = DiffusionProcess([0.3])
+    np.testing.assert_allclose(one_step.learned_log_variance(np.array([-1.0, 1.0]), 0, -1), math.log(0.3))
+
+
+def test_the_learned_variance_keeps_shape_and_type() -> None:
+    v = np.zeros((2, 3, 5), np.float32)
+    got = DiffusionProcess(cosine_betas(9)).learned_log_variance(v, 4, 2)
+    assert (got.shape, got.dtype) == (v.shape, v.dtype)

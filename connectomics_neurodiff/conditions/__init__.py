@@ -1,6 +1,13 @@
 """Room 2: labels (and mitochondria) -> membrane -> the condition the diffusion model paints onto."""
 
-from .encoding import check_masks, encode_condition
+from .encoding import NULL_CONDITION, check_masks, encode_condition
 from .membrane import BackgroundMask, membrane_from_labels, with_background
 
-__all__ = ["BackgroundMask", "check_masks", "encode_condition", "membrane_from_labels", "with_background"]
+__all__ = [
+    "NULL_CONDITION",
+    "BackgroundMask",
+    "check_masks",
+    "encode_condition",
+    "membrane_from_labels",
+    "with_background",
+]

@@ -9,6 +9,11 @@ import numpy as np
 from ..errors import LabelTypeError, ShapeMismatch, ValueRangeError, VolumeFormatError
 from ..volume import ArrayLike, slabs
 
+#: Condition of a sample that is to have none, in both channels and every voxel: halfway between in and out, 0 on the
+#: signed scale of the network. "No membrane" is 0 here and -1 there: another statement. The denoiser knows it only
+#: if its training dropped conditions (Ho and Salimans 2022, classifier-free guidance).
+NULL_CONDITION = 0.5
+
 
 def encode_condition(membrane: np.ndarray, mito: np.ndarray | None) -> np.ndarray:
     """Condition of the diffusion model.

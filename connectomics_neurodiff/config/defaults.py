@@ -214,8 +214,30 @@ def _add_diffusion(node: CfgNode) -> None:
     node.DIFFUSION.RGM = True
     node.DIFFUSION.RPGE = True
     node.DIFFUSION.SCAN_DIRECTIONS = 1
+    # Add an embedding of the voxel size to that of the step: every block knows it, not only those with RPGE. [ours]
+    node.DIFFUSION.RESOLUTION_EMBEDDING = False
+    # Learn the variance of a reverse step as well, in a second output channel (Nichol and Dhariwal 2021, eq. 15, 16);
+    # for samplers that add noise. [paper] Sigma_theta, [published] fixed.
+    node.DIFFUSION.LEARN_VARIANCE = False
+    # Volumes to train on beside the train part, also of other voxel sizes; painted are the train part's masks. Each is
+    # the name of a file below DATASET.INPUT_PATH, or {IMAGE_NAME: ..} with LABEL_NAME, MITO_NAME, VOXEL_NM and BOX as
+    # wanted; see DATASET and NEURODIFF.SPLIT. No voxel may be one of the tune or test part. [ours]
+    node.DIFFUSION.EXTRA_VOLUMES = []
+    # How several volumes share the samples: "voxels": in proportion to their voxels; "equal": alike. [ours]
+    node.DIFFUSION.VOLUME_SHARE = "voxels"
     # Training patch, voxels. [paper] 8, 512, 512.
     node.DIFFUSION.PATCH = [8, 512, 512]
+    # Mirror every axis, exchange y and x of a square patch; largest relative change of contrast and absolute change of
+    # brightness, 0..1, in units of the grey range. [ours]; [published] none.
+    node.DIFFUSION.FLIPS = True
+    node.DIFFUSION.TRANSPOSE = True
+    node.DIFFUSION.INTENSITY_JITTER = 0.02
+    # Probability of a sample without masks, [0, 1); classifier-free guidance needs .1 to .2 (Ho and Salimans 2022).
+    node.DIFFUSION.CONDITION_DROPOUT = 0.0
+    # Probability of a sample without voxel size, [0, 1): the checkpoint then also paints where it is unknown. [ours]
+    node.DIFFUSION.VOXEL_SIZE_DROPOUT = 0.0
+    # Min-SNR weighting of the loss, >= 0: largest signal-to-noise ratio that counts; 5 in Hang et al. 2023. 0: off.
+    node.DIFFUSION.SNR_GAMMA = 0.0
     # Optimiser steps, samples per step, passes per step. [paper] 10,000, 1; [published] accumulation 2.
     node.DIFFUSION.ITERATIONS = 10000
     node.DIFFUSION.BATCH = 1

@@ -101,11 +101,14 @@ def nested(key: str, value: Any) -> dict[str, Any]:
 
 
 def written_out(key: str, value: Any) -> Any:
-    """The short forms of AUGMENTOR.SYNTHETIC in full: ``True`` for the group, one path for the list of pairs."""
+    """Short forms in full: ``True`` for AUGMENTOR.SYNTHETIC, one path for its pairs, a name for an extra volume."""
     if key == "AUGMENTOR.SYNTHETIC" and isinstance(value, bool):
         return {"ENABLED": value}
-    if key == "AUGMENTOR.SYNTHETIC.PAIRS" and isinstance(value, str):
-        return [value] if value else []
+    extra = key == "NEURODIFF.DIFFUSION.EXTRA_VOLUMES"
+    if (extra or key == "AUGMENTOR.SYNTHETIC.PAIRS") and isinstance(value, str):
+        value = [value] if value else []
+    if extra and isinstance(value, list | tuple):
+        return [{"IMAGE_NAME": volume} if isinstance(volume, str) else volume for volume in value]
     return value
 
 

@@ -40,6 +40,7 @@ def validate(cfg: CfgNode) -> None:
     _validate_numbers(cfg)
     _validate_geometry(cfg)
     _validate_names(cfg)
+    _validate_diffusion(cfg)
     _validate_segmenter(cfg)
     _validate_sources(cfg)
 
@@ -57,11 +58,15 @@ def _validate_numbers(cfg: CfgNode) -> None:
         "AUGMENTOR.SYNTHETIC.RATIO NEURODIFF.REMODEL.SIGMA_NM NEURODIFF.DIFFUSION.WARMUP NEURODIFF.DIFFUSION.CLIP_NORM "
         "NEURODIFF.SEGMENTER.LABEL_EROSION NEURODIFF.PHANTOM.SEED NEURODIFF.DIFFUSION.COSINE_OFFSET "
         "NEURODIFF.SEGMENTER.SHAPE_SIGMA_NM NEURODIFF.SEGMENTER.SHAPE_WEIGHT NEURODIFF.SEGMENTER.PIXEL_DISCRIMINATION "
-        "NEURODIFF.SEGMENTER.COMPONENT_PRIOR NEURODIFF.SEGMENTER.POSITION_LENGTH NEURODIFF.DIFFUSION.GUIDANCE"
+        "NEURODIFF.SEGMENTER.COMPONENT_PRIOR NEURODIFF.SEGMENTER.POSITION_LENGTH NEURODIFF.DIFFUSION.GUIDANCE "
+        "NEURODIFF.DIFFUSION.SNR_GAMMA"
     )
     _require_numbers(cfg, not_negative.split(), 0)
     _require_numbers(cfg, ["SYSTEM.NUM_GPUS"], -1)
-    fractions = "NEURODIFF.REMODEL.CANDIDATE_FRACTION NEURODIFF.PAIRS.GREY_LIMIT NEURODIFF.PAIRS.LEAST_VISIBILITY"
+    fractions = (
+        "NEURODIFF.REMODEL.CANDIDATE_FRACTION NEURODIFF.PAIRS.GREY_LIMIT NEURODIFF.PAIRS.LEAST_VISIBILITY "
+        "NEURODIFF.DIFFUSION.INTENSITY_JITTER"
+    )
     _require_numbers(cfg, fractions.split(), 0, 1)
     _require_numbers(cfg, ["SOLVER.EMA_DECAY", "NEURODIFF.DIFFUSION.EMA_DECAY", "SOLVER.MOMENTUM"], 0, 0.999999)
     positive = (
@@ -84,6 +89,54 @@ def _validate_numbers(cfg: CfgNode) -> None:
         f"at most the {diffusion.STEPS} steps of the schedule",
         diffusion.SAMPLER_STEPS,
     )
+
+
+#: What an entry of EXTRA_VOLUMES may say, and of which type.
+EXTRA_KEYS: dict[str, type] = {"IMAGE_NAME": str, "LABEL_NAME": str, "MITO_NAME": str, "VOXEL_NM": list, "BOX": list}
+
+
+def _validate_diffusion(cfg: CfgNode) -> None:
+    """Settings of the denoiser's training that exclude or need each other."""
+    node, group = cfg.NEURODIFF.DIFFUSION, "NEURODIFF.DIFFUSION"
+    _require_choice(f"{group}.VOLUME_SHARE", node.VOLUME_SHARE, ("voxels", "equal"))
+    for key in ("CONDITION_DROPOUT", "VOXEL_SIZE_DROPOUT"):
+        _require(0 <= node[key] < 1, f"{group}.{key}", "in [0, 1)", node[key])
+    told = node.CONDITIONING != "none" or not node.CONDITION_DROPOUT
+    _require(told, f"{group}.CONDITION_DROPOUT", "0 with CONDITIONING none, which has no masks", node.CONDITION_DROPOUT)
+    guided = node.GUIDANCE == 1 or node.CONDITION_DROPOUT > 0
+    _require(guided, f"{group}.GUIDANCE", "1 unless the denoiser is trained with CONDITION_DROPOUT > 0", node.GUIDANCE)
+    sized = (node.RGM and node.RPGE) or node.RESOLUTION_EMBEDDING or not node.VOXEL_SIZE_DROPOUT
+    _require(
+        sized,
+        f"{group}.VOXEL_SIZE_DROPOUT",
+        "0 without RPGE and RESOLUTION_EMBEDDING, which alone read the voxel size",
+        node.VOXEL_SIZE_DROPOUT,
+    )
+    for number, entry in enumerate(node.EXTRA_VOLUMES):
+        _validate_extra_volume(f"{group}.EXTRA_VOLUMES[{number}]", entry)
+
+
+def _validate_extra_volume(key: str, entry: object) -> None:
+    if not isinstance(entry, dict) or not isinstance(entry.get("IMAGE_NAME"), str) or not entry["IMAGE_NAME"]:
+        raise ConfigError(f"{key} must be the name of a volume, or have it as IMAGE_NAME. Got {entry!r}.")
+    for name, value in entry.items():
+        if name not in EXTRA_KEYS:
+            hint = did_you_mean(str(name), EXTRA_KEYS)
+            raise ConfigError(f"{key} has no key '{name}'.{hint} Known: {', '.join(EXTRA_KEYS)}.")
+        _require(isinstance(value, EXTRA_KEYS[name]), f"{key}.{name}", f"a {EXTRA_KEYS[name].__name__}", value)
+    _require_voxel_size(f"{key}.VOXEL_NM", entry.get("VOXEL_NM", []))
+    _require_box(f"{key}.BOX", entry.get("BOX", []))
+
+
+def _require_voxel_size(key: str, voxel: Sequence[float]) -> None:
+    sizes = not voxel or (len(voxel) == 3 and all(isinstance(v, int | float) and v > 0 for v in voxel))
+    _require(sizes, key, "three numbers > 0 in nm, (z, y, x)", voxel)
+
+
+def _require_box(key: str, box: Sequence[int]) -> None:
+    whole = not box or (len(box) == 6 and all(isinstance(v, int) and v >= 0 for v in box))
+    ordered = whole and all(a < b for a, b in zip(box[:3], box[3:], strict=True))
+    _require(ordered, key, "[z0, y0, x0, z1, y1, x1] with z0 < z1, y0 < y1, x0 < x1", box)
 
 
 def _validate_segmenter(cfg: CfgNode) -> None:
@@ -147,17 +200,11 @@ def _validate_geometry(cfg: CfgNode) -> None:
     _require(
         overlap, "NEURODIFF.DIFFUSION.OVERLAP", f"three whole numbers below TILE {diffusion.TILE}", diffusion.OVERLAP
     )
-    for key, voxel in (
-        ("NEURODIFF.VOXEL_NM", cfg.NEURODIFF.VOXEL_NM or [1, 1, 1]),
-        ("NEURODIFF.PHANTOM.VOXEL_NM", phantom.VOXEL_NM),
-    ):
-        sizes = len(voxel) == 3 and all(isinstance(v, int | float) and v > 0 for v in voxel)
-        _require(sizes, key, "three numbers > 0 in nm, (z, y, x)", voxel)
+    _require_voxel_size("NEURODIFF.VOXEL_NM", cfg.NEURODIFF.VOXEL_NM)
+    _require(bool(phantom.VOXEL_NM), "NEURODIFF.PHANTOM.VOXEL_NM", "three numbers > 0 in nm, (z, y, x)", [])
+    _require_voxel_size("NEURODIFF.PHANTOM.VOXEL_NM", phantom.VOXEL_NM)
     for name in ("TRAIN", "TUNE", "TEST"):
-        box = cfg.NEURODIFF.SPLIT[name].BOX
-        whole = not box or (len(box) == 6 and all(isinstance(v, int) and v >= 0 for v in box))
-        ordered = whole and all(a < b for a, b in zip(box[:3], box[3:], strict=True))
-        _require(ordered, f"NEURODIFF.SPLIT.{name}.BOX", "[z0, y0, x0, z1, y1, x1] with z0 < z1, y0 < y1, x0 < x1", box)
+        _require_box(f"NEURODIFF.SPLIT.{name}.BOX", cfg.NEURODIFF.SPLIT[name].BOX)
 
 
 def _validate_names(cfg: CfgNode) -> None:

@@ -27,13 +27,15 @@ def choose_stages(cfg: CfgNode, names: Sequence[str] = (), *, inference: bool = 
     ConfigError
         If a stage was asked for by name that this configuration does not have.
     """
+    from .parts import makes_pairs
+
     for name in names:
         if name not in STAGES:
             raise UnknownName(f"No stage '{name}'.{did_you_mean(name, STAGES)} Known: {', '.join(STAGES)}.")
     wanted = list(names or (INFERENCE_STAGES if inference else STAGES))
     synthetic = cfg.AUGMENTOR.SYNTHETIC
-    makes_pairs = synthetic.ENABLED and not synthetic.PAIRS
-    idle = [name for name in names if name in SYNTHESIS_STAGES and not makes_pairs]
+    synthesises = makes_pairs(cfg)
+    idle = [name for name in names if name in SYNTHESIS_STAGES and not synthesises]
     if idle:
         why = "AUGMENTOR.SYNTHETIC.PAIRS names pairs made before" if synthetic.ENABLED else "AUGMENTOR.SYNTHETIC is off"
         raise ConfigError(f"The stage '{idle[0]}' makes synthetic pairs, but {why}.")
@@ -41,7 +43,7 @@ def choose_stages(cfg: CfgNode, names: Sequence[str] = (), *, inference: bool = 
     unscored = [name for name in (INFERENCE_STAGES if inference else names) if name in INFERENCE_STAGES and not scored]
     if unscored:
         raise ConfigError(f"The stage '{unscored[0]}' needs a tune and a test part, but NEURODIFF.SPLIT.SCORED is off.")
-    left_out = {*(() if makes_pairs else SYNTHESIS_STAGES), *(() if scored else INFERENCE_STAGES)}
+    left_out = {*(() if synthesises else SYNTHESIS_STAGES), *(() if scored else INFERENCE_STAGES)}
     return [name for name in STAGES if name in wanted and name not in left_out]
 
 
@@ -102,6 +104,7 @@ def run_pipeline(
         arm = check_checkpoint(checkpoint, cfg.NEURODIFF.SEGMENT.METHODS)
     _use_threads(cfg.SYSTEM.NUM_THREADS)
     parts = parts_of.open_parts(cfg)
+    extra = parts_of.open_extra_volumes(cfg, parts)
     parts_of.check_pairs(cfg, parts["train"].volume)
     from . import stages as made_by
     from .pairs_stage import make_pairs
@@ -121,7 +124,7 @@ def run_pipeline(
         "report": make_report,
     }
     with run_folder(cfg) as folder:
-        run = Run(cfg, folder, parts, force, checkpoint, arm, engine)
+        run = Run(cfg, folder, parts, force, checkpoint, arm, engine, extra)
         for name in chosen:
             logger.info("stage %s", name)
             with timed(run, name):

@@ -11,6 +11,7 @@ from ..config import as_dict
 from ..config.project import HOST_ARCHITECTURES
 from ..engine import FitSettings, resolve_device, resolve_precision
 from ..errors import ConfigError
+from .parts import makes_pairs
 
 if TYPE_CHECKING:
     import torch
@@ -58,7 +59,7 @@ def check_networks(cfg: CfgNode) -> None:
     provide_architecture(cfg.MODEL.ARCHITECTURE)
     with torch.device("meta"):
         build_segmenter(cfg.MODEL.ARCHITECTURE, **segmenter_options(cfg))
-        if cfg.AUGMENTOR.SYNTHETIC.ENABLED and not cfg.AUGMENTOR.SYNTHETIC.PAIRS:
+        if makes_pairs(cfg):
             build_denoiser(cfg.NEURODIFF.DIFFUSION.ARCHITECTURE, **denoiser_options(cfg))
 
 
@@ -160,6 +161,49 @@ def denoiser_options(cfg: CfgNode) -> dict[str, Any]:
         "rgm": node.RGM,
         "rpge": node.RPGE,
         "scan_directions": node.SCAN_DIRECTIONS,
+        "resolution_embedding": node.RESOLUTION_EMBEDDING,
+        "learn_variance": node.LEARN_VARIANCE,
+    }
+
+
+#: Keys that are younger than the first trainings, at the values that change nothing: these are not recorded, so that a
+#: training made before stays valid.
+_NEUTRAL = {
+    "RESOLUTION_EMBEDDING": False,
+    "LEARN_VARIANCE": False,
+    "VOLUME_SHARE": "voxels",
+    "FLIPS": True,
+    "TRANSPOSE": True,
+    "INTENSITY_JITTER": 0.02,
+    "CONDITION_DROPOUT": 0.0,
+    "VOXEL_SIZE_DROPOUT": 0.0,
+    "SNR_GAMMA": 0.0,
+}
+
+
+def diffusion_training_settings(cfg: CfgNode) -> dict[str, Any]:
+    """The settings that a trained denoiser depends on; its volumes are parents instead."""
+    node = cfg.NEURODIFF.DIFFUSION
+    keys = training_keys(node, (*SAMPLING_KEYS, "SAVE_EVERY", "EXTRA_VOLUMES"))
+    keys = {name: value for name, value in keys.items() if name not in _NEUTRAL or value != _NEUTRAL[name]}
+    return keys | {
+        "MEMBRANE_NM": cfg.NEURODIFF.MEMBRANE_NM,
+        "PRECISION": device_and_precision(cfg)[1],
+        **world_size(cfg),
+    }
+
+
+def diffusion_crop_options(cfg: CfgNode) -> dict[str, Any]:
+    """Keyword arguments of :class:`~connectomics_neurodiff.synthesis.DiffusionCrops`."""
+    node = cfg.NEURODIFF.DIFFUSION
+    return {
+        "thickness_nm": cfg.NEURODIFF.MEMBRANE_NM,
+        "flips": node.FLIPS,
+        "transpose": node.TRANSPOSE,
+        "intensity_jitter": node.INTENSITY_JITTER,
+        "share": node.VOLUME_SHARE,
+        "condition_dropout": node.CONDITION_DROPOUT,
+        "voxel_size_dropout": node.VOXEL_SIZE_DROPOUT,
     }
 
 

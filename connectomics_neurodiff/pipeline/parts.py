@@ -1,7 +1,8 @@
-"""The three disjoint parts of the data - train, tune, test - opened and checked before any long work starts."""
+"""The parts of the data - train, tune, test, extra volumes - opened and checked before any long work starts."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
 from pathlib import Path
@@ -25,7 +26,7 @@ class Part:
     Attributes
     ----------
     name : str
-        ``"train"``, ``"tune"`` or ``"test"``.
+        ``"train"``, ``"tune"`` or ``"test"``; of an extra volume, its place in the list: ``"EXTRA_VOLUMES[0]"``.
     source : str
         The file it comes from, or ``"phantom"``.
     volume : Volume
@@ -55,6 +56,19 @@ def part_names(cfg: CfgNode) -> tuple[str, ...]:
     return ("train", "tune", "test") if cfg.NEURODIFF.SPLIT.SCORED else ("train",)
 
 
+def makes_pairs(cfg: CfgNode) -> bool:
+    """Whether this configuration trains a denoiser and paints pairs of its own."""
+    return bool(cfg.AUGMENTOR.SYNTHETIC.ENABLED and not cfg.AUGMENTOR.SYNTHETIC.PAIRS)
+
+
+def extra_paths(cfg: CfgNode) -> list[list[str]]:
+    """Files of each volume that the denoiser is trained on beside the train part: image, label, mitochondria."""
+    folder = Path(cfg.DATASET.INPUT_PATH)
+    entries = cfg.NEURODIFF.DIFFUSION.EXTRA_VOLUMES if makes_pairs(cfg) else []
+    names = [[entry.get(key, "") for key in ("IMAGE_NAME", "LABEL_NAME", "MITO_NAME")] for entry in entries]
+    return [[str(folder / name) for name in group if name] for group in names]
+
+
 def source_paths(cfg: CfgNode) -> dict[str, list[str]]:
     """Every input file by the part that needs it; none for the embedded phantom."""
     folder = Path(cfg.DATASET.INPUT_PATH)
@@ -71,7 +85,8 @@ def source_paths(cfg: CfgNode) -> dict[str, list[str]]:
 
 def missing_inputs(cfg: CfgNode) -> list[str]:
     """Input files that are not there, including those of synthetic pairs made before."""
-    paths = [path for group in source_paths(cfg).values() for path in group] + list(cfg.AUGMENTOR.SYNTHETIC.PAIRS)
+    groups = [*source_paths(cfg).values(), *extra_paths(cfg), list(cfg.AUGMENTOR.SYNTHETIC.PAIRS)]
+    paths = [path for group in groups for path in group]
     return sorted({path for path in paths if not Path(path.split("::")[0]).exists()})
 
 
@@ -104,6 +119,30 @@ def open_parts(cfg: CfgNode) -> dict[str, Part]:
     return parts
 
 
+def open_extra_volumes(cfg: CfgNode, parts: Mapping[str, Part]) -> list[Part]:
+    """Open and check the volumes that the denoiser is trained on beside the train part; none if it is not trained.
+
+    Raises
+    ------
+    MissingInput, ShapeMismatch, LabelTypeError, ValueRangeError, VoxelSizeMissing
+        If a volume cannot be used, or its box has no labelled voxel.
+    ConfigError
+        If one shares voxels with the tune or the test part.
+    """
+    extra = []
+    for number, paths in enumerate(extra_paths(cfg)):
+        entry = cfg.NEURODIFF.DIFFUSION.EXTRA_VOLUMES[number]
+        name = f"EXTRA_VOLUMES[{number}]"
+        volume, identity, image = _read_source(paths, entry.get("VOXEL_NM", []), with_mito=bool(entry.get("MITO_NAME")))
+        box = _box_of(entry.get("BOX", []), volume, name)
+        extra.append(Part(name, _file_of(paths), volume, box, hash_of([identity, box.start, box.stop]), image))
+        _require_labels(extra[-1])
+        for part in parts.values():
+            if part.name != "train":
+                _require_disjoint(extra[-1], part)
+    return extra
+
+
 def check_pairs(cfg: CfgNode, real: Volume) -> None:
     """Read the synthetic pairs made before, if any, as the real volumes are read: now, not after the first training."""
     if cfg.AUGMENTOR.SYNTHETIC.ENABLED:
@@ -117,7 +156,7 @@ def _require_labels(part: Part) -> None:
     if label is None or not np.asarray(label[part.box.slices]).any():
         raise ValueRangeError(
             f"The {part.name} part has no labelled voxel, background only. Got {part.box.start}-{part.box.stop} of "
-            f"{part.source}; set NEURODIFF.SPLIT.{part.name.upper()}.BOX."
+            f"{part.source}; set {_box_key(part.name)}."
         )
 
 
@@ -127,7 +166,7 @@ def _require_disjoint(first: Part, second: Part) -> None:
         where = first.source if first.source == second.source else f"{first.source} and its copy {second.source}"
         raise ConfigError(
             f"{first.name} and {second.name} must not share voxels. Got {first.box.start}-{first.box.stop} and "
-            f"{second.box.start}-{second.box.stop} of {where}; set NEURODIFF.SPLIT.*.BOX."
+            f"{second.box.start}-{second.box.stop} of {where}; set {_box_key(first.name)} or {_box_key(second.name)}."
         )
 
 
@@ -141,17 +180,25 @@ def _open_source(cfg: CfgNode, name: str, opened: dict[str, tuple[Volume, str, s
             opened[PHANTOM] = (grown, identity, identity)
         return PHANTOM, *opened[PHANTOM]
     paths = source_paths(cfg)[name]
-    source = str(Path(paths[0].split("::")[0]).resolve())
     key = "|".join(paths)
     if key not in opened:
-        volume = _open_volume(
-            paths, tuple(cfg.NEURODIFF.VOXEL_NM), with_mito=bool(cfg.NEURODIFF.MITO_NAME) and name == "train"
-        )
-        check_training_volume(volume)
-        given = [cfg.NEURODIFF.VOXEL_NM] if cfg.NEURODIFF.VOXEL_NM else []
-        identity = hash_of([hash_of_source(path) for path in paths] + given)
-        opened[key] = (volume, identity, hash_of_source(paths[0].split("::")[0]))
-    return source, *opened[key]
+        with_mito = bool(cfg.NEURODIFF.MITO_NAME) and name == "train"
+        opened[key] = _read_source(paths, cfg.NEURODIFF.VOXEL_NM, with_mito=with_mito)
+    return _file_of(paths), *opened[key]
+
+
+def _file_of(paths: list[str]) -> str:
+    """The image's file, by which two volumes are found to be one."""
+    return str(Path(paths[0].split("::")[0]).resolve())
+
+
+def _read_source(paths: list[str], voxel_nm: Sequence[float], *, with_mito: bool) -> tuple[Volume, str, str]:
+    """Volume, hash of all its files and of the voxel size given for it, hash of the image's file."""
+    volume = _open_volume(paths, tuple(voxel_nm), with_mito=with_mito)
+    check_training_volume(volume)
+    given = [list(voxel_nm)] if voxel_nm else []
+    identity = hash_of([hash_of_source(path) for path in paths] + given)
+    return volume, identity, hash_of_source(paths[0].split("::")[0])
 
 
 def _open_volume(paths: list[str], voxel_nm: tuple[float, ...], *, with_mito: bool) -> Volume:
@@ -167,13 +214,16 @@ def _open_volume(paths: list[str], voxel_nm: tuple[float, ...], *, with_mito: bo
     return volume
 
 
+def _box_key(name: str) -> str:
+    """Configuration key of a part's box."""
+    return f"NEURODIFF.DIFFUSION.{name}.BOX" if name.startswith("EXTRA") else f"NEURODIFF.SPLIT.{name.upper()}.BOX"
+
+
 def _box_of(values: list[int], volume: Volume, name: str) -> Box:
     shape = volume.shape
     box = Box((values[0], values[1], values[2]), (values[3], values[4], values[5])) if values else Box((0, 0, 0), shape)
     if not box.within(shape):
-        raise ValueRangeError(
-            f"NEURODIFF.SPLIT.{name.upper()}.BOX must lie within the volume's {tuple(shape)} voxels. Got {values}."
-        )
+        raise ValueRangeError(f"{_box_key(name)} must lie within the volume's {tuple(shape)} voxels. Got {values}.")
     return box
 
 

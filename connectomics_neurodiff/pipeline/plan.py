@@ -13,7 +13,7 @@ from ..config import dump_config
 from ..geometry import tiles
 from ..provenance import sidecar_of
 from . import networks
-from .parts import PHANTOM, missing_inputs, open_parts
+from .parts import PHANTOM, missing_inputs, open_extra_volumes, open_parts
 from .run import arms_of
 
 if TYPE_CHECKING:
@@ -51,9 +51,9 @@ def describe_plan(cfg: CfgNode, stages: Sequence[str]) -> str:
     if missing:
         lines += [f"  missing: {path}" for path in missing]
     else:
-        for name, part in parts.items():
+        for part in [*parts.values(), *open_extra_volumes(cfg, parts)]:
             where = "embedded phantom" if part.source == PHANTOM else part.source
-            lines.append(f"  {name}: {where} {part.box.start}-{part.box.stop}, {tuple(part.volume.voxel_nm)} nm")
+            lines.append(f"  {part.name}: {where} {part.box.start}-{part.box.stop}, {tuple(part.volume.voxel_nm)} nm")
     lines += ["", "stages"]
     for stage in stages:
         wanted = artefacts_of(cfg, stage)

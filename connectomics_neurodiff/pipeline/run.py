@@ -38,6 +38,8 @@ class Run:
         DATASET.OUTPUT_PATH; everything is written below it.
     parts : dict of str to Part
         train, tune, test.
+    extra : list of Part
+        What the denoiser is trained on beside the train part.
     force : bool
         Make again what was made with other settings, where otherwise the run would stop.
     checkpoint : str
@@ -55,6 +57,7 @@ class Run:
     checkpoint: str = ""
     checkpoint_arm: str = ""
     engine_name: str = "native"
+    extra: list[Part] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

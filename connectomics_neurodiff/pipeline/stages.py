@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from yacs.config import CfgNode
 
     from ..engine import Loss, SampleSource
+    from ..synthesis import DiffusionProcess
 
 logger = logging.getLogger("connectomics_neurodiff")
 
@@ -40,35 +41,43 @@ SCORE_NAMES = ("voi_split", "voi_merge", "voi", "arand")
 
 
 def make_diffusion(run: Run) -> None:
-    """Train the denoiser on the train part -> diffusion/checkpoint.pt."""
+    """Train the denoiser on the train part and the extra volumes -> diffusion/checkpoint.pt."""
     from ..checkpoints import save_checkpoint
-    from ..synthesis import DiffusionCrops, DiffusionProcess, build_denoiser, cosine_betas, noise_loss
+    from ..synthesis import DiffusionCrops, DiffusionProcess, build_denoiser, cosine_betas
 
     cfg, node = run.cfg, run.cfg.NEURODIFF.DIFFUSION
-    settings = networks.training_keys(node, (*networks.SAMPLING_KEYS, "SAVE_EVERY"))
-    settings |= {"MEMBRANE_NM": cfg.NEURODIFF.MEMBRANE_NM, "PRECISION": networks.device_and_precision(cfg)[1]}
-    settings |= networks.world_size(cfg) | run.engine_settings()
-    provenance = run.provenance("diffusion", settings, train=run.parts["train"].identity)
+    settings = networks.diffusion_training_settings(cfg) | run.engine_settings()
+    parents = {"train": run.parts["train"].identity}
+    if run.extra:
+        parents["extra"] = hash_of([part.identity for part in run.extra])
+    provenance = run.provenance("diffusion", settings, **parents)
     target = run.folder / "diffusion" / "checkpoint.pt"
     if run.is_done(target, provenance):
         return
     _forget_other_training(run, target.parent, provenance.key)
-    train = run.parts["train"].load()
+    volumes = [part.load() for part in (run.parts["train"], *run.extra)]
     options = networks.denoiser_options(cfg)
     network = _built_with_seed(run, "denoiser", lambda: build_denoiser(node.ARCHITECTURE, **options))
     process = DiffusionProcess(cosine_betas(node.STEPS, node.COSINE_OFFSET), node.PREDICTION)
     crops = DiffusionCrops(
-        [train], tuple(node.PATCH), cfg.NEURODIFF.SEED, process, thickness_nm=cfg.NEURODIFF.MEMBRANE_NM
+        volumes, tuple(node.PATCH), cfg.NEURODIFF.SEED, process, **networks.diffusion_crop_options(cfg)
     )
-    fit_settings = networks.diffusion_fit_settings(cfg)
     network = run.engine.fit(
-        network, noise_loss, crops, fit_settings, target.parent, label="diffusion", key=provenance.key
+        network,
+        _diffusion_loss(cfg, process),
+        crops,
+        networks.diffusion_fit_settings(cfg),
+        target.parent,
+        label="diffusion",
+        key=provenance.key,
     )
     extra = {
-        "voxel_nm": [list(train.voxel_nm)],
+        "voxel_nm": [list(size) for size in dict.fromkeys(volume.voxel_nm for volume in volumes)],
         "process": {"steps": node.STEPS, "cosine_offset": node.COSINE_OFFSET, "prediction": node.PREDICTION},
         "patch": list(node.PATCH),
         "membrane_nm": cfg.NEURODIFF.MEMBRANE_NM,
+        "condition_dropout": node.CONDITION_DROPOUT,
+        "voxel_size_dropout": node.VOXEL_SIZE_DROPOUT,
     }
     save_checkpoint(
         target,
@@ -79,6 +88,14 @@ def make_diffusion(run: Run) -> None:
         extra=extra,
     )
     run.finish(target, provenance)
+
+
+def _diffusion_loss(cfg: CfgNode, process: DiffusionProcess) -> Loss:
+    from ..synthesis import VariationalBound, min_snr_weight, noise_loss
+
+    node = cfg.NEURODIFF.DIFFUSION
+    weight = min_snr_weight(process, node.SNR_GAMMA) if node.SNR_GAMMA else None
+    return partial(noise_loss, weight=weight, bound=VariationalBound(process) if node.LEARN_VARIANCE else None)
 
 
 def make_masks(run: Run) -> None:

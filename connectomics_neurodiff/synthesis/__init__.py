@@ -1,12 +1,12 @@
 """Room 4, synthesis: EM images painted onto masks by a conditional diffusion model.
 
-Process (:mod:`.process`), loss (:mod:`.losses`), samplers (:mod:`.samplers`) and networks (:mod:`.nets`) do not know
-each other; :mod:`.crops` feeds the training, :mod:`.synthesise` paints volumes of any size.
+Losses (:mod:`.losses`), samplers (:mod:`.samplers`) and networks (:mod:`.nets`) do not know each other; they share the
+process (:mod:`.process`) at most. :mod:`.crops` feeds the training, :mod:`.synthesise` paints volumes of any size.
 """
 
 from .crops import DiffusionCrops
-from .guidance import NULL_CONDITION, GuidedDenoiser, guided
-from .losses import noise_loss
+from .guidance import GuidedDenoiser, guided
+from .losses import VariationalBound, min_snr_weight, noise_loss
 from .nets import SYNTHESISERS, build_denoiser, selective_scan
 from .process import DiffusionProcess, cosine_betas
 from .samplers import SAMPLERS, Sampler, Step, sampler_steps
@@ -15,7 +15,6 @@ from .synthesise import denoiser_from_checkpoint, synthesise
 from .working_arrays import discard_scratch
 
 __all__ = [
-    "NULL_CONDITION",
     "SAMPLERS",
     "SYNTHESISERS",
     "DiffusionCrops",
@@ -23,11 +22,13 @@ __all__ = [
     "GuidedDenoiser",
     "Sampler",
     "Step",
+    "VariationalBound",
     "build_denoiser",
     "cosine_betas",
     "denoiser_from_checkpoint",
     "discard_scratch",
     "guided",
+    "min_snr_weight",
     "noise_loss",
     "require_fitting_tile",
     "sampler_steps",

@@ -6,11 +6,15 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ..conditions import encode_condition, membrane_from_labels, with_background
-from ..errors import MissingInput, ValueRangeError
+from ..conditions import NULL_CONDITION, encode_condition, membrane_from_labels, with_background
+from ..errors import MissingInput, UnknownName, ValueRangeError, did_you_mean
 from ..seeding import rng_for
 from ..volume import Volume
+from .nets.resolution import UNKNOWN_NM
 from .process import DiffusionProcess
+
+#: How several volumes share the samples: in proportion to their voxels, or alike.
+SHARES = ("voxels", "equal")
 
 
 class DiffusionCrops:
@@ -19,7 +23,7 @@ class DiffusionCrops:
     Parameters
     ----------
     volumes : sequence of Volume
-        In memory, with image and label; of mitochondria, those that are there. Drawn in proportion to their voxels.
+        In memory, with image and label; of mitochondria, those that are there. Voxel sizes may differ.
     patch : sequence of 3 ints
         Crop in voxels (z, y, x). An axis that is shorter in the volume is reflected up to it.
     seed : int
@@ -33,13 +37,22 @@ class DiffusionCrops:
     intensity_jitter : float
         Largest relative change of contrast and absolute change of brightness, [0, 1] units. Small on purpose: what
         varies in training varies in the synthetic images.
+    share : {"voxels", "equal"}
+        How often each volume is drawn: in proportion to its voxels, or all alike, so that a small one is not starved.
+    condition_dropout : float
+        Probability in [0, 1) of a sample without masks: :data:`.NULL_CONDITION` everywhere. What classifier-free
+        guidance needs; .1 to .2 as published (Ho and Salimans 2022).
+    voxel_size_dropout : float
+        Probability in [0, 1) of a sample without voxel size: three zeros.
 
     Raises
     ------
     MissingInput
         If there is no volume, or one lacks image or label.
     ValueRangeError
-        If the patch is not three sizes >= 1.
+        If the patch is not three sizes >= 1, or a probability not in [0, 1).
+    UnknownName
+        If there is no such share.
     """
 
     def __init__(
@@ -53,17 +66,28 @@ class DiffusionCrops:
         flips: bool = True,
         transpose: bool = True,
         intensity_jitter: float = 0.02,
+        share: str = "voxels",
+        condition_dropout: float = 0.0,
+        voxel_size_dropout: float = 0.0,
     ) -> None:
         if len(patch) != 3 or min(patch) < 1:
             raise ValueRangeError(f"A crop has three sizes >= 1, (z, y, x). Got {tuple(patch)}.")
         if not volumes or any(v.image is None or v.label is None for v in volumes):
             raise MissingInput("Diffusion training needs volumes with image and label.")
+        if share not in SHARES:
+            raise UnknownName(f"No share '{share}'.{did_you_mean(share, SHARES)} Known: {', '.join(SHARES)}.")
+        if not (0 <= condition_dropout < 1 and 0 <= voxel_size_dropout < 1):
+            raise ValueRangeError(
+                f"Dropouts are probabilities in [0, 1). Got {condition_dropout} of the condition and "
+                f"{voxel_size_dropout} of the voxel size."
+            )
         self.patch, self.seed, self.process = tuple(patch), seed, process
         self.flips, self.transpose, self.intensity_jitter = flips, transpose, intensity_jitter
         self._voxel_nm = [np.asarray(v.voxel_nm, np.float32) for v in volumes]
         self._images = [self._at_least_patch(np.asarray(v.image, np.float32)) for v in volumes]
         self._conditions = [self._condition_of(v, thickness_nm) for v in volumes]
-        sizes = np.array([image.size for image in self._images], dtype=np.float64)
+        self.condition_dropout, self.voxel_size_dropout = condition_dropout, voxel_size_dropout
+        sizes = np.array([image.size if share == "voxels" else 1 for image in self._images], dtype=np.float64)
         self._share = sizes / sizes.sum()
 
     def _at_least_patch(self, array: np.ndarray) -> np.ndarray:
@@ -91,11 +115,12 @@ class DiffusionCrops:
         clean = 2 * self._jittered(stack[:1], rng) - 1
         t = int(rng.integers(self.process.steps))
         noise = rng.standard_normal(clean.shape, dtype=np.float32)
+        condition, voxel_nm = self._dropped(stack[1:], voxel_nm, index)
         return {
             "noisy": self.process.add_noise(clean, t, noise),
             "target": self.process.target(clean, t, noise),
             "t": np.asarray(t, np.int64),
-            "condition": np.ascontiguousarray(stack[1:]),
+            "condition": np.ascontiguousarray(condition),
             "voxel_nm": voxel_nm,
         }
 
@@ -108,6 +133,15 @@ class DiffusionCrops:
         if self.transpose and self.patch[1] == self.patch[2] and rng.random() < 0.5:
             stack, voxel_nm = stack.swapaxes(2, 3), voxel_nm[[0, 2, 1]]
         return stack, voxel_nm
+
+    def _dropped(self, condition: np.ndarray, voxel_nm: np.ndarray, index: int) -> tuple[np.ndarray, np.ndarray]:
+        """Condition and voxel size, or what stands for none of them; drawn apart, so that all else stays as it is."""
+        rng = rng_for(self.seed, "dropout", index)
+        if rng.random() < self.condition_dropout:
+            condition = np.full_like(condition, NULL_CONDITION)
+        if rng.random() < self.voxel_size_dropout:
+            voxel_nm = np.full_like(voxel_nm, UNKNOWN_NM)
+        return condition, voxel_nm
 
     def _jittered(self, image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         contrast, brightness = rng.uniform(-self.intensity_jitter, self.intensity_jitter, 2).astype(np.float32)

@@ -8,10 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from ..checkpoints import Checkpoint
+from ..conditions import NULL_CONDITION
 from ..errors import CheckpointMismatch, ValueRangeError
-
-#: Value of both masks that stands for "no condition": the middle between 0 and 1, which no mask holds.
-NULL_CONDITION = 0.5
 
 
 class GuidedDenoiser(nn.Module):
@@ -24,7 +22,7 @@ class GuidedDenoiser(nn.Module):
     Parameters
     ----------
     network : torch.nn.Module
-        Denoiser that was trained with condition dropout, so that it knows `NULL_CONDITION`.
+        Denoiser that was trained with condition dropout, so that it knows :data:`.NULL_CONDITION`.
     scale : float
         >= 0; 0 ignores the masks.
 

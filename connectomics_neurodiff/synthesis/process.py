@@ -8,7 +8,8 @@ Steps count from 0 (least noisy) to T - 1.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import sqrt
+from math import log, sqrt
+from typing import Any
 
 import numpy as np
 
@@ -44,6 +45,11 @@ def cosine_betas(steps: int, s: float = 0.008) -> np.ndarray:
     time = np.arange(steps + 1) / steps
     alpha_bar = np.cos((time + s) / (1 + s) * np.pi / 2) ** 2
     return np.minimum(1 - alpha_bar[1:] / alpha_bar[:-1], MAX_BETA)
+
+
+def interpolated(v: Any, least: Any, largest: Any) -> Any:
+    """Eq. 15 of Nichol and Dhariwal 2021 for numbers, arrays or tensors: `least` at v = -1, `largest` at v = 1."""
+    return least + (v + 1) / 2 * (largest - least)
 
 
 class DiffusionProcess:
@@ -144,3 +150,34 @@ class DiffusionProcess:
         of_clean = sqrt(after) * (1 - alpha) / (1 - now)
         of_noisy = sqrt(alpha) * (1 - after) / (1 - now)
         return of_clean, of_noisy, (1 - after) / (1 - now) * (1 - alpha)
+
+    def log_variance_bounds(self, t: int, t_next: int) -> tuple[float, float]:
+        """Logarithms of the least and the largest sensible variance of the reverse step from t to `t_next` < t.
+
+        They are those of the posterior and of beta_t (Nichol and Dhariwal 2021, section 3.1), of all skipped steps
+        together. The posterior of a step to the clean image (`t_next` = -1) has no variance; that of the step before
+        the last stands in for it, as published.
+        """
+        beta = 1 - self.signal_at(t) / self.signal_at(t_next)
+        last = t_next < 0
+        least = beta if last and self.steps == 1 else self.posterior(*((1, 0) if last else (t, t_next)))[2]
+        return log(least), log(beta)
+
+    def learned_log_variance(self, v: np.ndarray, t: int, t_next: int) -> np.ndarray:
+        """Logarithm of the learned variance of the reverse step from t to `t_next` (Nichol and Dhariwal 2021, eq. 15).
+
+        Parameters
+        ----------
+        v : numpy.ndarray
+            Second channel of a denoiser with ``learn_variance``: -1 is the posterior's variance, 1 is beta_t, 0 halfway
+            between their logarithms. Not bounded, as published.
+        t, t_next : int
+            ``t_next < t``, neighbours in the process or in a respaced one; -1 is the clean image.
+
+        Returns
+        -------
+        numpy.ndarray
+            In the shape and type of `v`.
+        """
+        least, largest = self.log_variance_bounds(t, t_next)
+        return np.asarray(interpolated(v, least, largest))

@@ -31,6 +31,7 @@ from ..provenance import hash_of
 from ..seeding import rng_for
 from ..volume import ArrayLike, slabs
 from .nets import build_denoiser
+from .nets.resolution import UNKNOWN_NM
 from .process import DiffusionProcess, cosine_betas
 from .samplers import SAMPLERS, Sampler, Step, sampler_steps
 from .working_arrays import PaintedImage, WorkingArrays, to_grey
@@ -61,7 +62,7 @@ def synthesise(
     process: DiffusionProcess,
     membrane: ArrayLike,
     mito: ArrayLike | None,
-    voxel_nm: Sequence[float],
+    voxel_nm: Sequence[float] | None,
     *,
     seed: int,
     sampler: str = "ddim",
@@ -83,8 +84,8 @@ def synthesise(
         Denoiser and the process it was trained for.
     membrane, mito : array
         (z, y, x) masks, 0 or 1, in memory or on disk; `mito` may be None. Any size.
-    voxel_nm : sequence of 3 floats
-        Voxel size in nm.
+    voxel_nm : sequence of 3 floats or None
+        Voxel size in nm; None where it is unknown, which suits a denoiser that was trained with voxel size dropout.
     seed : int
         The same seed gives the same image.
     sampler, steps
@@ -126,9 +127,10 @@ def synthesise(
     _check(membrane, mito, tile, overlap)
     rule = SAMPLERS.get(sampler)
     walk = sampler_steps(process.timesteps(steps))
-    arguments = [scratch_key, seed, sampler, steps, list(tile), list(overlap), list(voxel_nm), precision, str(device)]
+    size = (UNKNOWN_NM,) * 3 if voxel_nm is None else voxel_size(voxel_nm)
+    arguments = [scratch_key, seed, sampler, steps, list(tile), list(overlap), list(size), precision, str(device)]
     key = hash_of([arguments, _content_of(network, process, membrane, mito)])
-    predict = _Predictor(network, membrane, mito, voxel_nm, precision, device, hint_cache_bytes)
+    predict = _Predictor(network, membrane, mito, size, precision, device, hint_cache_bytes)
     canvas = _Canvas(membrane.shape, tile, overlap, process, rule, seed, predict.channels, scratch, key)
     done = canvas.tiles_done
     with progress_bar(label=label, total=len(walk) * canvas.tiles_per_step, initial=done) as bar:
@@ -296,7 +298,7 @@ class _Predictor:
         use_sound_convolutions(self._network)
         self._encode = cast("Callable[[torch.Tensor], list[torch.Tensor]]", self._network.encode_condition_path)
         self._membrane, self._mito = membrane, mito
-        self._voxel_nm = torch.tensor([list(voxel_size(voxel_nm))], dtype=torch.float32, device=self._device)
+        self._voxel_nm = torch.tensor([list(voxel_nm)], dtype=torch.float32, device=self._device)
         self._cached: dict[Box, list[torch.Tensor]] = {}
         self._free = hint_cache_bytes
         #: 1: noise or velocity; 2: and the coefficient of the variance.

@@ -28,7 +28,8 @@ def build_denoiser(name: str, preset: str = "paper", **options: Any) -> nn.Modul
     -------
     torch.nn.Module
         ``forward(x_t (b, 1, z, y, x), t (b,), condition (b, 2, z, y, x) in [0, 1], voxel_nm (b, 3)) -> noise`` in the
-        shape of ``x_t``; its ``options`` attribute rebuilds it.
+        shape of ``x_t``; with ``learn_variance`` there is a second channel. A voxel size of three zeros means unknown.
+        Its ``options`` attribute rebuilds it.
 
     Raises
     ------

@@ -25,6 +25,7 @@ from .blocks import (
 from .build import SYNTHESISERS
 from .msc import ConditionPath
 from .options import DenoiserOptions, as_keywords, options_from
+from .resolution import ResolutionEmbedding, check_voxel_sizes
 from .rgm import ResolutionGuidedMamba
 
 
@@ -69,17 +70,23 @@ class NeuroDiffDenoiser(nn.Module):
             nn.SiLU(),
             nn.Linear(options.time_channels, options.time_channels),
         )
+        self.resolution = ResolutionEmbedding(options.time_channels) if options.resolution_embedding else None
         self.condition = ConditionPath(options) if options.injects else None
         self.stem = conv3(3 if options.concatenates else 1, channels[0])
         self._build_encoder(options)
         self._build_decoder(options)
         self.out_norm = group_norm(channels[0], options.groups)
-        self.out_conv = zero_conv3(channels[0], 1)
+        self.out_conv = zero_conv3(channels[0], 2 if options.learn_variance else 1)
 
     @property
     def options(self) -> dict[str, Any]:
         """Keyword arguments of ``build_denoiser`` that rebuild this network."""
         return as_keywords(self.settings)
+
+    @property
+    def learns_variance(self) -> bool:
+        """Whether there is a second output channel, v of :meth:`.DiffusionProcess.learned_log_variance`."""
+        return self.settings.learn_variance
 
     def _build_encoder(self, o: DenoiserOptions) -> None:
         self.encoder, self.downsamples = nn.ModuleList(), nn.ModuleList()
@@ -144,24 +151,30 @@ class NeuroDiffDenoiser(nn.Module):
         condition : torch.Tensor
             (b, 2, z, y, x) in [0, 1]: membrane, mitochondria.
         voxel_nm : torch.Tensor
-            (b, 3) voxel size in nm.
+            (b, 3) voxel size in nm; three zeros in a sample whose voxel size is unknown: it then gets no RPGE, and
+            the resolution embedding's vector for "unknown".
         hints : list of torch.Tensor, optional
             What :meth:`encode_condition_path` gave for this condition; absent, it is computed here.
 
         Returns
         -------
         torch.Tensor
-            (b, 1, z, y, x) noise, in the type that the last layer computes in.
+            (b, 1, z, y, x) noise, in the type that the last layer computes in. With ``learn_variance`` (b, 2, z, y, x):
+            the second channel is v of :meth:`.DiffusionProcess.learned_log_variance`.
 
         Raises
         ------
         ShapeMismatch
             If the arguments do not belong together.
+        ValueRangeError
+            If a voxel size is neither three positive numbers nor three zeros.
         """
         _check_inputs(x_t, t, condition, voxel_nm)
         if hints is None:
             hints = self.encode_condition_path(condition)
         time = self.time(time_embedding(t, self.settings.time_features))
+        if self.resolution is not None:
+            time = time + self.resolution(voxel_nm)
         x = torch.cat([x_t, _signed(condition).to(x_t.dtype)], dim=1) if self.settings.concatenates else x_t
         h, skips = self._encode(self.stem(_layout(self._pad(x))), time, voxel_nm, hints)
         h = self.middle[1](self.middle[0](h, time, voxel_nm), time)
@@ -228,6 +241,8 @@ def _check_inputs(x_t: Tensor, t: Tensor, condition: Tensor, voxel_nm: Tensor) -
     for name, (tensor, shape) in wanted.items():
         if tuple(tensor.shape) != shape:
             raise ShapeMismatch(f"For x_t {tuple(x_t.shape)}, {name} must be {shape}. Got {tuple(tensor.shape)}.")
+    if not voxel_nm.is_meta:  # a meta tensor, of the dry run's estimates, has no values
+        check_voxel_sizes(voxel_nm)
 
 
 @SYNTHESISERS.register("neurodiff")

@@ -38,6 +38,10 @@ class DenoiserOptions:
         Global modelling at all; the encoding of coordinates in nanometres within it.
     scan_directions : int
         1 as published, or 2 for a bidirectional scan.
+    resolution_embedding : bool
+        Whether the voxel size is also added to the time embedding, and so reaches every residual block [ours].
+    learn_variance : bool
+        Whether a second output channel interpolates the variance of a reverse step (Nichol and Dhariwal 2021, eq. 15).
     """
 
     base_channels: int = 64
@@ -52,6 +56,8 @@ class DenoiserOptions:
     rgm: bool = True
     rpge: bool = True
     scan_directions: int = 1
+    resolution_embedding: bool = False
+    learn_variance: bool = False
 
     def __post_init__(self) -> None:
         if self.conditioning not in CONDITIONINGS:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .mamba import Mamba
+from .resolution import is_known
 
 #: Coordinates are given in units of this length: a crop is then about as wide as a normalised feature, and crops of
 #: the same voxel count at different voxel sizes still get different coordinates.
@@ -45,7 +46,7 @@ class ResolutionGuidedMamba(nn.Module):
     channels : int
         Channels of the level.
     rpge : bool
-        Whether coordinates are encoded (eq. 3).
+        Whether coordinates are encoded (eq. 3); a sample of unknown voxel size has none.
     directions : int
         Scan directions, 1 or 2.
     """
@@ -58,9 +59,10 @@ class ResolutionGuidedMamba(nn.Module):
         nn.init.zeros_(self.mamba.out_proj.weight)
 
     def forward(self, x: Tensor, pitch_nm: Tensor) -> Tensor:
-        """Map (b, c, z, y, x) with the level's pitch (b, 3) in nm to (b, c, z, y, x)."""
+        """Map (b, c, z, y, x) with the level's pitch (b, 3) in nm, zeros where unknown, to (b, c, z, y, x)."""
         tokens = self.norm(x.flatten(2).transpose(1, 2))  # (b, l, c)
         if self.rpge is not None:
             shape = (x.shape[2], x.shape[3], x.shape[4])
-            tokens = tokens + self.rpge(physical_coordinates(shape, pitch_nm))
+            encoding = self.rpge(physical_coordinates(shape, pitch_nm))
+            tokens = tokens + encoding * is_known(pitch_nm)[:, None, None]
         return x + self.mamba(tokens).transpose(1, 2).reshape(x.shape)
