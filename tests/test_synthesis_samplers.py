@@ -81,6 +81,27 @@ def test_ddpm_matches_diffusers(monkeypatch: pytest.MonkeyPatch) -> None:
     np.testing.assert_allclose(run("ddpm", 250), walk_diffusers(scheduler, PROCESS.timesteps(250)), atol=1e-4)
 
 
+def test_ddpm_with_a_learned_variance_matches_diffusers(monkeypatch: pytest.MonkeyPatch) -> None:
+    shape = (1, 1, 5, 7)  # their split of mean and variance is along axis 1
+    drawn = iter(range(250))
+    monkeypatch.setattr(
+        "diffusers.schedulers.scheduling_ddpm.randn_tensor",
+        lambda *args, **kwargs: torch.from_numpy(noise_for(next(drawn), shape)),
+    )
+    scheduler = DDPMScheduler(**shared(variance_type="learned_range", clip_sample=True))
+    scheduler.set_timesteps(250)
+    rule, denoise = SAMPLERS.get("ddpm"), perfect_denoiser(PROCESS)
+    coefficients = [np.tanh(np.random.default_rng([1, k]).standard_normal(shape)) for k in range(250)]
+    ours, theirs = start(shape), torch.from_numpy(start(shape))
+    for step, v in zip(sampler_steps(PROCESS.timesteps(250)), coefficients, strict=True):
+        noise = noise_for(step.number, shape) if step.t_next >= 0 else None
+        ours, _ = rule(PROCESS, step, ours, np.stack([denoise(ours, step.t), v]), None, noise)
+        output = torch.from_numpy(np.concatenate([denoise(theirs.numpy(), step.t), v], axis=1))
+        theirs = scheduler.step(output, step.t, theirs).prev_sample
+    np.testing.assert_allclose(ours, theirs.numpy(), atol=1e-4)
+    assert np.abs(ours - run("ddpm", 250)[0]).max() > 0.01
+
+
 @pytest.mark.parametrize("steps", [10, 25, 50, 250])
 def test_ddim_matches_diffusers(steps: int) -> None:
     scheduler = DDIMScheduler(**shared(clip_sample=True, timestep_spacing="trailing"))
