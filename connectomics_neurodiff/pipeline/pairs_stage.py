@@ -37,6 +37,8 @@ Painter = Callable[[Volume, np.ndarray, Path, str, int, int], np.ndarray]
 
 def make_pairs(run: Run) -> None:
     """Paint EM onto every remodelled mask -> pairs/copy_000.h5, ...; a volume with wrong grey values is set aside."""
+    from ..synthesis import discard_scratch
+
     cfg, node = run.cfg, run.cfg.NEURODIFF.DIFFUSION
     keys = {k: as_dict(node)[k] for k in networks.SAMPLING_KEYS}
     settings = keys | {"MATCH_GREY": cfg.NEURODIFF.PAIRS.MATCH_GREY}
@@ -54,6 +56,9 @@ def make_pairs(run: Run) -> None:
         if not run.is_done(target, provenance):
             paint = paint or _make_painter(run)
             _paint_pair(run, paint, masks, target, provenance, copy)
+        # Also what a run left that was killed between the last two lines.
+        for scratch in target.parent.glob(f".{target.stem}.*.unfinished"):
+            discard_scratch(scratch)
         verdicts.append(_judge_pair(run, target, target.with_suffix(".gate.json")))
     if not any(verdict["passed"] for verdict in verdicts):
         raise UserError(
@@ -99,8 +104,6 @@ def _make_painter(run: Run) -> Painter:
 
 
 def _paint_pair(run: Run, paint: Painter, masks_path: Path, target: Path, provenance: Provenance, copy: int) -> None:
-    from ..synthesis import discard_scratch
-
     masks = open_volume(masks_path).load()
     membrane = np.asarray(open_array(masks_path, ("membrane",)))
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -116,8 +119,6 @@ def _paint_pair(run: Run, paint: Painter, masks_path: Path, target: Path, proven
     reliability = ReliabilityMap(images, masks.voxel_nm) if len(images) > 1 else None
     write_pair(target, np.clip(image, 0, 1), arrays, masks.voxel_nm, attributes, reliability)
     run.finish(target, provenance)
-    for scratch in scratches:
-        discard_scratch(scratch)
 
 
 def _judge_pair(run: Run, target: Path, report: Path) -> dict[str, Any]:
