@@ -3,9 +3,9 @@
     python benchmarks/sampling.py --preset paper --tile 8 128 128 --json out.json
 
 The published way takes 250 steps in float32, encodes the masks anew in every step, and sets tiles side by side; here
-with our network, which is faster than theirs (denoiser.py). All its steps cost the same: the cost of one is measured, as the
-difference between a run of three and a run of one, and multiplied. Ours is measured whole, for volumes of 1, 2, 4 and 8
-tiles; their cost should be a straight line. Every case is a process of its own; CPU seconds.
+with our network, which is faster than theirs (denoiser.py). All its steps cost the same: the cost of one is
+measured, as the difference between a run of three and a run of one, and multiplied. Ours is measured whole, for volumes
+of 1, 2, 4 and 8 tiles; their cost should be a straight line. Every case is a process of its own; CPU seconds.
 """
 
 from __future__ import annotations

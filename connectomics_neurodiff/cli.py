@@ -218,7 +218,11 @@ def _add_segmentation_commands(commands: Any) -> None:
     fid.add_argument("synthetic", metavar="SYNTHETIC.h5")
     fid.add_argument("--checkpoint", required=True, metavar="C", help="segmenter trained on real data only")
     fid.add_argument(
-        "--patch", nargs=3, type=int, default=(16, 64, 64), metavar=("Z", "Y", "X"), help="voxels (default: 16 64 64)"
+        "--patch",
+        nargs=3,
+        type=int,
+        metavar=("Z", "Y", "X"),
+        help="voxels (default: 16 64 64, at most half of the smaller volume)",
     )
     fid.add_argument("--patches", type=int, default=256, metavar="N", help="at least 2 (default: 256)")
     fid.add_argument("--json", action="store_true", help="print JSON")

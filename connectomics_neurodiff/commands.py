@@ -408,11 +408,12 @@ def fid(options: argparse.Namespace) -> None:
         )
     if checkpoint.extra.get("arm") == "mixed":
         _warn(f"{options.checkpoint} was trained on synthetic data too, which lowers their distance from real data.")
+    halves = [max(min(sizes) // 2, 1) for sizes in zip(real_image.shape, synthetic_image.shape, strict=True)]
     found = fid3d(
         trained_segmenter(checkpoint),
         real_image,
         [synthetic_image],
-        patch=options.patch,
+        patch=options.patch or [min(size, half) for size, half in zip((16, 64, 64), halves, strict=True)],
         patches=options.patches,
         seed=options.seed,
         precision=options.precision,

@@ -159,6 +159,8 @@ def test_fid_of_an_image_that_is_darker_elsewhere_and_of_itself(cells: Path, seg
     same = json.loads(done("fid", str(cells), str(cells), *arguments))
     assert same["fid3d"] == pytest.approx(0, abs=1e-9)
     far = neurodiff("fid", str(cells), str(tmp_path / "dark.h5"), *arguments)
+    by_default = ["--checkpoint", str(segmenter), "--gpus", "0", "--patches", "4", "--json"]
+    assert json.loads(done("fid", str(cells), str(cells), *by_default))["fid3d_patches"] == 4
     found = json.loads(far.stdout)
     assert set(found) == {"fid3d", "fid3d_interval", "fid3d_floor", "fid3d_patches", "fid3d_features"}
     assert found["fid3d_floor"] == same["fid3d_floor"] < found["fid3d"]
