@@ -9,15 +9,14 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from ...errors import ShapeMismatch
 from .blocks import (
     Downsample,
+    NormSiLU,
     ResidualBlock,
     Upsample,
     conv3,
-    group_norm,
     resize_sections,
     time_embedding,
     zero_conv3,
@@ -45,7 +44,7 @@ class Stage(nn.Module):
         """Map (b, in, z, y, x) to (b, out, z, y, x); `hint` may have another in-plane resolution."""
         x = self.residual(x, time)
         if hint is not None:
-            x = x + resize_sections(hint, (x.shape[3], x.shape[4]))  # f_i <- f_i + c_i
+            x += resize_sections(hint, (x.shape[3], x.shape[4]))  # f_i <- f_i + c_i
         if self.rgm is not None:
             x = self.rgm(x, voxel_nm * voxel_nm.new_tensor([1, self.reduction, self.reduction]))
         return x
@@ -73,7 +72,7 @@ class NeuroDiffDenoiser(nn.Module):
         self.stem = conv3(3 if options.concatenates else 1, channels[0])
         self._build_encoder(options)
         self._build_decoder(options)
-        self.out_norm = group_norm(channels[0], options.groups)
+        self.out_norm = NormSiLU(channels[0], options.groups)
         self.out_conv = zero_conv3(channels[0], 1)
 
     @property
@@ -166,7 +165,7 @@ class NeuroDiffDenoiser(nn.Module):
         h, skips = self._encode(self.stem(_layout(self._pad(x))), time, voxel_nm, hints)
         h = self.middle[1](self.middle[0](h, time, voxel_nm), time)
         h = self._decode(h, skips, time, voxel_nm)
-        noise = self.out_conv(F.silu(self.out_norm(h)))
+        noise = self.out_conv(self.out_norm(h))
         return noise[..., : x_t.shape[3], : x_t.shape[4]]
 
     def _encode(self, h: Tensor, time: Tensor, voxel_nm: Tensor, hints: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
