@@ -345,7 +345,7 @@ def test_without_gradients_no_state_is_kept(monkeypatch: pytest.MonkeyPatch) -> 
     y = scan.selective_scan(*values)
     with torch.no_grad():
         torch.testing.assert_close(scan.selective_scan(*values), y.detach(), rtol=0, atol=0)
-    assert kept == [(3, 4, 16), (0, 4, 16)]
+    assert kept == [(3, 4, 64), (0, 4, 64)]
 
 
 def test_the_compiled_kernels_are_cached_on_disk() -> None:

@@ -6,7 +6,7 @@ or a second caller. Sums over channels are made per part and added in order, so 
 of threads.
 
 Glossary: b batch, l tokens, d channels, n states per channel. Arrays are (b, l, d) and (b, l, n), channels last; d is
-padded to whole vectors; rate is A in powers of two, A / ln 2.
+padded to whole parts; rate is A in powers of two, A / ln 2.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ from .scan_vectors import LANES, exp2, load, spread, store, total
 logger = logging.getLogger("connectomics_neurodiff")
 
 #: Channels whose sums are made together: the results depend on it, not on the number of threads.
-PART = 64
+PART = 4 * LANES
 #: Parts of a task at most, for rows of memory are read faster in one piece. With 16 states, the state, decays and
 #: gradients of a token are then 8 KiB each.
 TASK_PARTS = 2
 #: Tokens between two states that are kept for the backward pass; what it recomputes between them is 512 KiB.
 BLOCK = 32
 #: Arrays (n, d) that the backward pass of a task works in.
-WORK = 2 * BLOCK + 5
+WORK = 2 * BLOCK + 3
 
 _ZERO, _LN_2 = np.float32(0), np.float32(np.log(2))
 
@@ -104,6 +104,38 @@ def _states(
                 store(h, (t + 1, n, j), decay * load(h, (t, n, j)) + drive * B[t, n])
 
 
+@njit(inline="always")
+def _four(array: Any, i: Any, j: Any) -> Any:
+    """The vectors of a part: `PART` neighbours from (i, j) on."""
+    return (
+        load(array, (i, j)),
+        load(array, (i, j + LANES)),
+        load(array, (i, j + 2 * LANES)),
+        load(array, (i, j + 3 * LANES)),
+    )
+
+
+@njit(inline="always")
+def _store_four(array: Any, i: Any, j: Any, first: Any, second: Any, third: Any, fourth: Any) -> None:
+    store(array, (i, j), first)
+    store(array, (i, j + LANES), second)
+    store(array, (i, j + 2 * LANES), third)
+    store(array, (i, j + 3 * LANES), fourth)
+
+
+@njit(inline="always")
+def _through_state(
+    row: Any, n: Any, j: Any, from_y: Any, step: Any, decays: Any, h: Any, later: Any, sum_A: Any
+) -> Any:
+    """Gradients of a state and of its decay's exponent, given what the state's output adds to the former."""
+    g = from_y + load(later, (n, j))
+    decayed = load(decays, (row, n, j)) * g
+    store(later, (n, j), decayed)
+    of_exponent = decayed * load(h, (row, n, j))
+    store(sum_A, (n, j), load(sum_A, (n, j)) + of_exponent * step)
+    return g, of_exponent
+
+
 @_kernel
 def _backward(
     u: np.ndarray,
@@ -129,7 +161,7 @@ def _backward(
     tokens, channels = u.shape
     states = rate.shape[0]
     decays, h = work[:BLOCK], work[BLOCK : 2 * BLOCK + 1]
-    later, sum_A, of_B, of_C = work[-4], work[-3], work[-2], work[-1]
+    later, sum_A = work[-2], work[-1]
     later[:] = 0  # decay_(t+1) g_(t+1)
     grad_A[:] = 0
     for block in range(starts.shape[0] - 1, -1, -1):
@@ -139,29 +171,37 @@ def _backward(
         _states(u[first:last], delta[first:last], rate, B[first:last], decays, h)
         for t in range(last - 1, first - 1, -1):
             row = t - first
-            for part in range(0, channels, PART):
+            for j0 in range(0, channels, PART):  # four vectors at once: all sums of a part stay in registers
+                j1, j2, j3 = j0 + LANES, j0 + 2 * LANES, j0 + 3 * LANES
+                step0, step1, step2, step3 = _four(delta, t, j0)
+                value0, value1, value2, value3 = _four(u, t, j0)
+                grad0, grad1, grad2, grad3 = _four(grad_y, t, j0)
+                drive0, drive1, drive2, drive3 = step0 * value0, step1 * value1, step2 * value2, step3 * value3
+                of_drive0 = of_drive1 = of_drive2 = of_drive3 = spread(_ZERO)
+                of_step0 = of_step1 = of_step2 = of_step3 = spread(_ZERO)
                 for n in range(states):
-                    store(of_B, (n, 0), spread(_ZERO))
-                    store(of_C, (n, 0), spread(_ZERO))
-                for j in range(part, min(part + PART, channels), LANES):
-                    step, value, grad = load(delta, (t, j)), load(u, (t, j)), load(grad_y, (t, j))
-                    drive = step * value
-                    grad_drive, grad_step = spread(_ZERO), spread(_ZERO)
-                    for n in range(states):
-                        g = grad * C[t, n] + load(later, (n, j))
-                        store(of_B, (n, 0), load(of_B, (n, 0)) + g * drive)
-                        store(of_C, (n, 0), load(of_C, (n, 0)) + grad * load(h, (row + 1, n, j)))
-                        grad_drive = grad_drive + g * B[t, n]
-                        decayed = load(decays, (row, n, j)) * g
-                        store(later, (n, j), decayed)
-                        of_exponent = decayed * load(h, (row, n, j))
-                        grad_step = grad_step + of_exponent * load(rate, (n, j))
-                        store(sum_A, (n, j), load(sum_A, (n, j)) + of_exponent * step)
-                    store(grad_u, (t, j), grad_drive * step)
-                    store(grad_delta, (t, j), grad_step * _LN_2 + grad_drive * value)
-                for n in range(states):
-                    grad_B[part // PART, t, n] = total(load(of_B, (n, 0)))
-                    grad_C[part // PART, t, n] = total(load(of_C, (n, 0)))
+                    b, c = B[t, n], C[t, n]
+                    g0, x0 = _through_state(row, n, j0, grad0 * c, step0, decays, h, later, sum_A)
+                    g1, x1 = _through_state(row, n, j1, grad1 * c, step1, decays, h, later, sum_A)
+                    g2, x2 = _through_state(row, n, j2, grad2 * c, step2, decays, h, later, sum_A)
+                    g3, x3 = _through_state(row, n, j3, grad3 * c, step3, decays, h, later, sum_A)
+                    of_drive0, of_step0 = of_drive0 + g0 * b, of_step0 + x0 * load(rate, (n, j0))
+                    of_drive1, of_step1 = of_drive1 + g1 * b, of_step1 + x1 * load(rate, (n, j1))
+                    of_drive2, of_step2 = of_drive2 + g2 * b, of_step2 + x2 * load(rate, (n, j2))
+                    of_drive3, of_step3 = of_drive3 + g3 * b, of_step3 + x3 * load(rate, (n, j3))
+                    h0, h1, h2, h3 = _four(h[row + 1], n, j0)
+                    grad_B[j0 // PART, t, n] = total(g0 * drive0 + g1 * drive1 + (g2 * drive2 + g3 * drive3))
+                    grad_C[j0 // PART, t, n] = total(grad0 * h0 + grad1 * h1 + (grad2 * h2 + grad3 * h3))
+                _store_four(grad_u, t, j0, of_drive0 * step0, of_drive1 * step1, of_drive2 * step2, of_drive3 * step3)
+                _store_four(
+                    grad_delta,
+                    t,
+                    j0,
+                    of_step0 * _LN_2 + of_drive0 * value0,
+                    of_step1 * _LN_2 + of_drive1 * value1,
+                    of_step2 * _LN_2 + of_drive2 * value2,
+                    of_step3 * _LN_2 + of_drive3 * value3,
+                )
         grad_A += sum_A  # block by block: a sum over all tokens one by one would lose digits
 
 
@@ -177,12 +217,12 @@ class _KernelScan(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, differentiable: bool) -> Tensor:
-        u_, delta_, rate = (_whole_vectors(tensor) for tensor in (u.mT, delta.mT, A.t() / math.log(2)))
+        u_, delta_, rate = (_whole_parts(tensor) for tensor in (u.mT, delta.mT, A.t() / math.log(2)))
         B_, C_ = B.mT.contiguous(), C.mT.contiguous()
         samples, tokens, channels = u_.shape
         blocks = -(-tokens // BLOCK) if differentiable and any(ctx.needs_input_grad) else 0
-        y = torch.empty_like(u_)
-        starts = u.new_empty(samples, blocks, *rate.shape)
+        y = _empty(*u_.shape)
+        starts = _empty(samples, blocks, *rate.shape)
         nu, ndelta, nrate, nB, nC, ny, nstarts = (
             tensor.detach().numpy() for tensor in (u_, delta_, rate, B_, C_, y, starts)
         )
@@ -191,7 +231,7 @@ class _KernelScan(torch.autograd.Function):
             channel, r = (i, slice(None), part), nrate[:, part]
             _forward(
                 *(nu[channel], ndelta[channel], r, nB[i], nC[i], ny[channel], nstarts[i][:, :, part]),
-                _aligned(*r.shape),
+                _empty(*r.shape).numpy(),
             )
 
         _in_threads(task, samples, channels)
@@ -206,12 +246,12 @@ class _KernelScan(torch.autograd.Function):
         u = saved[0]
         samples, tokens, channels = u.shape
         states = saved[2].shape[0]
-        parts = -(-channels // PART)
-        grad_u, grad_delta = torch.empty_like(u), torch.empty_like(u)
-        grad_A = u.new_empty(samples, states, channels)
-        grad_B, grad_C = (u.new_empty(samples, parts, tokens, states) for _ in range(2))
+        parts = channels // PART
+        grad_u, grad_delta = _empty(*u.shape), _empty(*u.shape)
+        grad_A = _empty(samples, states, channels)
+        grad_B, grad_C = (_empty(samples, parts, tokens, states) for _ in range(2))
         nu, ndelta, nrate, nB, nC, nstarts, ngrad = (
-            tensor.detach().numpy() for tensor in (*saved, _whole_vectors(grad_y.mT))
+            tensor.detach().numpy() for tensor in (*saved, _whole_parts(grad_y.mT))
         )
         du, ddelta, dA, dB, dC = (tensor.numpy() for tensor in (grad_u, grad_delta, grad_A, grad_B, grad_C))
 
@@ -220,7 +260,7 @@ class _KernelScan(torch.autograd.Function):
             _backward(
                 *(nu[channel], ndelta[channel], r, nB[i], nC[i], nstarts[i][:, :, part], ngrad[channel]),
                 *(du[channel], ddelta[channel], dA[i][:, part], dB[i, first:], dC[i, first:]),
-                _aligned(WORK, *r.shape),
+                _empty(WORK, *r.shape).numpy(),
             )
 
         _in_threads(task, samples, channels)
@@ -235,19 +275,21 @@ class _KernelScan(torch.autograd.Function):
         )
 
 
-def _whole_vectors(tensor: Tensor) -> Tensor:
-    """Contiguous, and padded to a multiple of `LANES` channels; those that are added stay zero."""
-    missing = -tensor.shape[-1] % LANES
+def _whole_parts(tensor: Tensor) -> Tensor:
+    """Contiguous, and padded to a multiple of `PART` channels; those that are added stay zero."""
+    missing = -tensor.shape[-1] % PART
     return F.pad(tensor, (0, missing)) if missing else tensor.contiguous()
 
 
-def _aligned(*shape: int) -> np.ndarray:
-    """Memory to work in that begins, as torch's does and numba's does not, where a cache line begins.
+def _empty(*shape: int) -> Tensor:
+    """Memory that begins with a cache line, or every vector would lie in two; in huge pages, if it is large.
 
-    Elsewhere every vector would lie in two cache lines.
+    numpy, unlike torch, asks Linux for those: a fresh array costs half the time.
     """
-    array: np.ndarray = torch.empty(shape).numpy()
-    return array
+    numbers = math.prod(shape)
+    raw = np.empty(numbers + LANES, np.float32)
+    first = -raw.ctypes.data % (4 * LANES) // 4
+    return torch.from_numpy(raw[first : first + numbers]).view(shape)
 
 
 def _in_threads(task: Callable[[int, slice], None], samples: int, channels: int) -> None:
