@@ -158,6 +158,34 @@ def test_bfloat16_autocast_is_close_to_float32() -> None:
     assert float((rough - exact).square().mean().sqrt()) < 0.05 * float(exact.square().mean().sqrt())
 
 
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+def test_checkpointing_changes_no_gradient_and_keeps_less(precision: torch.dtype) -> None:
+    found, kept = [], []
+    for checkpointing in (False, True):
+        network = awake(tiny(checkpointing=checkpointing, scan_directions=2))
+        bytes_kept = 0
+
+        def count_bytes(tensor: Tensor) -> Tensor:
+            nonlocal bytes_kept
+            bytes_kept += tensor.nbytes
+            return tensor
+
+        with (
+            torch.autograd.graph.saved_tensors_hooks(count_bytes, lambda tensor: tensor),
+            torch.autocast("cpu", precision, enabled=precision == torch.bfloat16),
+        ):
+            loss = network(**inputs()).float().square().mean()
+        kept.append(bytes_kept)
+        loss.backward()
+        found.append({name: parameter.grad for name, parameter in network.named_parameters()})
+    assert list(found[0]) == list(found[1])
+    for name, gradient in found[0].items():
+        torch.testing.assert_close(
+            found[1][name], gradient, rtol=1e-5, atol=1e-7, msg=lambda m, name=name: f"{name}: {m}"
+        )
+    assert kept[1] < 0.5 * kept[0]
+
+
 def test_coordinates_are_physical_centred_and_in_raster_order() -> None:
     got = physical_coordinates((2, 1, 3), torch.tensor([[30.0, 48.0, 64.0]]))[0] * 1000
     by_hand = [[-15, 0, -64], [-15, 0, 0], [-15, 0, 64], [15, 0, -64], [15, 0, 0], [15, 0, 64]]

@@ -213,6 +213,8 @@ def _add_diffusion(node: CfgNode) -> None:
     node.DIFFUSION.RGM = True
     node.DIFFUSION.RPGE = True
     node.DIFFUSION.SCAN_DIRECTIONS = 1
+    # Recompute activations in the backward pass: less memory, about a third more time (docs/performance.md).
+    node.DIFFUSION.CHECKPOINTING = False
     # Training patch, voxels. [paper] 8, 512, 512.
     node.DIFFUSION.PATCH = [8, 512, 512]
     # Optimiser steps, samples per step, passes per step. [paper] 10,000, 1; [published] accumulation 2.

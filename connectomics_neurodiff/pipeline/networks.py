@@ -157,6 +157,7 @@ def denoiser_options(cfg: CfgNode) -> dict[str, Any]:
         "rgm": node.RGM,
         "rpge": node.RPGE,
         "scan_directions": node.SCAN_DIRECTIONS,
+        "checkpointing": node.CHECKPOINTING,
     }
 
 

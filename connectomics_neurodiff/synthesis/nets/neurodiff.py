@@ -5,10 +5,12 @@ Glossary: b batch, c channels, z, y, x sections, rows, columns, t diffusion step
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ...errors import ShapeMismatch
 from .blocks import (
@@ -159,11 +161,12 @@ class NeuroDiffDenoiser(nn.Module):
         """
         _check_inputs(x_t, t, condition, voxel_nm)
         if hints is None:
-            hints = self.encode_condition_path(condition)
+            hints = self._kept(self.encode_condition_path, condition)
         time = self.time(time_embedding(t, self.settings.time_features))
         x = torch.cat([x_t, _signed(condition).to(x_t.dtype)], dim=1) if self.settings.concatenates else x_t
         h, skips = self._encode(self.stem(_layout(self._pad(x))), time, voxel_nm, hints)
-        h = self.middle[1](self.middle[0](h, time, voxel_nm), time)
+        h = self._kept(self.middle[0], h, time, voxel_nm)
+        h = self._kept(self.middle[1], h, time)
         h = self._decode(h, skips, time, voxel_nm)
         noise = self.out_conv(self.out_norm(h))
         return noise[..., : x_t.shape[3], : x_t.shape[4]]
@@ -173,7 +176,7 @@ class NeuroDiffDenoiser(nn.Module):
         for level, stages in enumerate(cast("list[nn.ModuleList]", self.encoder)):
             for index, stage in enumerate(stages):
                 last = index == len(stages) - 1
-                h = stage(h, time, voxel_nm, hints[level] if hints and last else None)
+                h = self._kept(stage, h, time, voxel_nm, hints[level] if hints and last else None)
                 skips.append(h)
             if level < len(self.downsamples):
                 h = self.downsamples[level](h)
@@ -183,10 +186,16 @@ class NeuroDiffDenoiser(nn.Module):
     def _decode(self, h: Tensor, skips: list[Tensor], time: Tensor, voxel_nm: Tensor) -> Tensor:
         for level, stages in enumerate(cast("list[nn.ModuleList]", self.decoder)):
             for stage in stages:
-                h = stage(torch.cat([h, skips.pop()], dim=1), time, voxel_nm)
+                h = self._kept(_joined, stage, h, skips.pop(), time, voxel_nm)
             if level < len(self.upsamples):
-                h = self.upsamples[level](h)
+                h = self._kept(self.upsamples[level], h)
         return h
+
+    def _kept(self, part: Callable[..., Any], *arguments: Any) -> Any:
+        """``part(*arguments)``, of which only the arguments are kept for the backward pass if checkpointing is on."""
+        if self.settings.checkpointing and torch.is_grad_enabled():
+            return checkpoint(part, *arguments, use_reentrant=False, preserve_rng_state=False)
+        return part(*arguments)
 
     def _pad(self, x: Tensor) -> Tensor:
         """Reflect rows and columns up to the multiple that the strides need."""
@@ -196,6 +205,12 @@ class NeuroDiffDenoiser(nn.Module):
             if size % multiple:
                 x = x.index_select(axis, _reflected(size, size + -size % multiple, x.device))
         return x
+
+
+def _joined(stage: nn.Module, h: Tensor, skip: Tensor, time: Tensor, voxel_nm: Tensor) -> Tensor:
+    """A stage of the decoder, with what the encoder left for it."""
+    result: Tensor = stage(torch.cat([h, skip], dim=1), time, voxel_nm)
+    return result
 
 
 def _reflected(size: int, padded: int, device: torch.device) -> Tensor:

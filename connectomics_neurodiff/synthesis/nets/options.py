@@ -38,6 +38,8 @@ class DenoiserOptions:
         Global modelling at all; the encoding of coordinates in nanometres within it.
     scan_directions : int
         1 as published, or 2 for a bidirectional scan.
+    checkpointing : bool
+        Whether a training keeps only what enters every block, and computes the rest again in the backward pass.
     """
 
     base_channels: int = 64
@@ -52,6 +54,7 @@ class DenoiserOptions:
     rgm: bool = True
     rpge: bool = True
     scan_directions: int = 1
+    checkpointing: bool = False
 
     def __post_init__(self) -> None:
         if self.conditioning not in CONDITIONINGS:
