@@ -1,8 +1,9 @@
-"""bf16 convolutions on the CPU: gradients against those of float32, names stay."""
+"""Convolutions on the CPU: those in bf16 against float32, those by oneDNN against torch's own in float64."""
 
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from connectomics_neurodiff.convolution import ONEDNN_THRESHOLD, use_sound_convolutions, weight_gradient
+from connectomics_neurodiff.convolution import ONEDNN_THRESHOLD, Convolution, use_sound_convolutions, weight_gradient
 
 
 def rounded(x: torch.Tensor) -> torch.Tensor:
@@ -69,13 +70,50 @@ def test_thin_images_are_convolved_as_in_float32(channels: int, shape: tuple[int
     torch.testing.assert_close(sound.weight.grad, reference.weight.grad, rtol=3e-2, atol=1.0)
 
 
-def test_without_autocast_nothing_changes() -> None:
+@pytest.mark.parametrize("shape", [(1, 32, 3, 10, 12), (1, 32, 9, 80, 6), (2, 32, 3, 5, 6), (1, 32, 1, 6, 8)])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"kernel_size": 3, "padding": 1},
+        {"kernel_size": 3, "padding": 1, "stride": (1, 2, 2)},
+        {"kernel_size": (1, 3, 3), "padding": (0, 1, 1), "padding_mode": "replicate", "bias": False},
+    ],
+)
+def test_float32_of_any_size_agrees_with_float64(shape: tuple[int, ...], options: dict[str, Any]) -> None:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        single = Convolution(32, 8, **options)
+        x = torch.randn(shape)
+    double = nn.Conv3d(32, 8, **options).double()
+    double.load_state_dict(single.state_dict())
+    inputs = x.clone().requires_grad_(), x.double().requires_grad_()
+    outputs = single(inputs[0]), double(inputs[1])
+    torch.testing.assert_close(outputs[0].double(), outputs[1], rtol=1e-5, atol=1e-5)
+    direction = torch.linspace(-1, 1, outputs[0].numel()).reshape(outputs[0].shape)
+    for y in outputs:
+        (y * direction.to(y.dtype)).sum().backward()
+    mine = [inputs[0].grad, *(parameter.grad for parameter in single.parameters())]
+    theirs = [inputs[1].grad, *(parameter.grad for parameter in double.parameters())]
+    for one, other in zip(mine, theirs, strict=True):
+        torch.testing.assert_close(one.double(), other, rtol=1e-4, atol=1e-4)
+
+
+def test_a_small_image_stays_channels_last() -> None:
+    x = torch.zeros(1, 32, 2, 6, 8).contiguous(memory_format=torch.channels_last_3d)
+    convolution = Convolution(32, 8, 3, padding=1).to(memory_format=torch.channels_last_3d)
+    assert x[..., 0].numel() <= ONEDNN_THRESHOLD
+    assert convolution(x).is_contiguous(memory_format=torch.channels_last_3d)
+
+
+def test_a_network_made_sound_keeps_its_names_and_numbers() -> None:
     plain = nn.Conv3d(2, 3, 3, padding=1)
     guarded = copy.deepcopy(plain)
     use_sound_convolutions(guarded)
     x = torch.linspace(-1, 1, 2 * 2 * 4 * 6 * 8).reshape(2, 2, 4, 6, 8)
-    assert torch.equal(plain(x), guarded(x))
+    torch.testing.assert_close(plain(x), guarded(x), rtol=1e-6, atol=1e-6)
     assert list(plain.state_dict()) == list(guarded.state_dict())
+    x = x.double()
+    assert torch.equal(plain.double()(x), guarded.double()(x))
 
 
 @given(

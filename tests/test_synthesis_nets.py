@@ -14,7 +14,7 @@ from connectomics_neurodiff.errors import ShapeMismatch, UnknownName, ValueRange
 from connectomics_neurodiff.registry import Registry
 from connectomics_neurodiff.synthesis import SYNTHESISERS, build_denoiser
 from connectomics_neurodiff.synthesis.nets import Mamba
-from connectomics_neurodiff.synthesis.nets.blocks import resize_sections, time_embedding
+from connectomics_neurodiff.synthesis.nets.blocks import NormSiLU, Pointwise, resize_sections, time_embedding
 from connectomics_neurodiff.synthesis.nets.resolution import ResolutionEmbedding
 from connectomics_neurodiff.synthesis.nets.rgm import physical_coordinates
 
@@ -161,6 +161,34 @@ def test_bfloat16_autocast_is_close_to_float32() -> None:
     assert float((rough - exact).square().mean().sqrt()) < 0.05 * float(exact.square().mean().sqrt())
 
 
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+def test_checkpointing_changes_no_gradient_and_keeps_less(precision: torch.dtype) -> None:
+    found, kept = [], []
+    for checkpointing in (False, True):
+        network = awake(tiny(checkpointing=checkpointing, scan_directions=2))
+        bytes_kept = 0
+
+        def count_bytes(tensor: Tensor) -> Tensor:
+            nonlocal bytes_kept
+            bytes_kept += tensor.nbytes
+            return tensor
+
+        with (
+            torch.autograd.graph.saved_tensors_hooks(count_bytes, lambda tensor: tensor),
+            torch.autocast("cpu", precision, enabled=precision == torch.bfloat16),
+        ):
+            loss = network(**inputs()).float().square().mean()
+        kept.append(bytes_kept)
+        loss.backward()
+        found.append({name: parameter.grad for name, parameter in network.named_parameters()})
+    assert list(found[0]) == list(found[1])
+    for name, gradient in found[0].items():
+        torch.testing.assert_close(
+            found[1][name], gradient, rtol=1e-5, atol=1e-7, msg=lambda m, name=name: f"{name}: {m}"
+        )
+    assert kept[1] < 0.5 * kept[0]
+
+
 def test_coordinates_are_physical_centred_and_in_raster_order() -> None:
     got = physical_coordinates((2, 1, 3), torch.tensor([[30.0, 48.0, 64.0]]))[0] * 1000
     by_hand = [[-15, 0, -64], [-15, 0, 0], [-15, 0, 64], [15, 0, -64], [15, 0, 0], [15, 0, 64]]
@@ -229,6 +257,62 @@ def test_one_direction_is_causal(directions: int, looks_ahead: bool) -> None:
         difference = (mamba(tokens) - mamba(later)).abs().amax((0, 2))
     assert bool(difference[:20].max() > 1e-6) == looks_ahead
     assert difference[20:].max() > 1e-3
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last_3d])
+@pytest.mark.parametrize("groups", [1, 4, 12])
+def test_norm_and_silu_in_one_are_those_of_torch(layout: torch.memory_format, groups: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = 3 + torch.randn(2, 12, 3, 5, 7, generator=generator, dtype=torch.float64).contiguous(memory_format=layout)
+    norm = NormSiLU(12, groups).double()
+    values = [x, torch.randn(12, generator=generator), torch.randn(12, generator=generator)]
+    values = [value.double().requires_grad_() for value in values]
+    norm.weight.data, norm.bias.data = values[1].data, values[2].data
+    mine = norm(values[0])
+    theirs = nn.functional.silu(nn.functional.group_norm(values[0], groups, values[1], values[2]))
+    torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-12)
+    direction = torch.randn(x.shape, generator=generator, dtype=torch.float64)
+    got = torch.autograd.grad(mine, [values[0], norm.weight, norm.bias], direction)
+    for one, other in zip(got, torch.autograd.grad(theirs, values, direction), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-10)
+
+
+def test_norm_and_silu_in_bfloat16() -> None:
+    x = (1 + torch.randn(1, 32, 4, 32, 32, generator=torch.Generator().manual_seed(0))).bfloat16()
+    exact, low = x.double().requires_grad_(), x.clone().requires_grad_()
+    theirs = nn.functional.silu(nn.functional.group_norm(exact, 4))
+    mine = NormSiLU(32, 4)(low)
+    torch.testing.assert_close(mine.double(), theirs, rtol=1e-2, atol=1e-2)
+    weights = torch.linspace(-1, 1, x.numel()).reshape(x.shape).bfloat16()
+    (got,) = torch.autograd.grad(mine, low, weights)
+    (wanted,) = torch.autograd.grad(theirs, exact, weights.double())
+    torch.testing.assert_close(got.double(), wanted, rtol=2e-2, atol=1e-2)
+
+
+def test_a_matrix_product_over_the_voxels_is_a_convolution() -> None:
+    mine = Pointwise(6, 5).double()
+    x = torch.randn(2, 6, 3, 4, 7, generator=torch.Generator().manual_seed(0), dtype=torch.float64).requires_grad_()
+    plain = nn.functional.conv3d(x, mine.weight, mine.bias)
+    torch.testing.assert_close(mine(x), plain)
+    values = [x, mine.weight, mine.bias]
+    got = torch.autograd.grad(mine(x).square().sum(), values)
+    for one, other in zip(got, torch.autograd.grad(plain.square().sum(), values), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_images_stay_channels_last_through_the_network_and_back() -> None:
+    network = awake(tiny()).to(memory_format=torch.channels_last_3d)
+    strides = {}
+
+    def watch(module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
+        strides[module, "forward"] = output.stride(1)
+        output.register_hook(lambda gradient: strides.update({(module, "backward"): gradient.stride(1)}))
+
+    for name, module in network.named_modules():
+        if isinstance(module, nn.Conv3d) and not name.startswith("condition"):
+            module.register_forward_hook(watch)
+    network(**inputs((3, 16, 24), b=1)).square().sum().backward()
+    assert [module for module, stride in strides.items() if stride != 1 and module[0] is not network.out_conv] == []
 
 
 @pytest.mark.parametrize(("size", "mode"), [((8, 12), "trilinear"), ((2, 3), "area")])

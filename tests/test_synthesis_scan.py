@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from connectomics_neurodiff.errors import ShapeMismatch
-from connectomics_neurodiff.synthesis.nets import scan, scan_blocks, scan_kernel
+from connectomics_neurodiff.synthesis.nets import scan, scan_blocks, scan_kernel, scan_vectors
 
 NAMES = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias")
 
@@ -252,23 +252,41 @@ def test_kernels_match_the_blocks_over_many_tokens() -> None:
         assert (mine - theirs).abs().max() < 1e-5 * theirs.abs().max()
 
 
-def test_the_kernels_exponential() -> None:
+def test_the_kernels_power_of_two() -> None:
     from numba import njit
 
     @njit
     def each(x: np.ndarray, out: np.ndarray) -> None:
-        for i in range(len(x)):
-            out[i] = scan_kernel._exp(x[i])
+        for i in range(0, len(x), scan_vectors.LANES):
+            scan_vectors.store(out, (i,), scan_vectors.exp2(scan_vectors.load(x, (i,))))
 
-    x = np.concatenate([np.linspace(-87.3, 88, 200_001), np.linspace(-1e-3, 1e-3, 1001)]).astype(np.float32)
+    x = np.concatenate([np.linspace(-126, 127.4, 199_984), np.linspace(-1e-3, 1e-3, 1008)]).astype(np.float32)
     out = np.empty_like(x)
     each(x, out)
-    exact = np.exp(x.astype(np.float64))
-    assert np.abs(out / exact - 1).max() < 2e-7
-    special = np.array([0.0, -0.0, -87.5, -1e30, -np.inf, 88.5, 1e30, np.inf, np.nan], np.float32)
+    assert np.abs(out / np.exp2(x.astype(np.float64)) - 1).max() < 1.5e-7
+    special = np.array([0, -0.0, 1, -3, -127, -1e30, -np.inf, 128, 1e30, np.inf, np.nan, 5, 6, 7, -1, -2], np.float32)
     out = np.empty_like(special)
     each(special, out)
-    np.testing.assert_array_equal(out, [1, 1, 0, 0, 0, np.inf, np.inf, np.inf, np.nan])
+    infinite = [np.inf, np.inf, np.inf]
+    np.testing.assert_array_equal(out, [1, 1, 2, 0.125, 0, 0, 0, *infinite, np.nan, 32, 64, 128, 0.5, 0.25])
+
+
+def test_vectors_of_a_kernel() -> None:
+    """Arithmetic with vectors and scalars on either side, and a sum over the lanes of a strided row."""
+    from numba import njit
+
+    @njit
+    def some(x: np.ndarray, out: np.ndarray) -> float:
+        value = scan_vectors.load(x, (1, 2))
+        two = np.float32(2)
+        scan_vectors.store(out, (0,), two * value - value * value + two - scan_vectors.spread(two + two))
+        return scan_vectors.total(value)
+
+    x = np.arange(80, dtype=np.float32).reshape(2, 2, 20)[:, 1]
+    row = x[1, 2:18]
+    out = np.empty(scan_vectors.LANES, np.float32)
+    assert some(x, out) == row.sum()
+    np.testing.assert_array_equal(out, 2 * row - row * row - 2)
 
 
 def test_nan_is_not_hidden() -> None:
@@ -322,12 +340,12 @@ def test_workers_of_a_process_that_has_scanned(start: str) -> None:
 def test_without_gradients_no_state_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     kept = []
     forward = scan_kernel._forward
-    monkeypatch.setattr(scan_kernel, "_forward", lambda *arrays: (kept.append(arrays[-1].shape), forward(*arrays)))
+    monkeypatch.setattr(scan_kernel, "_forward", lambda *arrays: (kept.append(arrays[6].shape), forward(*arrays)))
     values = arguments(1, 3, 4, 70, dtype=torch.float32)
     y = scan.selective_scan(*values)
     with torch.no_grad():
         torch.testing.assert_close(scan.selective_scan(*values), y.detach(), rtol=0, atol=0)
-    assert kept == [(3, 4, 3), (0, 4, 3)]
+    assert kept == [(3, 4, 64), (0, 4, 64)]
 
 
 def test_the_compiled_kernels_are_cached_on_disk() -> None:
@@ -348,7 +366,7 @@ def test_kernels_without_a_folder_for_their_cache_say_so(
     numba_njit = scan_kernel.njit
     monkeypatch.setattr(scan_kernel, "njit", refuse)
     out = np.zeros(1)
-    scan_kernel._kernel(set())(_write_three)(out)
+    scan_kernel._kernel(_write_three)(out)
     assert out[0] == 3
     assert "NUMBA_CACHE_DIR" in caplog.text
 

@@ -163,6 +163,7 @@ def denoiser_options(cfg: CfgNode) -> dict[str, Any]:
         "scan_directions": node.SCAN_DIRECTIONS,
         "resolution_embedding": node.RESOLUTION_EMBEDDING,
         "learn_variance": node.LEARN_VARIANCE,
+        "checkpointing": node.CHECKPOINTING,
     }
 
 
@@ -171,6 +172,7 @@ def denoiser_options(cfg: CfgNode) -> dict[str, Any]:
 _NEUTRAL = {
     "RESOLUTION_EMBEDDING": False,
     "LEARN_VARIANCE": False,
+    "CHECKPOINTING": False,
     "VOLUME_SHARE": "voxels",
     "FLIPS": True,
     "TRANSPOSE": True,

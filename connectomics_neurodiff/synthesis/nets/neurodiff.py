@@ -5,19 +5,20 @@ Glossary: b batch, c channels, z, y, x sections, rows, columns, t diffusion step
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from ...errors import ShapeMismatch
 from .blocks import (
     Downsample,
+    NormSiLU,
     ResidualBlock,
     Upsample,
     conv3,
-    group_norm,
     resize_sections,
     time_embedding,
     zero_conv3,
@@ -46,7 +47,7 @@ class Stage(nn.Module):
         """Map (b, in, z, y, x) to (b, out, z, y, x); `hint` may have another in-plane resolution."""
         x = self.residual(x, time)
         if hint is not None:
-            x = x + resize_sections(hint, (x.shape[3], x.shape[4]))  # f_i <- f_i + c_i
+            x += resize_sections(hint, (x.shape[3], x.shape[4]))  # f_i <- f_i + c_i
         if self.rgm is not None:
             x = self.rgm(x, voxel_nm * voxel_nm.new_tensor([1, self.reduction, self.reduction]))
         return x
@@ -75,7 +76,7 @@ class NeuroDiffDenoiser(nn.Module):
         self.stem = conv3(3 if options.concatenates else 1, channels[0])
         self._build_encoder(options)
         self._build_decoder(options)
-        self.out_norm = group_norm(channels[0], options.groups)
+        self.out_norm = NormSiLU(channels[0], options.groups)
         self.out_conv = zero_conv3(channels[0], 2 if options.learn_variance else 1)
 
     @property
@@ -171,15 +172,16 @@ class NeuroDiffDenoiser(nn.Module):
         """
         _check_inputs(x_t, t, condition, voxel_nm)
         if hints is None:
-            hints = self.encode_condition_path(condition)
+            hints = self._kept(self.encode_condition_path, condition)
         time = self.time(time_embedding(t, self.settings.time_features))
         if self.resolution is not None:
             time = time + self.resolution(voxel_nm)
         x = torch.cat([x_t, _signed(condition).to(x_t.dtype)], dim=1) if self.settings.concatenates else x_t
         h, skips = self._encode(self.stem(_layout(self._pad(x))), time, voxel_nm, hints)
-        h = self.middle[1](self.middle[0](h, time, voxel_nm), time)
+        h = self._kept(self.middle[0], h, time, voxel_nm)
+        h = self._kept(self.middle[1], h, time)
         h = self._decode(h, skips, time, voxel_nm)
-        noise = self.out_conv(F.silu(self.out_norm(h)))
+        noise = self.out_conv(self.out_norm(h))
         return noise[..., : x_t.shape[3], : x_t.shape[4]]
 
     def _encode(self, h: Tensor, time: Tensor, voxel_nm: Tensor, hints: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
@@ -187,7 +189,7 @@ class NeuroDiffDenoiser(nn.Module):
         for level, stages in enumerate(cast("list[nn.ModuleList]", self.encoder)):
             for index, stage in enumerate(stages):
                 last = index == len(stages) - 1
-                h = stage(h, time, voxel_nm, hints[level] if hints and last else None)
+                h = self._kept(stage, h, time, voxel_nm, hints[level] if hints and last else None)
                 skips.append(h)
             if level < len(self.downsamples):
                 h = self.downsamples[level](h)
@@ -197,10 +199,16 @@ class NeuroDiffDenoiser(nn.Module):
     def _decode(self, h: Tensor, skips: list[Tensor], time: Tensor, voxel_nm: Tensor) -> Tensor:
         for level, stages in enumerate(cast("list[nn.ModuleList]", self.decoder)):
             for stage in stages:
-                h = stage(torch.cat([h, skips.pop()], dim=1), time, voxel_nm)
+                h = self._kept(_joined, stage, h, skips.pop(), time, voxel_nm)
             if level < len(self.upsamples):
-                h = self.upsamples[level](h)
+                h = self._kept(self.upsamples[level], h)
         return h
+
+    def _kept(self, part: Callable[..., Any], *arguments: Any) -> Any:
+        """``part(*arguments)``, of which only the arguments are kept for the backward pass if checkpointing is on."""
+        if self.settings.checkpointing and torch.is_grad_enabled():
+            return checkpoint(part, *arguments, use_reentrant=False, preserve_rng_state=False)
+        return part(*arguments)
 
     def _pad(self, x: Tensor) -> Tensor:
         """Reflect rows and columns up to the multiple that the strides need."""
@@ -210,6 +218,12 @@ class NeuroDiffDenoiser(nn.Module):
             if size % multiple:
                 x = x.index_select(axis, _reflected(size, size + -size % multiple, x.device))
         return x
+
+
+def _joined(stage: nn.Module, h: Tensor, skip: Tensor, time: Tensor, voxel_nm: Tensor) -> Tensor:
+    """A stage of the decoder, with what the encoder left for it."""
+    result: Tensor = stage(torch.cat([h, skip], dim=1), time, voxel_nm)
+    return result
 
 
 def _reflected(size: int, padded: int, device: torch.device) -> Tensor:

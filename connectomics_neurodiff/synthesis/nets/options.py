@@ -42,6 +42,8 @@ class DenoiserOptions:
         Whether the voxel size is also added to the time embedding, and so reaches every residual block [ours].
     learn_variance : bool
         Whether a second output channel interpolates the variance of a reverse step (Nichol and Dhariwal 2021, eq. 15).
+    checkpointing : bool
+        Whether a training keeps only what enters every block, and computes the rest again in the backward pass.
     """
 
     base_channels: int = 64
@@ -58,6 +60,7 @@ class DenoiserOptions:
     scan_directions: int = 1
     resolution_embedding: bool = False
     learn_variance: bool = False
+    checkpointing: bool = False
 
     def __post_init__(self) -> None:
         if self.conditioning not in CONDITIONINGS:

@@ -1,164 +1,146 @@
 """The selective scan on the CPU in float32: numba kernels that hold the state of a few channels in the cache.
 
 The recurrence is that of :mod:`.scan`; :mod:`.scan_blocks` is the readable twin of these kernels. Work is cut into one
-task per batch element and `CHANNELS` channels, walked by plain threads: numba's own would not survive a fork or a
-second caller. Sums over channels are made per task and added in order, so that results do not depend on the number of
-threads.
+task per batch element and one or two times `PART` channels, walked by plain threads: numba's would not survive a fork
+or a second caller. Sums over channels are made per part and added in order, so that results do not depend on the number
+of threads.
 
-Glossary: b batch, l tokens, d channels, n states per channel. Arrays are (b, l, d) and (b, l, n), channels last.
+Glossary: b batch, l tokens, d channels, n states per channel. Arrays are (b, l, d) and (b, l, n), channels last; d is
+padded to whole parts; rate is A in powers of two, A / ln 2.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 import torch
-from llvmlite import ir
-from numba import njit, types
-from numba.extending import intrinsic
+from numba import njit
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from .scan_vectors import LANES, exp2, load, spread, store, total
 
 logger = logging.getLogger("connectomics_neurodiff")
 
-#: Channels of a task: with 16 states, state, decays and gradients of a token are 4 KiB each.
-CHANNELS = 64
-#: Tokens between two states that are kept for the backward pass; what it recomputes between them is 256 KiB.
+#: Channels whose sums are made together: the results depend on it, not on the number of threads.
+PART = 4 * LANES
+#: Parts of a task at most, for rows of memory are read faster in one piece. With 16 states, the state, decays and
+#: gradients of a token are then 8 KiB each.
+TASK_PARTS = 2
+#: Tokens between two states that are kept for the backward pass; what it recomputes between them is 512 KiB.
 BLOCK = 32
+#: Arrays (n, d) that the backward pass of a task works in.
+WORK = 2 * BLOCK + 3
 
-# No "reassoc" here: it would undo the rounding in `_exp`.
-_EXACT = {"contract"}
-_SUMS = {"contract", "reassoc", "nsz"}
-
-_ZERO = np.float32(0)
-_INFINITY = np.float32(np.inf)
-_LOWEST = np.float32(-87.33)  # below, exp(x) is less than the smallest normal number
-_HIGHEST = np.float32(88.0)
-_LOG2_E = np.float32(1 / np.log(2))
-#: Added and taken away again, it leaves the nearest whole number, and that number in the lowest bits in between.
-_ROUND = np.float32(1.5 * 2**23)
-_LN2_HIGH = np.float32(0.693359375)  # 9 bits: its products with |k| <= 127 are exact
-_LN2_LOW = np.float32(np.log(2) - 0.693359375)
-_C0, _C1, _C2, _C3, _C4, _C5, _C6 = (
-    np.polynomial.Chebyshev.interpolate(np.exp, 6, (-0.35, 0.35))
-    .convert(kind=np.polynomial.Polynomial)
-    .coef.astype(np.float32)
-)
-_ONE_BITS = np.int32(0x3F800000)  # 1.0
-_MANTISSA = np.int32(23)
+_ZERO, _LN_2 = np.float32(0), np.float32(np.log(2))
 
 
-def _kernel(fastmath: set[str]) -> Callable[[Callable[..., None]], Any]:
+def _kernel(function: Callable[..., None]) -> Any:
     """Decorator: compiled at the first call and cached on disk, or, where no folder can be written, not cached."""
-
-    def compiled(function: Callable[..., None]) -> Any:
-        options: dict[str, Any] = {"nogil": True, "error_model": "numpy", "fastmath": fastmath}
-        try:
-            return njit(cache=True, **options)(function)
-        except RuntimeError as error:
-            if "cannot cache" not in str(error):
-                raise
-            logger.warning(
-                "The kernel %s is compiled anew in every process, which takes seconds: set NUMBA_CACHE_DIR to a folder "
-                "that can be written.",
-                function.__name__,
-            )
-            return njit(**options)(function)
-
-    return compiled
+    try:
+        return njit(cache=True, nogil=True)(function)
+    except RuntimeError as error:
+        if "cannot cache" not in str(error):
+            raise
+        logger.warning(
+            "The kernel %s is compiled anew in every process, which takes seconds: set NUMBA_CACHE_DIR to a folder "
+            "that can be written.",
+            function.__name__,
+        )
+        return njit(nogil=True)(function)
 
 
-def _bitcast(source: Any, target: Any, llvm_target: Any) -> Any:
-    """A function for kernels that takes the bits of one type for those of another."""
-
-    @intrinsic
-    def cast(typing_context: Any, x: Any) -> Any:
-        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-            return builder.bitcast(arguments[0], llvm_target)
-
-        return target(source), generate
-
-    return cast
-
-
-_bits_of = _bitcast(types.float32, types.int32, ir.IntType(32))
-_from_bits = _bitcast(types.int32, types.float32, ir.FloatType())
-
-
-@njit(inline="always", fastmath=_EXACT)
-def _exp(x: Any) -> Any:
-    """exp(x) = 2^k exp(f) to 2e-7, in steps that LLVM makes for 16 numbers at once, as libm's function is not.
-
-    0 below -87.33, infinite above 88, NaN for NaN.
-    """
-    inside = min(max(x, _LOWEST), _HIGHEST)
-    rounded = inside * _LOG2_E + _ROUND
-    k = rounded - _ROUND
-    f = (inside - k * _LN2_HIGH) - k * _LN2_LOW
-    power = _from_bits((_bits_of(rounded) << _MANTISSA) + _ONE_BITS)
-    value = power * ((((((_C6 * f + _C5) * f + _C4) * f + _C3) * f + _C2) * f + _C1) * f + _C0)
-    if x < _LOWEST:
-        value = _ZERO
-    if x > _HIGHEST:
-        value = _INFINITY
-    return value
-
-
-@_kernel(_EXACT)
+@_kernel
 def _forward(
-    u: np.ndarray, delta: np.ndarray, A: np.ndarray, B: np.ndarray, C: np.ndarray, y: np.ndarray, starts: np.ndarray
+    u: np.ndarray,
+    delta: np.ndarray,
+    rate: np.ndarray,
+    B: np.ndarray,
+    C: np.ndarray,
+    y: np.ndarray,
+    starts: np.ndarray,
+    h: np.ndarray,
 ) -> None:
-    """Channels of one sample: y (l, d) from u and delta (l, d), A (n, d), B and C (l, n).
+    """Channels of one sample: y (l, d) from u and delta (l, d), rate (n, d), B, C (l, n); h (n, d) is for the state.
 
     The state before every `BLOCK`-th token goes to `starts` (blocks, n, d), unless that has no block.
     """
     tokens, channels = u.shape
-    states = A.shape[0]
-    h = np.zeros((states, channels), np.float32)
-    decay_rate = A.copy()
-    step, drive, sums = np.empty((3, channels), np.float32)
+    states = rate.shape[0]
+    h[:] = 0
     for t in range(tokens):
         if starts.shape[0] > 0 and t % BLOCK == 0:
             starts[t // BLOCK] = h
-        for j in range(channels):
-            step[j] = delta[t, j]
-            drive[j] = delta[t, j] * u[t, j]
-            sums[j] = 0
-        for n in range(states):
-            b, c = B[t, n], C[t, n]
-            for j in range(channels):
-                state = _exp(step[j] * decay_rate[n, j]) * h[n, j] + drive[j] * b
-                h[n, j] = state
-                sums[j] += state * c
-        y[t] = sums
+        for j in range(0, channels, LANES):
+            step = load(delta, (t, j))
+            drive = step * load(u, (t, j))
+            sums = spread(_ZERO)
+            for n in range(states):
+                state = exp2(step * load(rate, (n, j))) * load(h, (n, j)) + drive * B[t, n]
+                store(h, (n, j), state)
+                sums = sums + state * C[t, n]
+            store(y, (t, j), sums)
 
 
-@_kernel(_EXACT)
-def _states(u: np.ndarray, delta: np.ndarray, A: np.ndarray, B: np.ndarray, decays: np.ndarray, h: np.ndarray) -> None:
+@_kernel
+def _states(
+    u: np.ndarray, delta: np.ndarray, rate: np.ndarray, B: np.ndarray, decays: np.ndarray, h: np.ndarray
+) -> None:
     """Decays (l, n, d) and states of a block; h[0] is the state before it, h[t + 1] (n, d) the one after token t."""
     tokens, channels = u.shape
-    step, drive = np.empty(channels, np.float32), np.empty(channels, np.float32)
     for t in range(tokens):
-        for j in range(channels):
-            step[j] = delta[t, j]
-            drive[j] = delta[t, j] * u[t, j]
-        for n in range(A.shape[0]):
-            b = B[t, n]
-            for j in range(channels):
-                decay = _exp(step[j] * A[n, j])
-                decays[t, n, j] = decay
-                h[t + 1, n, j] = decay * h[t, n, j] + drive[j] * b
+        for j in range(0, channels, LANES):
+            step = load(delta, (t, j))
+            drive = step * load(u, (t, j))
+            for n in range(rate.shape[0]):
+                decay = exp2(step * load(rate, (n, j)))
+                store(decays, (t, n, j), decay)
+                store(h, (t + 1, n, j), decay * load(h, (t, n, j)) + drive * B[t, n])
 
 
-@_kernel(_SUMS)
+@njit(inline="always")
+def _four(array: Any, i: Any, j: Any) -> Any:
+    """The vectors of a part: `PART` neighbours from (i, j) on."""
+    return (
+        load(array, (i, j)),
+        load(array, (i, j + LANES)),
+        load(array, (i, j + 2 * LANES)),
+        load(array, (i, j + 3 * LANES)),
+    )
+
+
+@njit(inline="always")
+def _store_four(array: Any, i: Any, j: Any, first: Any, second: Any, third: Any, fourth: Any) -> None:
+    store(array, (i, j), first)
+    store(array, (i, j + LANES), second)
+    store(array, (i, j + 2 * LANES), third)
+    store(array, (i, j + 3 * LANES), fourth)
+
+
+@njit(inline="always")
+def _through_state(
+    row: Any, n: Any, j: Any, from_y: Any, step: Any, decays: Any, h: Any, later: Any, sum_A: Any
+) -> Any:
+    """Gradients of a state and of its decay's exponent, given what the state's output adds to the former."""
+    g = from_y + load(later, (n, j))
+    decayed = load(decays, (row, n, j)) * g
+    store(later, (n, j), decayed)
+    of_exponent = decayed * load(h, (row, n, j))
+    store(sum_A, (n, j), load(sum_A, (n, j)) + of_exponent * step)
+    return g, of_exponent
+
+
+@_kernel
 def _backward(
     u: np.ndarray,
     delta: np.ndarray,
-    A: np.ndarray,
+    rate: np.ndarray,
     B: np.ndarray,
     C: np.ndarray,
     starts: np.ndarray,
@@ -168,51 +150,58 @@ def _backward(
     grad_A: np.ndarray,
     grad_B: np.ndarray,
     grad_C: np.ndarray,
+    work: np.ndarray,
 ) -> None:
-    """Gradients of `_forward`; those of B and C (l, n) are sums over these channels only.
+    """Gradients of `_forward`, with that of A for `rate`; those of B and C (parts, l, n) are sums over a part each.
+
+    `work` is (`WORK`, n, d).
 
     The gradient g of the states obeys the recurrence backwards in time: g_t = C_t dy_t + decay_(t+1) g_(t+1).
     """
     tokens, channels = u.shape
-    states = A.shape[0]
-    decay_rate = A.copy()
-    decays = np.empty((BLOCK, states, channels), np.float32)
-    h = np.empty((BLOCK + 1, states, channels), np.float32)
-    later = np.zeros((states, channels), np.float32)  # decay_(t+1) g_(t+1)
-    sum_A = np.empty((states, channels), np.float32)
+    states = rate.shape[0]
+    decays, h = work[:BLOCK], work[BLOCK : 2 * BLOCK + 1]
+    later, sum_A = work[-2], work[-1]
+    later[:] = 0  # decay_(t+1) g_(t+1)
     grad_A[:] = 0
-    step, drive, grad_sum, grad_drive, grad_step = np.empty((5, channels), np.float32)
     for block in range(starts.shape[0] - 1, -1, -1):
         first, last = block * BLOCK, min((block + 1) * BLOCK, tokens)
         h[0] = starts[block]
         sum_A[:] = 0
-        _states(u[first:last], delta[first:last], decay_rate, B[first:last], decays, h)
+        _states(u[first:last], delta[first:last], rate, B[first:last], decays, h)
         for t in range(last - 1, first - 1, -1):
             row = t - first
-            for j in range(channels):
-                step[j] = delta[t, j]
-                drive[j] = delta[t, j] * u[t, j]
-                grad_sum[j] = grad_y[t, j]
-                grad_drive[j] = 0
-                grad_step[j] = 0
-            for n in range(states):
-                b, c = B[t, n], C[t, n]
-                sum_B, sum_C = _ZERO, _ZERO
-                for j in range(channels):
-                    g = c * grad_sum[j] + later[n, j]
-                    sum_B += g * drive[j]
-                    sum_C += grad_sum[j] * h[row + 1, n, j]
-                    grad_drive[j] += g * b
-                    decayed = decays[row, n, j] * g
-                    later[n, j] = decayed
-                    of_exponent = decayed * h[row, n, j]
-                    grad_step[j] += of_exponent * decay_rate[n, j]
-                    sum_A[n, j] += of_exponent * step[j]
-                grad_B[t, n] = sum_B
-                grad_C[t, n] = sum_C
-            for j in range(channels):
-                grad_u[t, j] = grad_drive[j] * step[j]
-                grad_delta[t, j] = grad_step[j] + grad_drive[j] * u[t, j]
+            for j0 in range(0, channels, PART):  # four vectors at once: all sums of a part stay in registers
+                j1, j2, j3 = j0 + LANES, j0 + 2 * LANES, j0 + 3 * LANES
+                step0, step1, step2, step3 = _four(delta, t, j0)
+                value0, value1, value2, value3 = _four(u, t, j0)
+                grad0, grad1, grad2, grad3 = _four(grad_y, t, j0)
+                drive0, drive1, drive2, drive3 = step0 * value0, step1 * value1, step2 * value2, step3 * value3
+                of_drive0 = of_drive1 = of_drive2 = of_drive3 = spread(_ZERO)
+                of_step0 = of_step1 = of_step2 = of_step3 = spread(_ZERO)
+                for n in range(states):
+                    b, c = B[t, n], C[t, n]
+                    g0, x0 = _through_state(row, n, j0, grad0 * c, step0, decays, h, later, sum_A)
+                    g1, x1 = _through_state(row, n, j1, grad1 * c, step1, decays, h, later, sum_A)
+                    g2, x2 = _through_state(row, n, j2, grad2 * c, step2, decays, h, later, sum_A)
+                    g3, x3 = _through_state(row, n, j3, grad3 * c, step3, decays, h, later, sum_A)
+                    of_drive0, of_step0 = of_drive0 + g0 * b, of_step0 + x0 * load(rate, (n, j0))
+                    of_drive1, of_step1 = of_drive1 + g1 * b, of_step1 + x1 * load(rate, (n, j1))
+                    of_drive2, of_step2 = of_drive2 + g2 * b, of_step2 + x2 * load(rate, (n, j2))
+                    of_drive3, of_step3 = of_drive3 + g3 * b, of_step3 + x3 * load(rate, (n, j3))
+                    h0, h1, h2, h3 = _four(h[row + 1], n, j0)
+                    grad_B[j0 // PART, t, n] = total(g0 * drive0 + g1 * drive1 + (g2 * drive2 + g3 * drive3))
+                    grad_C[j0 // PART, t, n] = total(grad0 * h0 + grad1 * h1 + (grad2 * h2 + grad3 * h3))
+                _store_four(grad_u, t, j0, of_drive0 * step0, of_drive1 * step1, of_drive2 * step2, of_drive3 * step3)
+                _store_four(
+                    grad_delta,
+                    t,
+                    j0,
+                    of_step0 * _LN_2 + of_drive0 * value0,
+                    of_step1 * _LN_2 + of_drive1 * value1,
+                    of_step2 * _LN_2 + of_drive2 * value2,
+                    of_step3 * _LN_2 + of_drive3 * value3,
+                )
         grad_A += sum_A  # block by block: a sum over all tokens one by one would lose digits
 
 
@@ -228,22 +217,27 @@ class _KernelScan(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, differentiable: bool) -> Tensor:
-        u_, delta_, B_, C_ = (tensor.transpose(1, 2).contiguous() for tensor in (u, delta, B, C))
-        A_ = A.t().contiguous()
+        u_, delta_, rate = (_whole_parts(tensor) for tensor in (u.mT, delta.mT, A.t() / math.log(2)))
+        B_, C_ = B.mT.contiguous(), C.mT.contiguous()
         samples, tokens, channels = u_.shape
         blocks = -(-tokens // BLOCK) if differentiable and any(ctx.needs_input_grad) else 0
-        y = torch.empty_like(u_)
-        starts = u.new_empty(samples, blocks, *A_.shape)
-        arrays = [tensor.detach().numpy() for tensor in (u_, delta_, A_, B_, C_, y, starts)]
-        nu, ndelta, nA, nB, nC, ny, nstarts = arrays
+        y = _empty(*u_.shape)
+        starts = _empty(samples, blocks, *rate.shape)
+        nu, ndelta, nrate, nB, nC, ny, nstarts = (
+            tensor.detach().numpy() for tensor in (u_, delta_, rate, B_, C_, y, starts)
+        )
 
         def task(i: int, part: slice) -> None:
-            channel = (i, slice(None), part)
-            _forward(nu[channel], ndelta[channel], nA[:, part], nB[i], nC[i], ny[channel], nstarts[i][:, :, part])
+            channel, r = (i, slice(None), part), nrate[:, part]
+            _forward(
+                *(nu[channel], ndelta[channel], r, nB[i], nC[i], ny[channel], nstarts[i][:, :, part]),
+                _empty(*r.shape).numpy(),
+            )
 
         _in_threads(task, samples, channels)
-        ctx.save_for_backward(u_, delta_, A_, B_, C_, starts)
-        return y.transpose(1, 2)
+        ctx.save_for_backward(u_, delta_, rate, B_, C_, starts)
+        ctx.channels = u.shape[1]
+        return y.mT[:, : u.shape[1]]
 
     @staticmethod
     @once_differentiable
@@ -252,39 +246,58 @@ class _KernelScan(torch.autograd.Function):
         u = saved[0]
         samples, tokens, channels = u.shape
         states = saved[2].shape[0]
-        parts = -(-channels // CHANNELS)
-        grad_u, grad_delta = torch.empty_like(u), torch.empty_like(u)
-        grad_A = u.new_empty(samples, states, channels)
-        grad_B, grad_C = (u.new_empty(parts, samples, tokens, states) for _ in range(2))
-        nu, ndelta, nA, nB, nC, nstarts, ngrad = (
-            tensor.detach().numpy() for tensor in (*saved, grad_y.transpose(1, 2).contiguous())
+        parts = channels // PART
+        grad_u, grad_delta = _empty(*u.shape), _empty(*u.shape)
+        grad_A = _empty(samples, states, channels)
+        grad_B, grad_C = (_empty(samples, parts, tokens, states) for _ in range(2))
+        nu, ndelta, nrate, nB, nC, nstarts, ngrad = (
+            tensor.detach().numpy() for tensor in (*saved, _whole_parts(grad_y.mT))
         )
         du, ddelta, dA, dB, dC = (tensor.numpy() for tensor in (grad_u, grad_delta, grad_A, grad_B, grad_C))
 
         def task(i: int, part: slice) -> None:
-            channel, index = (i, slice(None), part), part.start // CHANNELS
+            channel, first, r = (i, slice(None), part), part.start // PART, nrate[:, part]
             _backward(
-                *(nu[channel], ndelta[channel], nA[:, part], nB[i], nC[i], nstarts[i][:, :, part], ngrad[channel]),
-                *(du[channel], ddelta[channel], dA[i][:, part], dB[index, i], dC[index, i]),
+                *(nu[channel], ndelta[channel], r, nB[i], nC[i], nstarts[i][:, :, part], ngrad[channel]),
+                *(du[channel], ddelta[channel], dA[i][:, part], dB[i, first:], dC[i, first:]),
+                _empty(WORK, *r.shape).numpy(),
             )
 
         _in_threads(task, samples, channels)
+        given = slice(ctx.channels)
         return (
-            grad_u.transpose(1, 2),
-            grad_delta.transpose(1, 2),
-            grad_A.sum(0).t(),
-            grad_B.sum(0).transpose(1, 2),
-            grad_C.sum(0).transpose(1, 2),
+            grad_u.mT[:, given],
+            grad_delta.mT[:, given],
+            grad_A.sum(0).t()[given],
+            grad_B.sum(1).mT,
+            grad_C.sum(1).mT,
             None,
         )
 
 
+def _whole_parts(tensor: Tensor) -> Tensor:
+    """Contiguous, and padded to a multiple of `PART` channels; those that are added stay zero."""
+    missing = -tensor.shape[-1] % PART
+    return F.pad(tensor, (0, missing)) if missing else tensor.contiguous()
+
+
+def _empty(*shape: int) -> Tensor:
+    """Memory that begins with a cache line, or every vector would lie in two; in huge pages, if it is large.
+
+    numpy, unlike torch, asks Linux for those: a fresh array costs half the time.
+    """
+    numbers = math.prod(shape)
+    raw = np.empty(numbers + LANES, np.float32)
+    first = -raw.ctypes.data % (4 * LANES) // 4
+    return torch.from_numpy(raw[first : first + numbers]).view(shape)
+
+
 def _in_threads(task: Callable[[int, slice], None], samples: int, channels: int) -> None:
-    """Run the task of every sample and channel part in as many threads as torch may use."""
+    """Run the task of every sample and channel slice in as many threads as torch may use."""
+    wide = samples * -(-channels // (TASK_PARTS * PART)) >= torch.get_num_threads()
+    width = TASK_PARTS * PART if wide else PART
     tasks: Sequence[tuple[int, slice]] = [
-        (i, slice(first, min(first + CHANNELS, channels)))
-        for i in range(samples)
-        for first in range(0, channels, CHANNELS)
+        (i, slice(first, min(first + width, channels))) for i in range(samples) for first in range(0, channels, width)
     ]
     threads = min(torch.get_num_threads(), len(tasks))
     if threads == 1:
