@@ -14,7 +14,8 @@ from connectomics_neurodiff.errors import ShapeMismatch, UnknownName, ValueRange
 from connectomics_neurodiff.registry import Registry
 from connectomics_neurodiff.synthesis import SYNTHESISERS, build_denoiser
 from connectomics_neurodiff.synthesis.nets import Mamba
-from connectomics_neurodiff.synthesis.nets.blocks import NormSiLU, Pointwise, resize_sections, time_embedding
+from connectomics_neurodiff.synthesis.nets.blocks import Pointwise, resize_sections, time_embedding
+from connectomics_neurodiff.synthesis.nets.norm import NormSiLU
 from connectomics_neurodiff.synthesis.nets.rgm import physical_coordinates
 
 TINY: dict[str, Any] = {
