@@ -4,9 +4,10 @@
 
 The baseline is the published network in float32 if --reference names a checkout of github.com/HeadLiuYun/NeuroDiff
 (this package's Mamba stands in for its mamba_ssm, which flatters it); else this package's network in float32,
-contiguous in memory and without cached hints. A reverse step is the network's forward pass, a training step forward,
-backward and Adam; the second of each is timed. ckpt is gradient checkpointing. noise_error is the relative error of the
-bf16 noise prediction against fp32, with random weights. Peaks are of the whole process.
+contiguous in memory and without cached hints. Ratios are to the first row. A reverse step is the network's forward
+pass, a training step forward, backward and Adam; the second of each is timed. ckpt is gradient checkpointing.
+noise_error is the relative error of the bf16 noise prediction against fp32, with random weights. Peaks are of the whole
+process.
 """
 
 from __future__ import annotations
@@ -85,7 +86,7 @@ def measure(way: str, options: argparse.Namespace) -> Measured:
                 return network(torch.cat([noisy, condition], dim=1), t)
             return network(noisy, t, condition, voxel_nm, hints=hints)
 
-    with nullcontext() if is_baseline else kept_memory():
+    with kept_memory() if options.kept_memory and not is_baseline else nullcontext():
         if options.what == "training":
             return second_time(training_step(network, predict, noisy))
         with torch.inference_mode():
@@ -127,6 +128,13 @@ def main() -> None:
     parser.add_argument("--patch", nargs=3, type=count, default=[8, 128, 128], metavar=("Z", "Y", "X"))
     parser.add_argument("--threads", type=count, default=1)
     parser.add_argument("--reference", metavar="FOLDER", help="checkout of the published code, the baseline")
+    parser.add_argument("--baseline", action=argparse.BooleanOptionalAction, default=True, help="measure it too")
+    parser.add_argument(
+        "--kept-memory",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="as trainings and sampling run: faster",
+    )
     options = parse(parser)
     if options.case:
         print(json.dumps(measure(options.case, options)))
@@ -134,18 +142,21 @@ def main() -> None:
     if options.reference and options.preset != "paper":
         parser.error("the published code has one size, --preset paper")
     ways = [way for precision in options.precision for way in WAYS[options.what][precision]]
-    rows = medians([BASELINE, *ways], options.repeat)
+    ways = [BASELINE, *ways] if options.baseline else ways
+    rows = medians(ways, options.repeat)
     print(f"{options.what} step, {options.preset}, patch {options.patch}, {options.threads} threads")
     for way, row in rows.items():
         for key in ("cpu_seconds", "wall_seconds", "peak_mib"):
-            row[f"{key}_ratio"] = row[key] / rows[BASELINE][key]
+            row[f"{key}_ratio"] = row[key] / rows[ways[0]][key]
         print(
             f"{way:>9}  CPU {row['cpu_seconds']:7.2f} s x{row['cpu_seconds_ratio']:.3f}"
             f"  wall {row['wall_seconds']:7.2f} s x{row['wall_seconds_ratio']:.3f}"
             f"  peak {row['peak_mib']:6.0f} MiB x{row['peak_mib_ratio']:.3f}"
             + (f"  noise error {row['noise_error']:.4f}" if "noise_error" in row else "")
         )
-    chosen = {name: getattr(options, name) for name in ("what", "preset", "patch", "threads", "reference")}
+    chosen = {
+        name: getattr(options, name) for name in ("what", "preset", "patch", "threads", "reference", "kept_memory")
+    }
     write(options.json, chosen | {"rows": rows})
 
 

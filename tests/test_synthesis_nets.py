@@ -10,11 +10,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from connectomics_neurodiff.convolution import Convolution
 from connectomics_neurodiff.errors import ShapeMismatch, UnknownName, ValueRangeError
 from connectomics_neurodiff.registry import Registry
 from connectomics_neurodiff.synthesis import SYNTHESISERS, build_denoiser
 from connectomics_neurodiff.synthesis.nets import Mamba
-from connectomics_neurodiff.synthesis.nets.blocks import NormSiLU, Pointwise, resize_sections, time_embedding
+from connectomics_neurodiff.synthesis.nets.blocks import Pointwise, resize_sections, time_embedding
+from connectomics_neurodiff.synthesis.nets.norm import NormSiLU
 from connectomics_neurodiff.synthesis.nets.resolution import ResolutionEmbedding
 from connectomics_neurodiff.synthesis.nets.rgm import physical_coordinates
 
@@ -60,6 +62,7 @@ def count(network: nn.Module) -> int:
     ("options", "parameters"),
     [
         ({}, 62_339_361),  # as published
+        ({"checkpointing": True}, 62_339_361),
         ({"conditioning": "msc"}, 62_339_361 - 2 * 27 * 32),  # two channels less into the first convolution
         ({"resolution_embedding": True}, 62_339_361 + 4 * 256 + 257 * 256 + 256),  # two layers, the unknown size
         ({"learn_variance": True}, 62_339_361 + 27 * 32 + 1),  # one channel more out of the last convolution
@@ -159,6 +162,28 @@ def test_bfloat16_autocast_is_close_to_float32() -> None:
         with torch.autocast("cpu", torch.bfloat16):
             rough = network(**batch).float()
     assert float((rough - exact).square().mean().sqrt()) < 0.05 * float(exact.square().mean().sqrt())
+
+
+def test_the_fast_parts_are_the_plain_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch's convolutions and norms, contiguous in memory, everything out of place."""
+    network = awake(tiny(base_channels=64)).to(memory_format=torch.channels_last_3d)
+    batch = inputs((3, 24, 40), b=1)
+    with torch.no_grad():
+        hints = network.encode_condition_path(batch["condition"])
+    fast = network(**batch)
+    with_hints = network(**batch, hints=hints)
+    found = torch.autograd.grad(fast.square().sum(), list(network.parameters()))
+    monkeypatch.setattr(Convolution, "_conv_forward", nn.Conv3d._conv_forward)
+    monkeypatch.setattr(Pointwise, "forward", nn.Conv3d.forward)
+    monkeypatch.setattr(NormSiLU, "forward", lambda norm, x: nn.functional.silu(nn.GroupNorm.forward(norm, x)))
+    network.to(memory_format=torch.contiguous_format)
+    plain = network(**batch)
+    for one in (fast, with_hints):
+        torch.testing.assert_close(one, plain, rtol=0, atol=1e-5 * float(plain.detach().abs().max()))
+    wanted = torch.autograd.grad(plain.square().sum(), list(network.parameters()))
+    for (name, _), one, other in zip(network.named_parameters(), found, wanted, strict=True):
+        near = {"rtol": 1e-4, "atol": 1e-5 * float(other.abs().max())}
+        torch.testing.assert_close(one, other, **near, msg=lambda m, name=name: f"{name}: {m}")
 
 
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])

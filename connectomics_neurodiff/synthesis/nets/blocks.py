@@ -6,14 +6,13 @@ Glossary: b batch, c channels, z, y, x sections, rows, columns. Sections are few
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from ...convolution import Convolution
+from .norm import NormSiLU
 
 
 def time_embedding(t: Tensor, width: int, max_period: float = 1000.0) -> Tensor:
@@ -37,76 +36,6 @@ def time_embedding(t: Tensor, width: int, max_period: float = 1000.0) -> Tensor:
     frequency = torch.exp(-math.log(max_period) / half * torch.arange(half, device=t.device, dtype=torch.float32))
     angle = t.float()[:, None] * frequency
     return torch.cat([angle.cos(), angle.sin()], dim=1)
-
-
-class NormSiLU(nn.GroupNorm):
-    """Group normalisation with at most `groups` groups, the largest number that divides both, and a SiLU.
-
-    Parameters
-    ----------
-    channels, groups : int
-        Channels, and the most groups.
-    """
-
-    def __init__(self, channels: int, groups: int) -> None:
-        super().__init__(math.gcd(groups, channels), channels)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map (b, c, z, y, x) to the same shape."""
-        if x.device.type != "cpu":
-            return F.silu(super().forward(x), inplace=not torch.is_grad_enabled())
-        result: Tensor = _NormSiLU.apply(x, self.weight, self.bias, self.num_groups, self.eps)
-        return result
-
-
-class _NormSiLU(torch.autograd.Function):
-    """SiLU(weight (x - mean) / deviation + bias) that keeps `x` alone for the backward pass.
-
-    Torch keeps the normalised image too, and its backward pass takes 20 to 70 times as long with fewer than 16 channels
-    per group.
-    """
-
-    @staticmethod
-    def forward(  # type: ignore[override]
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float
-    ) -> Tensor:
-        x = x.contiguous(memory_format=torch.channels_last_3d)
-        b, c = x.shape[:2]
-        y, mean, rstd = torch.native_group_norm(x, weight, bias, b, c, x[0, 0].numel(), groups, eps)
-        ctx.save_for_backward(x, weight, bias, mean, rstd)
-        return F.silu(y, inplace=True)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        """With y = scale x + shift per channel: dL/dx = scale dL/dy + slope x + offset, the last two per group."""
-        image, weight, bias, mean, rstd = ctx.saved_tensors
-        c = image.shape[1]
-        groups = mean.shape[1]
-        wide = torch.promote_types(image.dtype, torch.float32)
-        # (b, voxels, c): a view of an image that is channels last in memory.
-        x, of_y = (tensor.flatten(2).transpose(1, 2).to(wide) for tensor in (image, gradient))
-
-        def per_channel(of_group: Tensor) -> Tensor:
-            return of_group.to(wide).repeat_interleave(c // groups, dim=1)
-
-        def per_group(of_channel: Tensor) -> Tensor:
-            return of_channel.unflatten(1, (groups, -1)).sum(2)
-
-        mean_, rstd_ = per_channel(mean), per_channel(rstd)
-        scale = rstd_ * weight
-        shift = bias - mean_ * scale
-        y = torch.addcmul(shift[:, None], x, scale[:, None])
-        of_y = torch.ops.aten.silu_backward(of_y, y)
-        total = of_y.sum(1)
-        with_x = torch.mul(of_y, x, out=y).sum(1)
-        of_normed = (with_x - mean_ * total) * rstd_  # sum over the voxels of dL/dy (x - mean) / deviation
-        count = x.shape[1] * (c // groups)
-        slope = -per_channel(per_group(of_normed * weight)) * rstd_.square() / count
-        offset = -mean_ * slope - per_channel(per_group(total * weight)) * rstd_ / count
-        of_x = torch.addcmul(offset[:, None], of_y, scale[:, None], out=of_y).addcmul_(x, slope[:, None])
-        of_x = of_x.to(image.dtype).transpose(1, 2).reshape(image.shape)
-        return of_x, of_normed.sum(0).to(weight.dtype), total.sum(0).to(bias.dtype), None, None
 
 
 def conv3(in_channels: int, out_channels: int, *, stride: tuple[int, int, int] = (1, 1, 1)) -> Convolution:

@@ -15,7 +15,6 @@ from torch.utils.checkpoint import checkpoint
 from ...errors import ShapeMismatch
 from .blocks import (
     Downsample,
-    NormSiLU,
     ResidualBlock,
     Upsample,
     conv3,
@@ -25,6 +24,7 @@ from .blocks import (
 )
 from .build import SYNTHESISERS
 from .msc import ConditionPath
+from .norm import NormSiLU
 from .options import DenoiserOptions, as_keywords, options_from
 from .resolution import ResolutionEmbedding, check_voxel_sizes
 from .rgm import ResolutionGuidedMamba
@@ -199,14 +199,22 @@ class NeuroDiffDenoiser(nn.Module):
     def _decode(self, h: Tensor, skips: list[Tensor], time: Tensor, voxel_nm: Tensor) -> Tensor:
         for level, stages in enumerate(cast("list[nn.ModuleList]", self.decoder)):
             for stage in stages:
-                h = self._kept(_joined, stage, h, skips.pop(), time, voxel_nm)
+                if self._checkpoints:
+                    h = self._kept(_joined, stage, h, skips.pop(), time, voxel_nm)
+                else:  # nothing may hold what has been joined
+                    h = torch.cat([h, skips.pop()], dim=1)
+                    h = stage(h, time, voxel_nm)
             if level < len(self.upsamples):
                 h = self._kept(self.upsamples[level], h)
         return h
 
+    @property
+    def _checkpoints(self) -> bool:
+        return self.settings.checkpointing and torch.is_grad_enabled()
+
     def _kept(self, part: Callable[..., Any], *arguments: Any) -> Any:
         """``part(*arguments)``, of which only the arguments are kept for the backward pass if checkpointing is on."""
-        if self.settings.checkpointing and torch.is_grad_enabled():
+        if self._checkpoints:
             return checkpoint(part, *arguments, use_reentrant=False, preserve_rng_state=False)
         return part(*arguments)
 
