@@ -12,24 +12,22 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
-import statistics
-import subprocess
-import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from cases import Measured, count, medians, parse, parser_for, peak_mib, timed, write
 
 PUBLISHED_STEPS = 250
 #: Volumes, in tiles along z, y and x.
-SIZES = ((1, 1, 1), (1, 1, 2), (1, 2, 2), (2, 2, 2))
+SIZES = {"1": (1, 1, 1), "2": (1, 1, 2), "4": (1, 2, 2), "8": (2, 2, 2)}
+#: Runs of the published way, and their steps.
+PUBLISHED = {"published, 1 step": 1, "published, 3 steps": 3}
 
 
-def measure(case: dict[str, Any]) -> dict[str, float]:
-    """Paint one volume in this process: CPU and wall seconds, peak memory in MiB above the start, worst seam."""
+def measure(options: argparse.Namespace) -> Measured:
+    """Paint one volume in this process."""
     import torch
 
     from connectomics_neurodiff.checkpoints import load_checkpoint
@@ -42,42 +40,34 @@ def measure(case: dict[str, Any]) -> dict[str, float]:
         synthesise,
     )
 
-    torch.set_num_threads(case["threads"])
+    torch.set_num_threads(options.threads)
     torch.manual_seed(0)
-    if case["checkpoint"]:
-        network, process = denoiser_from_checkpoint(load_checkpoint(case["checkpoint"], kind="denoiser"))
+    if options.checkpoint:
+        network, process = denoiser_from_checkpoint(load_checkpoint(options.checkpoint, kind="denoiser"))
     else:
-        network, process = build_denoiser("neurodiff", preset=case["preset"]), DiffusionProcess(cosine_betas(250))
-    tile, overlap = case["tile"], case["overlap"]
+        network, process = build_denoiser("neurodiff", preset=options.preset), DiffusionProcess(cosine_betas(250))
+    published = options.case in PUBLISHED
+    tiles = SIZES["1"] if published else SIZES[options.case]
+    overlap = [0, 0, 0] if published else options.overlap
     # So long that this many tiles cover each axis.
-    shape = [t + (n - 1) * (t - o) for t, o, n in zip(tile, overlap, case["tiles"], strict=True)]
+    shape = [t + (n - 1) * (t - o) for t, o, n in zip(options.tile, overlap, tiles, strict=True)]
     membrane = np.random.default_rng(0).random(shape, dtype=np.float32) < 0.2
-    options: dict[str, Any] = {"seed": 0, "sampler": case["sampler"], "tile": tile, "overlap": overlap}
-    options |= {"precision": case["precision"], "hint_cache_bytes": case["hint_cache_bytes"]}
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    how: dict[str, Any] = {"seed": 0, "tile": options.tile, "overlap": overlap}
+    if published:
+        how |= {"sampler": "ddpm", "precision": "fp32", "hint_cache_bytes": 0}
+    else:
+        how |= {"sampler": options.sampler, "precision": options.precision}
+    first = tuple(slice(0, t) for t in options.tile)
+    before = peak_mib()
+    painted = []
     with tempfile.TemporaryDirectory() as folder:
-        synthesise(network, process, membrane[: tile[0], : tile[1], : tile[2]], None, (30, 6, 6), steps=1, **options)
-        cpu, wall = time.process_time(), time.perf_counter()
-        image = synthesise(
-            network, process, membrane, None, (30, 6, 6), steps=case["steps"], scratch=Path(folder), **options
-        )
-        seconds = {"cpu_seconds": time.process_time() - cpu, "wall_seconds": time.perf_counter() - wall}
-        peak = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
-        found = seams(image, tile, overlap)
+        synthesise(network, process, membrane[first], None, (30, 6, 6), steps=1, **how)  # makes oneDNN's kernels
+        how |= {"steps": PUBLISHED.get(options.case, options.steps), "scratch": Path(folder)}
+        seconds = timed(lambda: painted.append(synthesise(network, process, membrane, None, (30, 6, 6), **how)))
+        peak = peak_mib() - before
+        found = seams(painted[0], options.tile, overlap)
     worst = max((seam.ratio for seam in found.values()), key=lambda ratio: abs(ratio - 1), default=1.0)
     return seconds | {"peak_mib": peak, "voxels": float(np.prod(shape)), "worst_seam": worst}
-
-
-def run(case: dict[str, Any], repeat: int) -> dict[str, float]:
-    """Medians over processes."""
-    results = []
-    for _ in range(repeat):
-        command = [sys.executable, __file__, "--case", json.dumps(case)]
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
-        if done.returncode:
-            sys.exit(done.returncode)  # the case has told why
-        results.append(json.loads(done.stdout.splitlines()[-1]))
-    return {key: statistics.median(result[key] for result in results) for key in results[0]}
 
 
 def straightness(voxels: list[float], seconds: list[float]) -> float:
@@ -88,59 +78,46 @@ def straightness(voxels: list[float], seconds: list[float]) -> float:
 
 def compare(options: argparse.Namespace) -> dict[str, Any]:
     """All cases, and what follows from them."""
-    ours = {name: getattr(options, name) for name in ("checkpoint", "preset", "threads", "tile", "overlap", "sampler")}
-    ours |= {"steps": options.steps, "precision": options.precision, "hint_cache_bytes": 1 << 30}
-    rows = [run(ours | {"tiles": tiles}, options.repeat) | {"tiles": list(tiles)} for tiles in SIZES]
-    published = ours | {"precision": "fp32", "hint_cache_bytes": 0, "sampler": "ddpm"}
-    published |= {"tiles": SIZES[0], "overlap": [0, 0, 0]}
-    one, three = (run(published | {"steps": steps}, options.repeat) for steps in (1, 3))
-    per_voxel = PUBLISHED_STEPS * (three["cpu_seconds"] - one["cpu_seconds"]) / 2 / one["voxels"]
-    largest = rows[-1]
+    found = medians([*SIZES, *PUBLISHED], options.repeat)
+    rows = {name: found[name] for name in SIZES}
+    one, three = (found[name] for name in PUBLISHED)
+    largest = rows[max(SIZES, key=int)]
+    step = (three["cpu_seconds"] - one["cpu_seconds"]) / 2
+    published = PUBLISHED_STEPS * step * largest["voxels"] / one["voxels"]
     return {
         "rows": rows,
-        "linear_r2": straightness([row["voxels"] for row in rows], [row["cpu_seconds"] for row in rows]),
-        "published_cpu_seconds": per_voxel * largest["voxels"],
-        "times_cheaper": per_voxel * largest["voxels"] / largest["cpu_seconds"],
+        "linear_r2": straightness(
+            [row["voxels"] for row in rows.values()], [row["cpu_seconds"] for row in rows.values()]
+        ),
+        "published_cpu_seconds": published,
+        "times_cheaper": published / largest["cpu_seconds"],
     }
-
-
-def _count(text: str) -> int:
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError("must be at least 1")
-    return int(text)
 
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_for(__doc__, repeat=1)
     parser.add_argument("--preset", default="paper", help="of a denoiser with fresh weights (default: paper)")
     parser.add_argument("--checkpoint", metavar="C", help="trained denoiser, so that seams mean something")
     parser.add_argument("--sampler", default="ddpm")
-    parser.add_argument("--steps", type=_count, default=20)
+    parser.add_argument("--steps", type=count, default=20)
     parser.add_argument("--tile", nargs=3, type=int, default=[8, 128, 128], metavar=("Z", "Y", "X"))
     parser.add_argument("--overlap", nargs=3, type=int, default=[2, 16, 16], metavar=("Z", "Y", "X"))
     parser.add_argument("--precision", choices=("fp32", "bf16", "auto"), default="auto")
-    parser.add_argument("--threads", type=_count, default=1)
-    parser.add_argument("--repeat", type=_count, default=1, help="processes per case")
-    parser.add_argument("--json", metavar="FILE", help="write the results here; the file must not exist")
-    parser.add_argument("--case", help=argparse.SUPPRESS)
-    options = parser.parse_args()
+    parser.add_argument("--threads", type=count, default=1)
+    options = parse(parser)
     if options.case:
-        print(json.dumps(measure(json.loads(options.case))))
+        print(json.dumps(measure(options)))
         return
-    if options.json and Path(options.json).exists():
-        parser.error(f"{options.json} exists; nothing was overwritten")
     found = compare(options)
-    for row in found["rows"]:
+    for name, row in found["rows"].items():
         print(
-            f"{'x'.join(map(str, row['tiles']))} tiles  {row['voxels'] / 1e6:6.3f} Mvoxel"
-            f"  CPU {row['cpu_seconds']:8.2f} s  {row['peak_mib']:6.0f} MiB  worst seam {row['worst_seam']:.4f}"
+            f"{name} tiles  {row['voxels'] / 1e6:6.3f} Mvoxel  CPU {row['cpu_seconds']:8.2f} s"
+            f"  {row['peak_mib']:6.0f} MiB  worst seam {row['worst_seam']:.4f}"
         )
     print(f"linear: R2 {found['linear_r2']:.5f}")
     print(f"published way: {found['published_cpu_seconds']:.0f} CPU s, {found['times_cheaper']:.1f} times ours")
-    if options.json:
-        with open(options.json, "w") as file:
-            json.dump(found, file, indent=2)
+    write(options.json, found)
 
 
 if __name__ == "__main__":
