@@ -263,6 +263,21 @@ class SignatureLibrary:
         return cls(tuple(signatures), mito_nm3, tissue_nm3)
 
 
+def gather_libraries(
+    label: np.ndarray, mito: np.ndarray | None, voxel_nm: Sequence[float], paths: Sequence[str | os.PathLike[str]]
+) -> SignatureLibrary | None:
+    """Library of a volume's own mitochondria, if it has any, and of the files at `paths`; None without either.
+
+    Raises
+    ------
+    LabelTypeError, ShapeMismatch, ValueRangeError, MissingInput, VolumeFormatError
+        As :meth:`SignatureLibrary.from_masks` and :meth:`SignatureLibrary.load`.
+    """
+    own = [] if mito is None or not np.any(mito) else [SignatureLibrary.from_masks(label, mito, voxel_nm)]
+    libraries = [*own, *(SignatureLibrary.load(path) for path in paths)]
+    return libraries[0].merged(*libraries[1:]) if libraries else None
+
+
 _TAILS = {
     "contours": (CONTOUR_POINTS, 2),
     "centroids": (2,),

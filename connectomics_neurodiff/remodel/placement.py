@@ -17,6 +17,8 @@ from .room import Candidate, CandidateGroups, Room
 
 #: Log-scale tolerance of the axis-length ratio. Published: .35 +- .05; here each template brings its own ratio.
 _RATIO_SPREAD = 0.35
+#: Of a neuron's cross-section, what lies within this distance gives its width and direction.
+_NEAR_NM = 1500.0
 #: Jitter of the orientation, published: +-5 degrees.
 _TURN_JITTER = np.deg2rad(5.0)
 _SCALE_JITTER = (0.92, 1.08)
@@ -167,10 +169,13 @@ def _section_of(template: Signature, scale: float, up: bool, room: Room, rng: np
 
 
 def _cross_section(room: Room, candidate: Candidate, at: tuple[int, int, int]) -> Ellipse:
-    """Ellipse of the piece of the neuron's cross-section that holds the voxel `at`."""
+    """Ellipse of the piece of the neuron's cross-section that holds the voxel `at`, as far as it is near."""
     z, y, x = at
-    inside = room.label[z][candidate.box[1:]] == candidate.label
-    section = piece_at(inside, y - candidate.box[1].start, x - candidate.box[2].start)
+    window = tuple(
+        slice(max(part.start, centre - int(_NEAR_NM / pitch)), min(part.stop, centre + int(_NEAR_NM / pitch) + 1))
+        for part, centre, pitch in zip(candidate.box[1:], (y, x), room.voxel_nm[1:], strict=True)
+    )
+    section = piece_at(room.label[z][window] == candidate.label, y - window[0].start, x - window[1].start)
     return equivalent_ellipse(section, room.voxel_nm[1:])
 
 
