@@ -199,14 +199,14 @@ def _add_remodel(node: CfgNode) -> None:
     node.REMODEL.LIBRARY = ""
     # A mask that fails one of these is drawn again, ATTEMPTS times (>= 1) in all. Compared with the train part: largest
     # relative difference of the share of mitochondria and of membranes, >= 0; smallest p of the Kolmogorov-Smirnov test
-    # of the mitochondria's heights, 0 to 1, where there are 20; largest statistic of that test of the neurons' profile
-    # areas, 0 to 1 (docs/remodelling.md). [ours]
+    # of the mitochondria's heights, 0 to 1, where there are 20; largest mean change of the neurons' profile areas, as a
+    # logarithm, >= 0 (docs/remodelling.md). [ours]
     node.REMODEL.ATTEMPTS = 5
     node.REMODEL.LIMITS = CfgNode()
     node.REMODEL.LIMITS.MITO_FRACTION = 0.1
     node.REMODEL.LIMITS.MITO_HEIGHT_P = 0.05
     node.REMODEL.LIMITS.MEMBRANE_FRACTION = 0.25
-    node.REMODEL.LIMITS.PROFILE_KS = 0.15
+    node.REMODEL.LIMITS.PROFILE_CHANGE = 0.2
 
 
 def _add_diffusion(node: CfgNode) -> None:
