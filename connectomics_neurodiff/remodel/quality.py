@@ -245,8 +245,8 @@ def mask_gate(report: dict[str, float], limits: MaskLimits) -> str:
         )
     if report["profile_change"] > limits.profile_change:
         return (
-            f"The areas of its neurons' profiles differ from the source's by {report['profile_change']:.2f} on average, "
-            f"as a logarithm; at most {limits.profile_change:g} is allowed."
+            f"The areas of its neurons' profiles differ from the source's by {report['profile_change']:.2f} on average "
+            f"(logarithm); at most {limits.profile_change:g} is allowed."
         )
     return _mito_fault(report, limits) if report["source_mito_count"] else ""
 

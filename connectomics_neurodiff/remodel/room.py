@@ -108,10 +108,11 @@ class Room:
     label : numpy.ndarray
         (z, y, x) uint32, compact labels 0..n.
     depth : numpy.ndarray
-        (z, y, x) float32: nm to the nearest membrane voxel, other neuron or mitochondrion; 0 within the margin of a
-        membrane or another neuron.
+        (z, y, x) float32: nm to the nearest membrane voxel, other neuron or mitochondrion; 0 within the margin of one.
     voxel_nm : tuple of float
         Voxel size (z, y, x).
+    margin_nm : float
+        Distance that stays free, one voxel at least.
     blocked : numpy.ndarray
         (z, y, x) bool: mitochondria and their 26 neighbours.
     mito : numpy.ndarray
@@ -121,6 +122,7 @@ class Room:
     label: np.ndarray
     depth: np.ndarray
     voxel_nm: tuple[float, float, float]
+    margin_nm: float
     blocked: np.ndarray = field(init=False)
     mito: np.ndarray = field(init=False)
 
@@ -142,7 +144,7 @@ class Room:
                 deep[_eroded(section, voxel_nm[1:], margin) == 0] = 0
         else:
             depth[depth <= margin] = 0
-        return cls(label, depth, voxel_nm)
+        return cls(label, depth, voxel_nm, margin)
 
     def free(self, label: int, box: tuple[slice, ...]) -> np.ndarray:
         """Where a mitochondrion of that neuron may lie, as a bool mask of the box."""
@@ -158,6 +160,7 @@ class Room:
             reach[0] = 0
         around = self._grown(box, reach)
         gap = depth_map((self.mito[around] == 0).astype(np.uint8), self.voxel_nm)
+        gap[gap <= self.margin_nm] = 0
         np.minimum(self.depth[around], gap, out=self.depth[around])
 
     def _grown(self, box: tuple[slice, ...], by: Sequence[int]) -> tuple[slice, ...]:

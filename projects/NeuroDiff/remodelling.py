@@ -2,12 +2,14 @@
 
     python projects/NeuroDiff/remodelling.py vnc.h5 fib.h5 phantom --seeds 10 --json remodelling.json
     python projects/NeuroDiff/remodelling.py vnc.h5 --cost 20 1024 1024
+    python projects/NeuroDiff/remodelling.py fib.h5 --picture sections.png
 
 For every volume and seed: the numbers of the quality report, what the gate says, CPU seconds, and a hash of the bytes.
 Labels in several pieces are told apart first (``--whole``), so that each must stay connected. "phantom" is the embedded
 one. Rows that FILE.json holds already are not made again. ``--workers`` processes share the rows; the hashes are the
 same for any number. ``--cost`` instead remodels a volume of that shape, mirrored or cropped, in a process of its own
-and prints CPU seconds and the memory that came on top of the source, in multiples of its labels.
+and prints CPU seconds and the memory that came on top of the source, in multiples of its labels. ``--picture`` draws
+ten sections of the first volume above ten of its mask of seed 0, in two bands.
 """
 
 from __future__ import annotations
@@ -22,8 +24,10 @@ from pathlib import Path
 from typing import Any
 
 import cc3d
+import cv2
 import numpy as np
 
+from connectomics_neurodiff.conditions import membrane_from_labels
 from connectomics_neurodiff.errors import UserError
 from connectomics_neurodiff.provenance import write_json
 from connectomics_neurodiff.remodel import (
@@ -35,6 +39,8 @@ from connectomics_neurodiff.remodel import (
     quality_report,
     remodel,
 )
+from connectomics_neurodiff.report import sections_to_show
+from connectomics_neurodiff.report.figures import paint_mask
 from connectomics_neurodiff.seeding import rng_for
 from connectomics_neurodiff.volume import grow_phantom, open_volume
 
@@ -98,6 +104,24 @@ def cost(name: str, shape: tuple[int, ...], seed: int) -> dict[str, float]:
     return {"cpu_seconds": seconds, "label_mb": label.nbytes / 2**20, "memory": (peak - before) * 1024 / label.nbytes}
 
 
+def draw(name: str, path: Path) -> None:
+    """Ten sections of a volume and of its remodelled mask: two bands, the source above the mask in each."""
+    label, mito, voxel_nm = source(name, whole=False)
+    mask = remodel(label, mito, voxel_nm, rng_for(0))
+    membrane = membrane_from_labels(label, voxel_nm)
+    sections = sections_to_show(len(label), 10)
+    gap = np.ones((label.shape[1], 6, 3))
+
+    def strip(volumes: tuple[np.ndarray, np.ndarray, np.ndarray], chosen: list[int]) -> np.ndarray:
+        parts = [part for z in chosen for part in (paint_mask(*(volume[z] for volume in volumes)), gap)]
+        return np.pad(np.concatenate(parts[:-1], axis=1), ((0, 6), (0, 0), (0, 0)), constant_values=1)
+
+    marked = np.zeros(label.shape, np.uint8) if mito is None else mito
+    real, made = (label, membrane, marked), (mask.label, mask.membrane, mask.mito)
+    bands = [strip(volumes, chosen) for chosen in (sections[:5], sections[5:]) for volumes in (real, made)]
+    cv2.imwrite(str(path), np.rint(255 * np.concatenate(bands)).astype(np.uint8)[..., ::-1])
+
+
 def print_rows(rows: dict[str, dict[str, Any]]) -> None:
     """A line per row: mask / source for the paired numbers, then the others."""
     for key, values in rows.items():
@@ -115,6 +139,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--whole", action="store_true", help="tell the pieces of disconnected labels apart first")
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--json", type=Path, metavar="FILE", help="rows; those that are there are not made again")
+    parser.add_argument("--picture", type=Path, metavar="FILE.png", help="ten sections, real and remodelled")
     parser.add_argument("--cost", type=int, nargs=3, metavar=("Z", "Y", "X"), help="time and memory at that shape")
     return parser.parse_args()
 
@@ -123,6 +148,9 @@ def main() -> None:
     """Print a table."""
     options = parse()
     try:
+        if options.picture:
+            draw(options.volumes[0], options.picture)
+            return
         if not options.cost:
             print_rows(measure(options))
             return
