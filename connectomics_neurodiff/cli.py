@@ -139,6 +139,16 @@ def _add_synthesis_commands(commands: Any) -> None:
     _add_seed(remodel)
     remodel.add_argument("--no-mito", action="store_true", help="leave the mitochondria where they are")
     remodel.add_argument("--no-elastic", action="store_true", help="leave the membranes where they are")
+    remodel.add_argument(
+        "--library",
+        action="append",
+        default=[],
+        metavar="FILE.npz",
+        help="mitochondria's shapes of other volumes, of any voxel size, to place beside VOLUME's own; may be repeated",
+    )
+    remodel.add_argument(
+        "--save-library", metavar="FILE.npz", help="write the shapes that are placed, for other volumes"
+    )
     remodel.add_argument("--membrane-nm", type=float, default=25.0, help="membrane width in nm (default: 25)")
     _add_voxel_size(remodel)
 

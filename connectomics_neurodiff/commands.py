@@ -21,6 +21,10 @@ def _require_free(path: str, *inputs: str, force: bool) -> None:
     from .volume import require_hdf5_name
 
     require_hdf5_name(path)
+    _require_unused(path, *inputs, force=force)
+
+
+def _require_unused(path: str, *inputs: str, force: bool) -> None:
     for source in inputs:
         file = source.split("::")[0]
         if Path(path).exists() and Path(file).exists() and Path(path).samefile(file):
@@ -209,7 +213,7 @@ def view(options: argparse.Namespace) -> None:
 def remodel(options: argparse.Namespace) -> None:
     """``neurodiff remodel``"""
     from .progress import progress
-    from .remodel import SignatureLibrary
+    from .remodel import gather_libraries
     from .remodel import remodel as remodel_masks
     from .seeding import rng_for
     from .volume import check_training_volume, open_volume, write_volume
@@ -222,12 +226,20 @@ def remodel(options: argparse.Namespace) -> None:
     outputs = [first] + [first.with_name(f"{first.stem}_{i:03d}{first.suffix}") for i in range(1, options.copies)]
     for output in outputs:
         _require_free(str(output), options.volume, force=options.force)
+    if options.save_library:
+        if not options.save_library.endswith(".npz"):
+            raise ValueRangeError(f"--save-library writes a file whose name ends in .npz. Got {options.save_library}.")
+        _require_unused(options.save_library, *options.library, force=options.force)
     volume = open_volume(options.volume, voxel_nm=_voxel_size(options))
     check_training_volume(volume, needs=("label",))
     volume = volume.load()
     label, mito = volume.array("label"), volume.mito_array
     place = not options.no_mito
-    library = SignatureLibrary.from_masks(label, mito, volume.voxel_nm) if place and mito is not None else None
+    library = gather_libraries(label, mito, volume.voxel_nm, options.library) if place or options.save_library else None
+    if options.save_library:
+        if library is None:
+            raise ValueRangeError("--save-library needs a volume with mitochondria. Got one without.")
+        library.save(options.save_library)
     for copy, output in enumerate(progress(outputs, label="remodel")):
         mask = remodel_masks(
             label,

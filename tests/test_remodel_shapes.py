@@ -110,7 +110,7 @@ def test_interpolated_sections_lie_between_the_measured_ones() -> None:
 @pytest.mark.parametrize(("sections", "below", "above"), [(slice(5, 12), True, False), (slice(0, 6), False, True)])
 def test_objects_cut_in_z_are_flagged_and_kept(sections: slice, below: bool, above: bool) -> None:
     label, mito = (a[sections] for a in spindle())
-    (signature,) = SignatureLibrary.from_masks(label, mito, VOXEL).templates
+    (signature,) = SignatureLibrary.from_masks(label, mito, VOXEL).templates_for(np.inf)
     assert (signature.cut_below, signature.cut_above) == (below, above)
 
 
@@ -119,26 +119,32 @@ def test_objects_cut_by_the_lateral_border_are_no_templates() -> None:
     mito[3:9, 15:40, 72:] = 1
     library = SignatureLibrary.from_masks(label, mito, VOXEL)
     assert sorted(s.cut_lateral for s in library.signatures) == [False, True]
-    assert [s.cut_lateral for s in library.templates] == [False]
+    assert [s.cut_lateral for s in library.templates_for(np.inf)] == [False]
 
 
 def test_sections_at_the_border_are_trimmed_off() -> None:
     label, mito = spindle()
     mito[8] = 0
     mito[8, 20:40, 40:] = 1
-    (signature,) = SignatureLibrary.from_masks(label, mito, VOXEL).templates
+    (signature,) = SignatureLibrary.from_masks(label, mito, VOXEL).templates_for(np.inf)
     assert len(signature) == 5
     assert (signature.cut_below, signature.cut_above, signature.cut_lateral) == (False, True, False)
 
 
-def test_a_flat_remnant_of_a_cut_object_is_no_template() -> None:
-    """Two sections (58 nm) of an object 90 nm wide say nothing about its height."""
+def test_a_flat_remnant_of_a_cut_object_is_a_template_of_thin_stacks_alone() -> None:
+    """Two sections (58 nm) of an object 120 nm wide say nothing about its height."""
     label, mito = spindle()
     whole = SignatureLibrary.from_masks(label, mito, VOXEL)
-    remnant = SignatureLibrary.from_masks(label[5:], np.concatenate([mito[5:7], 0 * mito[7:]]), VOXEL)
+    flat = np.zeros_like(mito)
+    flat[:2] = ellipse_mask(mito.shape[1:], (180, 200), (240, 120), 0.5, (6, 6))
+    remnant = SignatureLibrary.from_masks(label, flat, VOXEL)
     assert len(remnant) == 1
-    assert whole.merged(remnant).templates == whole.signatures
-    assert remnant.templates == remnant.signatures
+    both = whole.merged(remnant)
+    height = whole.signatures[0].z_extent_nm
+    assert both.templates_for(2 * height) == whole.signatures
+    assert both.templates_for(2 * height - 1) == both.signatures
+    # Where there is nothing else it serves nevertheless.
+    assert remnant.templates_for(2 * height) == remnant.signatures
 
 
 def test_if_the_border_cuts_all_they_serve_nevertheless() -> None:
@@ -146,8 +152,23 @@ def test_if_the_border_cuts_all_they_serve_nevertheless() -> None:
     mito = np.zeros_like(label)
     mito[:, 10:30, :20] = 1
     library = SignatureLibrary.from_masks(label, mito, VOXEL)
-    assert len(library.templates) == 1
-    assert library.templates[0].cut_lateral
+    (template,) = library.templates_for(np.inf)
+    assert template.cut_lateral
+
+
+def test_templates_stand_for_half_of_the_volume_at_least() -> None:
+    """A large object that the border cuts outweighs a small whole one: it is added, the crumb beside it is not."""
+    label, mito = spindle()
+    mito[1:11, 45:, 40:] = 1
+    mito[5:8, 6:20, 70:] = 1
+    library = SignatureLibrary.from_masks(label, mito, VOXEL)
+    assert len(library) == 3
+    crumb = min(library.signatures, key=lambda s: s.volume_nm3)
+    assert crumb.cut_lateral
+    templates = library.templates_for(np.inf)
+    assert sorted(s.cut_lateral for s in templates) == [False, True]
+    assert crumb not in templates
+    assert sum(s.volume_nm3 for s in templates) >= sum(s.volume_nm3 for s in library.signatures) / 2
 
 
 def test_a_mitochondrion_across_two_neurons_is_measured_in_the_one_that_holds_most() -> None:

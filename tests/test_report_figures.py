@@ -14,10 +14,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from connectomics_neurodiff.errors import ShapeMismatch, ValueRangeError
+from connectomics_neurodiff.remodel import PAIRED
 from connectomics_neurodiff.report import (
     grey_value_figure,
     label_colours,
     loss_figure,
+    mask_quality_figure,
     scores_figure,
     sections_to_show,
     segmentation_figure,
@@ -29,6 +31,8 @@ from connectomics_neurodiff.report.figures import length_text, paint_mask, scale
 
 VOXEL = (29.0, 6.0, 6.0)
 SHAPE = (6, 60, 84)
+QUALITY = {name: 0.0 for key in PAIRED for name in (key, f"source_{key}")}
+QUALITY |= {"membrane_fraction": 0.2, "source_membrane_fraction": 0.25}
 SCORES = {"voi_split": 0.8, "voi_merge": 0.4, "voi": 1.2, "arand": 0.14}
 
 
@@ -214,6 +218,7 @@ CHARTS: dict[str, Callable[[Path], None]] = {
     ),
     "scores": lambda p: scores_figure(p, {"real": {"waterz": SCORES}, "mixed": {"waterz": SCORES, "multicut": SCORES}}),
     "scores of one arm": lambda p: scores_figure(p, {"real": {"waterz": SCORES}, "mixed": {}}),
+    "mask quality": lambda p: mask_quality_figure(p, {"copy_000": QUALITY, "copy_001": QUALITY}),
     "grey values": lambda p: grey_value_figure(p, np.linspace(0, 1, 99), {"a": np.full(9, 0.5), "b": np.zeros(9)}),
     "grey values of one": lambda p: grey_value_figure(p, np.linspace(0, 1, 99), [np.full((3, 4, 5), 0.5)]),
 }
@@ -239,6 +244,7 @@ def test_charts_are_drawn_the_same_twice(tmp_path: Path, name: str) -> None:
         (lambda p: threshold_figure(p, {("r", "w"): CURVE}, {("r", "w"): 0.25}), "one of those tried.* Got 0.25"),
         (lambda p: scores_figure(p, {"real": {}}), "'real' or 'mixed'"),
         (lambda p: grey_value_figure(p, np.zeros(3), []), "at least one synthetic"),
+        (lambda p: mask_quality_figure(p, {}), "at least one report"),
     ],
 )
 def test_charts_refuse_nothing_to_draw(tmp_path: Path, draw: Callable[[Path], None], message: str) -> None:

@@ -194,6 +194,19 @@ def _add_remodel(node: CfgNode) -> None:
     node.REMODEL.SPACING_NM = 300.0
     # Neurons that may receive mitochondria: this fraction, largest by volume. [paper] top 10 %.
     node.REMODEL.CANDIDATE_FRACTION = 0.1
+    # File below INPUT_PATH with shapes of mitochondria, written by `neurodiff remodel --save-library`, to place beside
+    # the train part's own, if it has any; lengths are in nm, so the voxel size may differ. "": none. [ours]
+    node.REMODEL.LIBRARY = ""
+    # A mask that fails one of these is drawn again, ATTEMPTS times (>= 1) in all. Compared with the train part: largest
+    # relative difference of the share of mitochondria and of membranes, >= 0; smallest p of the Kolmogorov-Smirnov test
+    # of the mitochondria's heights, 0 to 1, where there are 20; largest mean change of the neurons' profile areas, as a
+    # logarithm, >= 0 (docs/remodelling.md). [ours]
+    node.REMODEL.ATTEMPTS = 5
+    node.REMODEL.LIMITS = CfgNode()
+    node.REMODEL.LIMITS.MITO_FRACTION = 0.1
+    node.REMODEL.LIMITS.MITO_HEIGHT_P = 0.05
+    node.REMODEL.LIMITS.MEMBRANE_FRACTION = 0.25
+    node.REMODEL.LIMITS.PROFILE_CHANGE = 0.2
 
 
 def _add_diffusion(node: CfgNode) -> None:

@@ -107,6 +107,7 @@ def run_pipeline(
     extra = parts_of.open_extra_volumes(cfg, parts)
     parts_of.check_pairs(cfg, parts["train"].volume)
     from . import stages as made_by
+    from .masks_stage import make_masks
     from .pairs_stage import make_pairs
     from .segmentations_stage import check_blocks, make_segmentations
 
@@ -115,7 +116,7 @@ def run_pipeline(
 
     makers: dict[str, Callable[[Run], None]] = {
         "diffusion": made_by.make_diffusion,
-        "masks": made_by.make_masks,
+        "masks": make_masks,
         "pairs": make_pairs,
         "segmenter": made_by.make_segmenter,
         "predictions": made_by.make_predictions,

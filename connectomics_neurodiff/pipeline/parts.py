@@ -83,9 +83,15 @@ def source_paths(cfg: CfgNode) -> dict[str, list[str]]:
     return found
 
 
+def library_paths(cfg: CfgNode) -> list[str]:
+    """File with shapes of mitochondria that the masks are remodelled with, if there is one."""
+    name = cfg.NEURODIFF.REMODEL.LIBRARY if makes_pairs(cfg) and cfg.NEURODIFF.REMODEL.MITOCHONDRIA else ""
+    return [str(Path(cfg.DATASET.INPUT_PATH) / name)] if name else []
+
+
 def missing_inputs(cfg: CfgNode) -> list[str]:
     """Input files that are not there, including those of synthetic pairs made before."""
-    groups = [*source_paths(cfg).values(), *extra_paths(cfg), list(cfg.AUGMENTOR.SYNTHETIC.PAIRS)]
+    groups = [*source_paths(cfg).values(), *extra_paths(cfg), library_paths(cfg), list(cfg.AUGMENTOR.SYNTHETIC.PAIRS)]
     paths = [path for group in groups for path in group]
     return sorted({path for path in paths if not Path(path.split("::")[0]).exists()})
 

@@ -15,6 +15,7 @@ from ..engine import read_loss_curve
 from ..report import (
     grey_value_figure,
     loss_figure,
+    mask_quality_figure,
     scores_figure,
     sections_to_show,
     segmentation_figure,
@@ -32,6 +33,7 @@ def make_report(run: Run) -> None:
     drawers: dict[str, Callable[[Run, Path], bool]] = {
         "scores": _draw_scores,
         "synthesis": _draw_synthesis,
+        "mask_quality": _draw_mask_quality,
         "grey_values": _draw_grey_values,
         "losses": _draw_losses,
         "thresholds": _draw_thresholds,
@@ -106,6 +108,13 @@ def _membrane_of(run: Run, path: Path, pair: Volume) -> np.ndarray:
     if "membrane" in open_source(path).arrays:
         return np.asarray(open_array(path, ("membrane",)))
     return membrane_from_labels(pair.array("label"), pair.voxel_nm, run.cfg.NEURODIFF.MEMBRANE_NM)
+
+
+def _draw_mask_quality(run: Run, path: Path) -> bool:
+    files = sorted((run.folder / "masks").glob("*.quality.json"))
+    if files:
+        mask_quality_figure(path, {file.name.split(".")[0]: json.loads(file.read_text()) for file in files})
+    return bool(files)
 
 
 def _draw_grey_values(run: Run, path: Path) -> bool:

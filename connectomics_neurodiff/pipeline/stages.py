@@ -17,7 +17,6 @@ from ..errors import CheckpointMismatch, StaleArtifactError, UserError
 from ..metrics import evaluate
 from ..pairs import open_pairs, read_reliability
 from ..provenance import hash_of, hash_of_file, write_json
-from ..remodel import SignatureLibrary, remodel
 from ..seeding import rng_for
 from ..volume import Volume, open_array, write_volume
 from . import networks
@@ -96,39 +95,6 @@ def _diffusion_loss(cfg: CfgNode, process: DiffusionProcess) -> Loss:
     node = cfg.NEURODIFF.DIFFUSION
     weight = min_snr_weight(process, node.SNR_GAMMA) if node.SNR_GAMMA else None
     return partial(noise_loss, weight=weight, bound=VariationalBound(process) if node.LEARN_VARIANCE else None)
-
-
-def make_masks(run: Run) -> None:
-    """Remodel the train part's masks -> masks/copy_000.h5, ..."""
-    node = run.cfg.NEURODIFF.REMODEL
-    settings = networks.training_keys(node, ("COPIES",)) | {"MEMBRANE_NM": run.cfg.NEURODIFF.MEMBRANE_NM}
-    train: Volume | None = None
-    library: SignatureLibrary | None = None
-    for copy in range(node.COPIES):
-        provenance = run.provenance("masks", settings | {"COPY": copy}, train=run.parts["train"].identity)
-        target = run.folder / "masks" / f"copy_{copy:03d}.h5"
-        if run.is_done(target, provenance):
-            continue
-        if train is None:
-            train = run.parts["train"].load()
-            if node.MITOCHONDRIA and train.mito_array is not None:
-                library = SignatureLibrary.from_masks(train.array("label"), train.mito_array, train.voxel_nm)
-        mask = remodel(
-            train.array("label"),
-            train.mito_array,
-            train.voxel_nm,
-            rng_for(run.cfg.NEURODIFF.SEED, "remodel", copy),
-            elastic=node.ELASTIC,
-            place_mitochondria=node.MITOCHONDRIA,
-            library=library,
-            elastic_sigma_nm=node.SIGMA_NM,
-            elastic_spacing_nm=node.SPACING_NM,
-            candidate_fraction=node.CANDIDATE_FRACTION,
-            membrane_thickness_nm=run.cfg.NEURODIFF.MEMBRANE_NM,
-        )
-        arrays = {"label": mask.label, "membrane": mask.membrane, "mito": mask.mito}
-        write_volume(target, arrays, train.voxel_nm, {"seed": run.cfg.NEURODIFF.SEED, "copy": copy})
-        run.finish(target, provenance)
 
 
 def make_segmenter(run: Run) -> None:

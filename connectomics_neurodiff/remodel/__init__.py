@@ -14,20 +14,24 @@ from typing import Any
 from .elastic import Deformation, elastic_deform
 from .field import DisplacementField, jacobian_minimum
 from .inside import keep_inside
-from .library import Signature, SignatureLibrary
+from .library import Signature, SignatureLibrary, gather_libraries
 from .placement import place_mitochondria
-from .quality import quality_report
+from .quality import PAIRED, MaskLimits, mask_gate, quality_report
 from .remodel import RemodelledMask, remodel
 
 __all__ = [
+    "PAIRED",
     "Deformation",
     "DisplacementField",
+    "MaskLimits",
     "RemodelledMask",
     "Signature",
     "SignatureLibrary",
     "elastic_deform",
+    "gather_libraries",
     "jacobian_minimum",
     "keep_inside",
+    "mask_gate",
     "place_mitochondria",
     "quality_report",
     "remodel",

@@ -37,11 +37,12 @@ def compact_labels(label: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         raise LabelTypeError(f"A label volume is made of non-negative integers. Got dtype {label.dtype}.")
     if np.issubdtype(label.dtype, np.signedinteger) and label.min() < 0:
         raise LabelTypeError(f"A label volume is made of non-negative integers. Got {label.min()}.")
-    compact, table = fastremap.renumber(np.ascontiguousarray(label, dtype=np.uint64), in_place=False)
+    unsigned = np.ascontiguousarray(label).view(np.dtype(f"u{label.dtype.itemsize}"))
+    compact, table = fastremap.renumber(unsigned, in_place=False)
     ids = np.zeros(int(max(table.values(), default=0)) + 1, dtype=np.uint64)
     for name, index in table.items():
         ids[int(index)] = name
-    return compact.astype(np.uint32), ids
+    return compact.astype(np.uint32, copy=False), ids
 
 
 def binary_mask(mask: np.ndarray, shape: tuple[int, ...], name: str) -> np.ndarray:

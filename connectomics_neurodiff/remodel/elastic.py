@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
 import cc3d
 import numpy as np
@@ -40,11 +42,22 @@ class Deformation:
 
 @dataclass(frozen=True, eq=False)
 class _Pieces:
-    """26-connected pieces of every label: `labels[i]` and `sizes[i]` belong to piece i of `components` (0 unused)."""
+    """26-connected pieces of labels: `labels[i]`, `sizes[i]`, `boxes[i]` belong to piece i of `components`, i > 0."""
 
     components: np.ndarray
     labels: np.ndarray
-    sizes: np.ndarray
+
+    @cached_property
+    def _statistics(self) -> dict[str, Any]:
+        return dict(cc3d.statistics(self.components))
+
+    @property
+    def sizes(self) -> np.ndarray:
+        return np.asarray(self._statistics["voxel_counts"]).astype(np.int64)
+
+    @property
+    def boxes(self) -> Sequence[tuple[slice, ...]]:
+        return list(self._statistics["bounding_boxes"])
 
     def counts(self, labels: int) -> np.ndarray:
         """Number of pieces of labels 0..labels-1."""
@@ -53,9 +66,9 @@ class _Pieces:
 
 def _pieces_of(compact: np.ndarray) -> _Pieces:
     components, count = cc3d.connected_components(compact, connectivity=26, return_N=True)
-    labels = np.zeros(count + 1, dtype=np.int64)
-    labels[components.ravel()] = compact.ravel()
-    return _Pieces(components, labels, np.bincount(components.ravel(), minlength=count + 1))
+    labels = np.zeros(count + 1, dtype=np.uint32)
+    labels[components] = compact
+    return _Pieces(components, labels.astype(np.int64))
 
 
 def _fragments(pieces: _Pieces, allowed: np.ndarray) -> np.ndarray:
@@ -81,29 +94,31 @@ def mend_fragments(compact: np.ndarray, allowed: np.ndarray) -> np.ndarray:
     numpy.ndarray
         Copy in which every other piece carries the commonest label among the voxels that touch it, 0 included.
     """
-    pieces = _pieces_of(compact)
-    gone = _fragments(pieces, allowed)
-    if not gone.size:
-        return compact
     mended = compact.copy()
-    is_gone = np.zeros(len(pieces.labels), dtype=bool)
-    is_gone[gone] = True
-    boxes = ndimage.find_objects(pieces.components)
-    for i in gone:
-        box = tuple(
-            slice(max(0, b.start - 1), min(n, b.stop + 1)) for b, n in zip(boxes[i - 1], compact.shape, strict=True)
-        )
-        components = pieces.components[box]
-        fragment = components == i
-        ring = ndimage.binary_dilation(fragment, np.ones((3, 3, 3))) & ~is_gone[components]
-        around = np.bincount(compact[box][ring])
-        mended[box][fragment] = around.argmax() if around.size else 0
+    _mend(mended, _pieces_of(compact), allowed)
     return mended
 
 
-def _torn_boxes(before: np.ndarray, after: np.ndarray, allowed: np.ndarray) -> list[tuple[slice, ...]]:
+def _mend(compact: np.ndarray, pieces: _Pieces, allowed: np.ndarray) -> None:
+    """:func:`mend_fragments` in place, given the pieces."""
+    gone = _fragments(pieces, allowed)
+    is_gone = np.zeros(len(pieces.labels), dtype=bool)
+    is_gone[gone] = True
+    boxes = pieces.boxes
+    for i in gone:
+        box = tuple(
+            slice(max(0, b.start - 1), min(n, b.stop + 1)) for b, n in zip(boxes[i], compact.shape, strict=True)
+        )
+        components = pieces.components[box]
+        fragment = components == i
+        # What is given away itself has no say, so that the order does not matter.
+        ring = ndimage.binary_dilation(fragment, np.ones((3, 3, 3))) & ~is_gone[components]
+        around = np.bincount(compact[box][ring])
+        compact[box][fragment] = around.argmax() if around.size else 0
+
+
+def _torn_boxes(before: np.ndarray, pieces: _Pieces, allowed: np.ndarray) -> list[tuple[slice, ...]]:
     """Boxes around labels that vanished and around large parts that broke off."""
-    pieces = _pieces_of(after)
     here = pieces.counts(len(allowed))
     lost = np.flatnonzero((allowed > 0) & (here == 0))
     sources = ndimage.find_objects(before) if lost.size else []
@@ -113,8 +128,8 @@ def _torn_boxes(before: np.ndarray, after: np.ndarray, allowed: np.ndarray) -> l
     total = np.bincount(pieces.labels[1:], weights=pieces.sizes[1:], minlength=len(allowed))
     torn = broken > _MAX_BROKEN * total
     if torn.any():
-        found = ndimage.find_objects(pieces.components)
-        boxes += [found[i - 1] for i in gone if torn[pieces.labels[i]]]
+        found = pieces.boxes
+        boxes += [found[i] for i in gone if torn[pieces.labels[i]]]
     return boxes
 
 
@@ -156,19 +171,35 @@ def elastic_deform(
         If an argument is not valid.
     """
     compact, ids = compact_labels(label)
+    moved, field, minimum = deform_compact(
+        compact, voxel_nm, rng, sigma_nm=sigma_nm, spacing_nm=spacing_nm, min_jacobian=min_jacobian
+    )
+    return Deformation(ids[moved], field, minimum)
+
+
+def deform_compact(
+    compact: np.ndarray,
+    voxel_nm: Sequence[float],
+    rng: np.random.Generator,
+    *,
+    sigma_nm: float,
+    spacing_nm: float,
+    min_jacobian: float,
+) -> tuple[np.ndarray, DisplacementField, float]:
+    """:func:`elastic_deform` of labels 0..n (uint32): deformed labels, field, its smallest Jacobian determinant."""
     positive("The elastic amplitude in nm", sigma_nm, zero=True)
     positive("The spacing of the elastic grid in nm", spacing_nm)
     drawn = DisplacementField.random(compact.shape, voxel_nm, rng, sigma_nm=sigma_nm, spacing_nm=spacing_nm)
-    allowed = _pieces_of(compact).counts(len(ids))
+    allowed = _pieces_of(compact).counts(int(compact.max()) + 1)
     field = drawn
     for attempt in range(_MAX_ATTEMPTS):
-        field = field.without_folds(min_jacobian)
+        field, minimum = field.without_folds(min_jacobian)
         warped = field.warp(compact)
-        boxes = _torn_boxes(compact, warped, allowed)
+        pieces = _pieces_of(warped)
+        boxes = _torn_boxes(compact, pieces, allowed)
         if not boxes:
-            break
+            _mend(warped, pieces, allowed)
+            return warped, field, minimum
         for box in boxes:
             field = field.damped(box, _CALM if attempt == 0 else 0.0)
-    else:
-        field, warped = field.scaled(0.0), compact
-    return Deformation(ids[mend_fragments(warped, allowed)], field, field.jacobian_minimum())
+    return compact, field.scaled(0.0), 1.0

@@ -96,6 +96,7 @@ def largest_piece(mask: np.ndarray) -> np.ndarray:
 
 
 def piece_at(mask: np.ndarray, y: int, x: int) -> np.ndarray:
-    """The 8-connected piece of a 2D mask that contains pixel (y, x), as uint8."""
-    _, pieces = cv2.connectedComponents((mask != 0).astype(np.uint8), connectivity=8)
-    return ((pieces == pieces[y, x]) & (mask != 0)).astype(np.uint8)
+    """The 8-connected piece of a 2D mask that contains pixel (y, x), as uint8 in its bounding box; (y, x) is inside."""
+    filled = (mask != 0).astype(np.uint8)
+    _, _, _, (left, top, width, height) = cv2.floodFill(filled, None, (x, y), 2, flags=8)
+    return (filled[top : top + height, left : left + width] == 2).astype(np.uint8)

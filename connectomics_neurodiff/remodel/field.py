@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import product
+from itertools import pairwise, product
 
+import cv2
 import numpy as np
 
 from ..errors import ValueRangeError
@@ -15,6 +16,7 @@ from ..geometry import is_anisotropic, voxel_size
 _SPLINE_VARIANCE = 151 / 315
 _SHRINK = 0.85
 _MAX_SHRINKS = 40
+_STRIP = 32
 
 
 @dataclass(frozen=True, eq=False)
@@ -126,8 +128,8 @@ class DisplacementField:
         planes = []
         for axis, coefficients in zip(self.moves, self.coefficients, strict=True):
             bz, by, bx = (a.odd if i == axis else a.even for i, a in enumerate(self.axes))
-            plane = by @ np.tensordot(bz[z], coefficients, axes=1) @ bx.T
-            planes.append((plane / self.pitch_nm[axis]).astype(np.float32))
+            control = np.tensordot(bz[z], coefficients / self.pitch_nm[axis], axes=1)
+            planes.append(_product(_product(by, control), bx.T))
         return np.stack(planes)
 
     def scaled(self, factor: float) -> DisplacementField:
@@ -147,17 +149,20 @@ class DisplacementField:
 
     def jacobian_minimum(self) -> float:
         """Smallest Jacobian determinant of p -> p + u(p) over all corners of all voxel cells; > 0 means no fold."""
+        sections = (self.section(z) for z in range(self.shape[0]))
         if self.moves == (1, 2):
-            return min(jacobian_minimum(self.section(z)) for z in range(self.shape[0]))
-        lowest, below = np.inf, self.section(0)
-        for z in range(1, self.shape[0]):
-            above = self.section(z)
-            lowest = min(lowest, jacobian_minimum(np.stack([below, above], axis=1)))
-            below = above
-        return lowest
+            return min(_minimum_by_strips(section) for section in sections)
+        slabs = (np.stack(pair, axis=1) for pair in pairwise(sections))
+        return min(_minimum_by_strips(slab) for slab in slabs)
 
-    def without_folds(self, min_jacobian: float) -> DisplacementField:
+    def without_folds(self, min_jacobian: float) -> tuple[DisplacementField, float]:
         """Field scaled down in equal steps until its smallest Jacobian determinant is at least `min_jacobian`.
+
+        Returns
+        -------
+        field : DisplacementField
+        minimum : float
+            Its smallest Jacobian determinant.
 
         Raises
         ------
@@ -168,11 +173,12 @@ class DisplacementField:
             raise ValueRangeError(f"The smallest Jacobian determinant allowed lies in (0, 1). Got {min_jacobian}.")
         field = self
         for _ in range(_MAX_SHRINKS):
-            if field.jacobian_minimum() >= min_jacobian:
-                return field
+            minimum = field.jacobian_minimum()
+            if minimum >= min_jacobian:
+                return field, minimum
             field = field.scaled(_SHRINK)
         # Reached only by amplitudes hundreds of times the spacing.
-        return self.scaled(0.0)
+        return self.scaled(0.0), 1.0
 
     def warp(self, volume: np.ndarray) -> np.ndarray:
         """Pull a label volume through the field: out(p) is the label with the largest linear weight at p + u(p).
@@ -190,38 +196,63 @@ class DisplacementField:
         numpy.ndarray
             Same shape and dtype; every value occurs in `volume`.
         """
-        out, flat = np.empty(self.shape, dtype=volume.dtype), np.ascontiguousarray(volume).ravel()
+        out, flat = np.empty((self.shape[0], self.shape[1] * self.shape[2]), volume.dtype), volume.ravel()
         strides = (self.shape[1] * self.shape[2], self.shape[2], 1)
         axes = [a for a in self.moves if self.shape[a] > 1]
+        mixed = _mixed_cells(volume, axes).ravel()
         rows, columns = np.ogrid[: self.shape[1], : self.shape[2]]
         for z in range(self.shape[0]):
             displacement = dict(zip(self.moves, self.section(z), strict=True))
-            first = np.full(self.shape[1:], z * strides[0]) + rows * strides[1] + columns
+            first = z * strides[0] + rows * strides[1] + columns
             fractions = []
             for axis in axes:
                 here = (z, rows, columns)[axis]
-                at = np.clip((here + displacement[axis]).astype(np.float32), 0, self.shape[axis] - 1)
-                below = np.minimum(at.astype(np.intp), self.shape[axis] - 2)
-                first += (below - here) * strides[axis]
-                fractions.append(at - below.astype(np.float32))
-            out[z] = _elect(flat, first, fractions, [strides[a] for a in axes])
-        return out
+                at = np.clip(displacement[axis] + np.float32(here), 0, self.shape[axis] - 1)
+                below = np.minimum(at.astype(np.int32), self.shape[axis] - 2)
+                first += (below - np.int32(here)) * np.intp(strides[axis])
+                fractions.append(np.subtract(at, below, dtype=np.float32).ravel())
+            first = first.ravel()
+            flat.take(first, out=out[z], mode="clip")
+            voting = np.flatnonzero(mixed.take(first, mode="clip"))
+            out[z, voting] = _elect(flat, first[voting], [f[voting] for f in fractions], [strides[a] for a in axes])
+        return out.reshape(self.shape)
+
+
+def _product(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Matrix product in float32, by OpenCV: BLAS would start threads for it, whose number decides the last bits."""
+    left, right = (np.ascontiguousarray(m, dtype=np.float32) for m in (a, b))
+    return np.asarray(cv2.gemm(left, right, 1.0, np.empty((0, 0), np.float32), 0.0))
+
+
+def _minimum_by_strips(displacement: np.ndarray) -> float:
+    """:func:`jacobian_minimum` by strips of rows that fit into the cache, each with the first row of the next one."""
+    rows = displacement.shape[-2]
+    strips = (displacement[..., y : y + _STRIP + 1, :] for y in range(0, max(rows - 1, 1), _STRIP))
+    return min(jacobian_minimum(strip) for strip in strips)
+
+
+def _mixed_cells(volume: np.ndarray, axes: Sequence[int]) -> np.ndarray:
+    """Whether the corners of the cell that starts at a voxel differ, (z, y, x) bool; a cell spans 2 voxels per axis."""
+    mixed = np.zeros(volume.shape, dtype=bool)
+    for axis in axes:
+        here, ahead = [slice(None)] * 3, [slice(None)] * 3
+        here[axis], ahead[axis] = slice(None, -1), slice(1, None)
+        # Either face of the cell across this axis is mixed, or the two faces differ.
+        mixed[tuple(here)] |= mixed[tuple(ahead)]
+        mixed[tuple(here)] |= volume[tuple(ahead)] != volume[tuple(here)]
+    return mixed
 
 
 def _elect(flat: np.ndarray, first: np.ndarray, fractions: list[np.ndarray], strides: list[int]) -> np.ndarray:
-    """Label with the largest multilinear weight among the corners of the cells that start at `first`."""
+    """Label with the largest multilinear weight among the corners of the cells that start at `first`, (n,)."""
     corners = list(product((0, 1), repeat=len(strides)))
-    values = np.stack([flat[first + int(np.dot(corner, strides))] for corner in corners])
-    elected = values[0].copy()
-    mixed = (values != values[0]).any(axis=0)
-    votes = values[:, mixed]
+    votes = np.stack([flat[first + int(np.dot(corner, strides))] for corner in corners])
     weights = np.ones(votes.shape, dtype=np.float32)
     for i, corner in enumerate(corners):
         for side, fraction in zip(corner, fractions, strict=True):
-            weights[i] *= fraction[mixed] if side else 1 - fraction[mixed]
+            weights[i] *= fraction if side else 1 - fraction
     support = np.stack([(weights * (votes == vote)).sum(axis=0) for vote in votes])
-    elected[mixed] = np.take_along_axis(votes, support.argmax(axis=0)[None], axis=0)[0]
-    return elected
+    return np.asarray(np.take_along_axis(votes, support.argmax(axis=0)[None], axis=0)[0])
 
 
 def jacobian_minimum(displacement: np.ndarray) -> float:

@@ -17,9 +17,11 @@ from ..provenance import atomic_write
 from .checks import binary_mask, compact_labels
 from .ellipse import CONTOUR_POINTS, Ellipse, aligned_to, equivalent_ellipse, largest_piece, outline, piece_at
 
+#: Templates must make up at least this share of the library's mitochondrial volume.
+_LEAST_SHARE = 0.5
 #: Objects whose largest section is smaller are taken for specks. Published: 100 px of 6 x 6 nm.
 MIN_SECTION_NM2 = 3600.0
-#: Height of a cut chain, relative to its width, from which it is used as a template.
+#: Height of a cut chain, relative to its width, from which it can be closed and drawn anywhere.
 _LEAST_KNOWN = 0.75
 #: Volume from which an object is used as a template: a ball of 125 nm. Crops cut smaller corners off large objects.
 LEAST_VOLUME_NM3 = 1.0e6
@@ -82,6 +84,12 @@ class Signature:
         return len(self) * self.pitch_z_nm
 
     @property
+    def is_low(self) -> bool:
+        """Whether a cut left less than 3/4 of its width in height: closed, it would be a disk."""
+        cut = self.cut_below or self.cut_above
+        return cut and self.z_extent_nm < _LEAST_KNOWN * float(self.axes[:, 1].max())
+
+    @property
     def widest(self) -> int:
         """Index of the section with the largest area."""
         return int(self.areas_nm2.argmax())
@@ -132,22 +140,27 @@ class SignatureLibrary:
         """Share of the tissue's volume that is mitochondria, in [0, 1]."""
         return self.mito_nm3 / self.tissue_nm3 if self.tissue_nm3 > 0 else 0.0
 
-    @property
-    def templates(self) -> tuple[Signature, ...]:
-        """Signatures fit for placement: no specks, whole outlines, and enough of the chain to know its shape.
+    def templates_for(self, depth_nm: float) -> tuple[Signature, ...]:
+        """Signatures fit for placement in a stack of that depth: no specks, and whole enough to be drawn elsewhere.
 
-        Left out are specks, those that the lateral border cuts, and those of which a cut left less than 3/4 of their
-        width in height: closed, they would be disks. In a small crop no signature may pass; then the last demand is
-        dropped, then the one before it, and so on: straight sides are smoothed at placement.
+        Left out are specks, those that the lateral border cuts, and those that are low (:attr:`Signature.is_low`). Low
+        ones are taken too if the stack is less than twice as deep as the tallest signature is high: they are common
+        there, and are put on its faces, where they need not be closed. Where what passes makes up less than half of the
+        library's volume, as in a small crop, it does not stand for the rest; then the largest of those left out are
+        added until it does: straight sides are smoothed at placement.
         """
-        large = tuple(s for s in self.signatures if s.volume_nm3 >= LEAST_VOLUME_NM3)
-        whole = tuple(s for s in large if not s.cut_lateral)
-        known = tuple(
-            s
-            for s in whole
-            if not (s.cut_below or s.cut_above) or s.z_extent_nm >= _LEAST_KNOWN * float(s.axes[:, 1].max())
+        thin = depth_nm < 2 * max((signature.z_extent_nm for signature in self.signatures), default=0.0)
+        fit = np.array(
+            [
+                s.volume_nm3 >= LEAST_VOLUME_NM3 and not s.cut_lateral and (thin or not s.is_low)
+                for s in self.signatures
+            ],
+            dtype=bool,
         )
-        return known or whole or large or self.signatures
+        volumes = np.array([signature.volume_nm3 for signature in self.signatures])
+        order = np.lexsort((-volumes, ~fit))
+        half = int(np.searchsorted(np.cumsum(volumes[order]), _LEAST_SHARE * volumes.sum())) + 1
+        return tuple(self.signatures[i] for i in np.sort(order[: max(int(fit.sum()), half)]))
 
     @classmethod
     def from_masks(cls, label: np.ndarray, mito: np.ndarray, voxel_nm: Sequence[float]) -> SignatureLibrary:
@@ -248,6 +261,21 @@ class SignatureLibrary:
                 f"{os.fspath(path)} is not a signature library (an NPZ file written by SignatureLibrary.save)."
             ) from error
         return cls(tuple(signatures), mito_nm3, tissue_nm3)
+
+
+def gather_libraries(
+    label: np.ndarray, mito: np.ndarray | None, voxel_nm: Sequence[float], paths: Sequence[str | os.PathLike[str]]
+) -> SignatureLibrary | None:
+    """Library of a volume's own mitochondria, if it has any, and of the files at `paths`; None without either.
+
+    Raises
+    ------
+    LabelTypeError, ShapeMismatch, ValueRangeError, MissingInput, VolumeFormatError
+        As :meth:`SignatureLibrary.from_masks` and :meth:`SignatureLibrary.load`.
+    """
+    own = [] if mito is None or not np.any(mito) else [SignatureLibrary.from_masks(label, mito, voxel_nm)]
+    libraries = [*own, *(SignatureLibrary.load(path) for path in paths)]
+    return libraries[0].merged(*libraries[1:]) if libraries else None
 
 
 _TAILS = {

@@ -13,10 +13,12 @@ from .chain import Pose, grow_chain
 from .checks import binary_mask, compact_labels, positive
 from .ellipse import Ellipse, equivalent_ellipse, piece_at
 from .library import LEAST_VOLUME_NM3, Signature, SignatureLibrary
-from .room import Candidate, Room, candidates_by_volume
+from .room import Candidate, CandidateGroups, Room
 
 #: Log-scale tolerance of the axis-length ratio. Published: .35 +- .05; here each template brings its own ratio.
 _RATIO_SPREAD = 0.35
+#: Of a neuron's cross-section, what lies within this distance gives its width and direction.
+_NEAR_NM = 1500.0
 #: Jitter of the orientation, published: +-5 degrees.
 _TURN_JITTER = np.deg2rad(5.0)
 _SCALE_JITTER = (0.92, 1.08)
@@ -25,8 +27,6 @@ _SCALE_JITTER = (0.92, 1.08)
 _MIN_SCALE, _LAST_SCALE = 0.6, 0.35
 #: Placement stops within this share of the volume wanted, and never goes beyond it by more.
 _TOLERANCE = 0.04
-#: Weight of a template that has made up its share of the volume.
-_DONE_WEIGHT = 0.02
 #: Places tried for a template in a neuron before another neuron and template are drawn.
 _PLACES = 6
 #: Failures in a row, per candidate and at least, before the demands are lowered.
@@ -82,8 +82,8 @@ class _Templates:
     placed: np.ndarray
 
     @classmethod
-    def of(cls, library: SignatureLibrary, voxel_nm: Sequence[float]) -> _Templates:
-        signatures = library.templates
+    def of(cls, library: SignatureLibrary, depth: int, voxel_nm: Sequence[float]) -> _Templates:
+        signatures = library.templates_for(depth * voxel_nm[0])
         widest = [s.widest for s in signatures]
         axes = np.array([s.axes[i] for s, i in zip(signatures, widest, strict=True)])
         return cls(
@@ -110,33 +110,72 @@ class _Templates:
             # Rather a large one drawn smaller than a crowd of the smallest.
             scale *= rng.uniform(goal.scale, 1.0)
         fits = (scale >= np.maximum(self.least_scale, goal.scale)) & (0.8 * scale * self.minor / 2 <= depth_nm)
+        if goal.shares:
+            # Small templates fit everywhere: those that have made up their share must not take the place of large ones.
+            fits &= self.placed < goal.voxels * self.volume / self.volume.sum()
         if not fits.any():
             return None
         off = np.log(self.major * scale / host_major_nm / self.ratio) / _RATIO_SPREAD
         # The best of those that fit keeps weight 1 however far all of them are from their ratio.
         weight = np.where(fits, np.exp(-0.5 * (off**2 - (off[fits] ** 2).min())), 0)
-        # Small templates fit everywhere. Without shares the large ones, which real tissue has, would hardly be placed.
-        if goal.shares:
-            done = self.placed >= goal.voxels * self.volume / self.volume.sum()
-            weight = np.where(done, _DONE_WEIGHT * weight, weight)
+        if not goal.shares:
+            weight *= self.volume * scale**3
         chosen = int(rng.choice(len(weight), p=weight / weight.sum()))
         return chosen, float(scale[chosen])
 
 
-def _anchor(room: Room, candidate: Candidate, least_nm: float, rng: np.random.Generator) -> tuple[int, int, int] | None:
-    """A random voxel of the neuron that is still deep enough for a template's centre."""
-    for flat in candidate.deep[rng.integers(len(candidate.deep), size=8)]:
+def _anchor(
+    room: Room, candidate: Candidate, least_nm: float, section: int | None, rng: np.random.Generator
+) -> tuple[int, int, int] | None:
+    """A random voxel of the neuron, in one section if given, that is still deep enough for a template's centre."""
+    deep = candidate.deep
+    if section is not None:
+        area = room.label.shape[1] * room.label.shape[2]
+        deep = deep[slice(*np.searchsorted(deep, [section * area, (section + 1) * area]))]
+    if not deep.size:
+        return None
+    for flat in deep[rng.integers(len(deep), size=8)]:
         z, y, x = (int(v) for v in np.unravel_index(flat, room.label.shape))
         if room.depth[z, y, x] >= least_nm and not room.blocked[z, y, x]:
             return z, y, x
     return None
 
 
+def _section_of(template: Signature, scale: float, up: bool, room: Room, rng: np.random.Generator) -> int | None:
+    """Section for the widest part of a template that a face of its volume cut; None, any, for one that is whole.
+
+    Such a template is the visible part of something about twice as high. Of objects of height h that reach into a
+    stack of depth D, 2 h / (D + h) are cut by a face. So many have their cut end on a face of this volume; the others,
+    closed, lie wholly inside. Anywhere they would be cut a second time, and more and smaller ones would make up the
+    volume.
+    """
+    if not (template.cut_below or template.cut_above):
+        return None
+    depth, step = room.label.shape[0], scale * template.pitch_z_nm / room.voxel_nm[0]
+    below, above = step * template.widest, step * (len(template) - 1 - template.widest)
+    cut_low, cut_high = template.cut_below, template.cut_above
+    if not up:
+        below, above, cut_low, cut_high = above, below, cut_high, cut_low
+    whole = 2 * (below + above + step)
+    on_face, which, at = rng.random(3)
+    if template.is_low or on_face < 2 * whole / (depth + whole):
+        low = cut_low and (not cut_high or which < 0.5)
+        wanted = below if low else depth - 1 - above
+    elif below + above <= depth - 1:
+        wanted = below + at * (depth - 1 - above - below)
+    else:
+        return None
+    return int(np.clip(round(wanted), 0, depth - 1))
+
+
 def _cross_section(room: Room, candidate: Candidate, at: tuple[int, int, int]) -> Ellipse:
-    """Ellipse of the piece of the neuron's cross-section that holds the voxel `at`."""
+    """Ellipse of the piece of the neuron's cross-section that holds the voxel `at`, as far as it is near."""
     z, y, x = at
-    inside = room.label[z][candidate.box[1:]] == candidate.label
-    section = piece_at(inside, y - candidate.box[1].start, x - candidate.box[2].start)
+    window = tuple(
+        slice(max(part.start, centre - int(_NEAR_NM / pitch)), min(part.stop, centre + int(_NEAR_NM / pitch) + 1))
+        for part, centre, pitch in zip(candidate.box[1:], (y, x), room.voxel_nm[1:], strict=True)
+    )
+    section = piece_at(room.label[z][window] == candidate.label, y - window[0].start, x - window[1].start)
     return equivalent_ellipse(section, room.voxel_nm[1:])
 
 
@@ -156,9 +195,9 @@ def _try(
     rng: np.random.Generator,
 ) -> bool:
     """Place one mitochondrion in a neuron, at several places if need be; whether one was placed."""
-    choice = None
+    choice, section, up = None, None, bool(rng.integers(2))
     for _ in range(_PLACES):
-        at = _anchor(room, candidate, templates.least_depth_nm, rng)
+        at = _anchor(room, candidate, templates.least_depth_nm, section, rng)
         if at is None:
             return False
         host = _cross_section(room, candidate, at)
@@ -166,10 +205,13 @@ def _try(
         if choice is None:
             depth = _depth_near(room, candidate, at, host.minor_nm / 2)
             choice = templates.choose(host.major_nm, depth, goal, rng)
-        if choice is None:
-            continue
+            if choice is None:
+                continue
+            section = _section_of(templates.signatures[choice[0]], choice[1], up, room, rng)
+            if section is not None:
+                continue
         template = templates.signatures[choice[0]]
-        mirror, up, around = (bool(b) for b in rng.integers(2, size=3))
+        mirror, around = (bool(b) for b in rng.integers(2, size=2))
         own = float(template.angles[template.widest])
         jitter = rng.uniform(-_TURN_JITTER, _TURN_JITTER)
         turn = host.angle + (own if mirror else -own) + np.pi * around + jitter
@@ -181,15 +223,13 @@ def _try(
     return False
 
 
-def _fill(
-    room: Room, groups: list[list[Candidate]], templates: _Templates, wanted: float, rng: np.random.Generator
-) -> None:
+def _fill(room: Room, groups: CandidateGroups, templates: _Templates, wanted: float, rng: np.random.Generator) -> None:
     """Place mitochondria until the volume wanted is reached or no candidate takes another."""
     goals = [_Goal(wanted, 1, complete, True, _MIN_SCALE) for complete in (_COMPLETE, _LESS_COMPLETE)]
     goals += [_Goal(wanted, 1, _LESS_COMPLETE, False, _MIN_SCALE)]
     goals += [_Goal(wanted, count, _LESS_COMPLETE, False, _LAST_SCALE) for count in range(1, len(groups) + 1)]
     for goal in goals:
-        candidates = [c for group in groups[: goal.groups] for c in group]
+        candidates = groups.largest(goal.groups)
         # Between uniform (paper) and proportional to volume, which crowds the largest neuron.
         weight = np.sqrt([c.deep.size for c in candidates])
         failures = 0
@@ -216,7 +256,8 @@ def place_mitochondria(
     The candidates are the top `candidate_fraction` of neurons by volume (at least one) that are wide enough. A neuron
     is drawn, an ellipse is fitted to its cross-section at a random place, a template is drawn by its axis-length ratio
     to that ellipse, aligned with it, led through the sections, refined, and kept if it is valid
-    (:func:`.grow_chain`). Each template makes up its own share of the volume, so that small ones, which fit
+    (:func:`.grow_chain`). A template that a face of its own volume cut has that end on a face here, too, as often as
+    real ones do. Each template makes up its own share of the volume, so that small ones, which fit
     everywhere, do not displace large ones. This goes on until the volume wanted is met within 4 %
     (a small volume may end further off: the smallest template is what it is).
 
@@ -256,6 +297,30 @@ def place_mitochondria(
     """
     compact, _ = compact_labels(label)
     mask = binary_mask(membrane, compact.shape, "membrane")
+    return place_in(
+        compact,
+        mask,
+        voxel_nm,
+        library,
+        rng,
+        mito_fraction=mito_fraction,
+        candidate_fraction=candidate_fraction,
+        margin_nm=margin_nm,
+    )
+
+
+def place_in(
+    compact: np.ndarray,
+    membrane: np.ndarray,
+    voxel_nm: Sequence[float],
+    library: SignatureLibrary,
+    rng: np.random.Generator,
+    *,
+    mito_fraction: float,
+    candidate_fraction: float,
+    margin_nm: float,
+) -> np.ndarray:
+    """:func:`place_mitochondria` in labels 0..n (uint32) with a membrane mask of uint8."""
     size = voxel_size(voxel_nm)
     positive("The share of mitochondria", mito_fraction, below=1.0, zero=True)
     positive("The share of candidate neurons", candidate_fraction, below=1.0)
@@ -264,8 +329,8 @@ def place_mitochondria(
         return np.zeros(compact.shape, dtype=np.uint8)
     if not len(library):
         raise ValueRangeError("Mitochondria are wanted, but the signature library has none. Got an empty library.")
-    room = Room.of(compact, mask, (size.z, size.y, size.x), margin_nm)
-    templates = _Templates.of(library, size)
-    groups = candidates_by_volume(room, candidate_fraction, max(templates.least_depth_nm, 1.01 * room.margin_nm))
+    room = Room.of(compact, membrane, (size.z, size.y, size.x), margin_nm)
+    templates = _Templates.of(library, len(compact), size)
+    groups = CandidateGroups(room, candidate_fraction, templates.least_depth_nm)
     _fill(room, groups, templates, mito_fraction * compact.size, rng)
     return room.mito

@@ -9,11 +9,11 @@ import numpy as np
 
 from ..conditions import membrane_from_labels
 from ..geometry import ZYX, voxel_size
-from . import placement
 from .checks import binary_mask, compact_labels, positive
-from .elastic import elastic_deform
+from .elastic import deform_compact
 from .inside import keep_inside
 from .library import SignatureLibrary
+from .placement import place_in
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,11 +29,14 @@ class RemodelledMask:
     mito : numpy.ndarray
         (z, y, x) uint8, 1 = mitochondrion. Never on a membrane or on background; each 26-connected component lies in
         one neuron.
+    min_jacobian : float
+        Smallest Jacobian determinant of the deformation; 1 if there was none.
     """
 
     label: np.ndarray
     membrane: np.ndarray
     mito: np.ndarray
+    min_jacobian: float = 1.0
 
 
 def remodel(
@@ -87,12 +90,12 @@ def remodel(
     size = voxel_size(voxel_nm)
     positive("The membrane's thickness in nm", membrane_thickness_nm)
     source = binary_mask(np.zeros(compact.shape) if mito is None else mito, compact.shape, "mitochondria")
-    source[compact == 0] = 0
+    source *= compact > 0
     # Two streams, so that what is placed does not depend on how many numbers the deformation drew.
     deform_rng, place_rng = (np.random.default_rng(int(seed)) for seed in rng.integers(2**63, size=2))
-    moved, carried = compact, source
+    moved, field, minimum = compact, None, 1.0
     if elastic:
-        deformation = elastic_deform(
+        moved, field, minimum = deform_compact(
             compact,
             size,
             deform_rng,
@@ -100,12 +103,13 @@ def remodel(
             spacing_nm=elastic_spacing_nm,
             min_jacobian=min_jacobian,
         )
-        moved, carried = deformation.label.astype(np.uint32), deformation.field.warp(source)
     membrane = membrane_from_labels(moved, size, membrane_thickness_nm)
     if not place_mitochondria:
-        return RemodelledMask(ids[moved], membrane, keep_inside(carried, moved, membrane))
+        carried = field.warp(source) if field else source
+        return RemodelledMask(ids[moved], membrane, keep_inside(carried, moved, membrane), minimum)
     shapes, fraction = _what_to_place(compact, source, size, library, mito_fraction)
-    new = placement.place_mitochondria(
+    del compact
+    new = place_in(
         moved,
         membrane,
         size,
@@ -115,7 +119,7 @@ def remodel(
         candidate_fraction=candidate_fraction,
         margin_nm=margin_nm,
     )
-    return RemodelledMask(ids[moved], membrane, new)
+    return RemodelledMask(ids[moved], membrane, new, minimum)
 
 
 def _what_to_place(

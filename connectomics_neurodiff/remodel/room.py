@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import cc3d
+import cv2
 import edt
 import numpy as np
 from scipy import ndimage
@@ -17,12 +19,12 @@ _UPDATE_NM = 400.0
 
 
 def depth_map(inside: np.ndarray, voxel_nm: Sequence[float]) -> np.ndarray:
-    """Distance of every voxel to the nearest voxel of another value, in nm.
+    """Distance of every voxel inside to the nearest one outside, in nm.
 
     Parameters
     ----------
     inside : numpy.ndarray
-        (z, y, x) uint32; 0 is outside, other values are separate from one another.
+        (z, y, x) uint8, 0 = outside.
     voxel_nm : sequence of 3 floats
         Voxel size. Where sections are thick the distance is measured within each section, else in 3D.
 
@@ -30,13 +32,52 @@ def depth_map(inside: np.ndarray, voxel_nm: Sequence[float]) -> np.ndarray:
     -------
     numpy.ndarray
         (z, y, x) float32, 0 outside, at most the volume's diagonal. The volume's border is no obstacle.
+
+    Notes
+    -----
+    In sections of square pixels within 2 % (Borgefors 1986, chamfer distances of a 5 x 5 mask), at an eighth of the
+    time; exact otherwise.
     """
-    diagonal = float(np.linalg.norm(np.multiply(inside.shape, voxel_nm)))
+    z, y, x = voxel_nm
+    depth = np.empty(inside.shape, dtype=np.float32)
+    # Where nothing is outside, the distance is infinite (edt) or almost (OpenCV).
+    diagonal = np.float32(np.linalg.norm(np.multiply(inside.shape, voxel_nm)))
     if is_anisotropic(voxel_nm) or inside.shape[0] == 1:
-        depth = np.stack([edt.edt(s, anisotropy=tuple(voxel_nm[1:]), black_border=False, parallel=1) for s in inside])
+        for i, section in enumerate(inside):
+            if np.isclose(y, x):
+                pixels = cv2.distanceTransform(section, cv2.DIST_L2, cv2.DIST_MASK_5)
+                depth[i] = np.minimum(pixels, diagonal / y) * y
+            else:
+                depth[i] = edt.edt(section, anisotropy=(y, x), black_border=False, parallel=1)
     else:
-        depth = edt.edt(inside, anisotropy=tuple(voxel_nm), black_border=False, parallel=1)
-    return np.minimum(depth, np.float32(diagonal))
+        depth[:] = edt.edt(inside, anisotropy=(z, y, x), black_border=False, parallel=1)
+    return np.minimum(depth, diagonal, out=depth)
+
+
+def _eroded(inside: np.ndarray, pitch_nm: Sequence[float], by_nm: float) -> np.ndarray:
+    """Section (y, x) uint8 without what is at most `by_nm` from its outside; the frame's border is no obstacle."""
+    reach = [int(by_nm / pitch + 1e-4) for pitch in pitch_nm]
+    y, x = np.ogrid[-reach[0] : reach[0] + 1, -reach[1] : reach[1] + 1]
+    disk = np.hypot(y * pitch_nm[0], x * pitch_nm[1]) <= by_nm * (1 + 1e-4)
+    return cv2.erode(inside, disk.astype(np.uint8))
+
+
+def _apart(label: np.ndarray, membrane: np.ndarray, axes: Sequence[int]) -> np.ndarray:
+    """Neurons without membranes and, should these have gaps, without voxels that touch another label along `axes`.
+
+    Returns
+    -------
+    numpy.ndarray
+        (z, y, x) uint8.
+    """
+    inside = ((label > 0) & (membrane == 0)).astype(np.uint8)
+    for axis in axes:
+        here, ahead = [slice(None)] * 3, [slice(None)] * 3
+        here[axis], ahead[axis] = slice(None, -1), slice(1, None)
+        same = label[tuple(here)] == label[tuple(ahead)]
+        inside[tuple(here)] *= same
+        inside[tuple(ahead)] *= same
+    return inside
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,11 +108,11 @@ class Room:
     label : numpy.ndarray
         (z, y, x) uint32, compact labels 0..n.
     depth : numpy.ndarray
-        (z, y, x) float32: nm to the nearest membrane voxel, other neuron or mitochondrion.
+        (z, y, x) float32: nm to the nearest membrane voxel, other neuron or mitochondrion; 0 within the margin of one.
     voxel_nm : tuple of float
         Voxel size (z, y, x).
     margin_nm : float
-        Voxels no deeper than this stay free: the neuron is eroded by it, by one voxel at least.
+        Distance that stays free, one voxel at least.
     blocked : numpy.ndarray
         (z, y, x) bool: mitochondria and their 26 neighbours.
     mito : numpy.ndarray
@@ -94,12 +135,20 @@ class Room:
         cls, label: np.ndarray, membrane: np.ndarray, voxel_nm: tuple[float, float, float], margin_nm: float
     ) -> Room:
         """Empty room: every neuron without its membrane, eroded by `margin_nm` and by one pixel at least."""
-        depth = depth_map(np.where(membrane > 0, np.uint32(0), label), voxel_nm)
-        return cls(label, depth, voxel_nm, max(margin_nm, *voxel_nm[1:]))
+        flat = is_anisotropic(voxel_nm) or label.shape[0] == 1
+        inside = _apart(label, membrane, (1, 2) if flat else (0, 1, 2))
+        depth = depth_map(inside, voxel_nm)
+        margin = max(margin_nm, *voxel_nm[1:])
+        if flat:
+            for section, deep in zip(inside, depth, strict=True):
+                deep[_eroded(section, voxel_nm[1:], margin) == 0] = 0
+        else:
+            depth[depth <= margin] = 0
+        return cls(label, depth, voxel_nm, margin)
 
     def free(self, label: int, box: tuple[slice, ...]) -> np.ndarray:
         """Where a mitochondrion of that neuron may lie, as a bool mask of the box."""
-        return (self.label[box] == label) & (self.depth[box] > self.margin_nm) & ~self.blocked[box]
+        return (self.label[box] == label) & (self.depth[box] > 0) & ~self.blocked[box]
 
     def put(self, mask: np.ndarray, box: tuple[slice, ...]) -> None:
         """Place a mitochondrion: mark it, block its neighbours, and lower the depth around it."""
@@ -110,7 +159,8 @@ class Room:
         if is_anisotropic(self.voxel_nm):
             reach[0] = 0
         around = self._grown(box, reach)
-        gap = depth_map((self.mito[around] == 0).astype(np.uint32), self.voxel_nm)
+        gap = depth_map((self.mito[around] == 0).astype(np.uint8), self.voxel_nm)
+        gap[gap <= self.margin_nm] = 0
         np.minimum(self.depth[around], gap, out=self.depth[around])
 
     def _grown(self, box: tuple[slice, ...], by: Sequence[int]) -> tuple[slice, ...]:
@@ -119,8 +169,10 @@ class Room:
         )
 
 
-def candidates_by_volume(room: Room, fraction: float, deep_nm: float) -> list[list[Candidate]]:
+class CandidateGroups:
     """Neurons in groups of falling volume; the first group holds the largest `fraction` of them.
+
+    The later groups, for volumes whose first group cannot hold all the mitochondria, are made when asked for.
 
     Parameters
     ----------
@@ -129,25 +181,31 @@ def candidates_by_volume(room: Room, fraction: float, deep_nm: float) -> list[li
         Size of a group as a share of all neurons, in (0, 1]; at least one neuron. Paper: 10 %.
     deep_nm : float
         A neuron with no voxel at least this deep cannot hold the smallest template and is left out.
-
-    Returns
-    -------
-    list of list of Candidate
-        The second and later groups are for volumes whose first group cannot hold all the mitochondria.
     """
-    volumes = np.bincount(room.label.ravel())[1:]
-    order = np.argsort(-volumes, kind="stable")
-    order = order[volumes[order] > 0] + 1
-    size = max(1, int(np.ceil(fraction * len(order))))
-    boxes = ndimage.find_objects(room.label)
-    groups = []
-    for start in range(0, len(order), size):
-        group = [_candidate(room, int(n), boxes[n - 1], deep_nm) for n in order[start : start + size]]
-        groups.append([c for c in group if c.deep.size])
-    return [g for g in groups if g]
 
+    def __init__(self, room: Room, fraction: float, deep_nm: float) -> None:
+        self._room, self._deep = room, room.depth >= deep_nm
+        found = cc3d.statistics(room.label)
+        volumes, self._boxes = found["voxel_counts"].astype(np.int64)[1:], found["bounding_boxes"]
+        order = np.argsort(-volumes, kind="stable")
+        self._order = order[volumes[order] > 0] + 1
+        self._size = max(1, int(np.ceil(fraction * len(self._order))))
+        self._made: list[list[Candidate]] = []
 
-def _candidate(room: Room, label: int, box: tuple[slice, ...], deep_nm: float) -> Candidate:
-    z, y, x = np.nonzero((room.label[box] == label) & (room.depth[box] >= deep_nm))
-    at = (z + box[0].start, y + box[1].start, x + box[2].start)
-    return Candidate(label, box, np.ravel_multi_index(at, room.label.shape))
+    def __len__(self) -> int:
+        return -(-len(self._order) // self._size)
+
+    def largest(self, groups: int) -> list[Candidate]:
+        """Candidates of the first so many groups, largest first."""
+        while len(self._made) < groups:
+            start = len(self._made) * self._size
+            made = [self._candidate(int(label)) for label in self._order[start : start + self._size]]
+            self._made.append([candidate for candidate in made if candidate.deep.size])
+        return [candidate for group in self._made[:groups] for candidate in group]
+
+    def _candidate(self, label: int) -> Candidate:
+        box = self._boxes[label]
+        deep = (self._room.label[box] == label) & self._deep[box]
+        z, y, x = np.unravel_index(np.flatnonzero(deep), deep.shape)
+        at = (z + box[0].start, y + box[1].start, x + box[2].start)
+        return Candidate(label, box, np.ravel_multi_index(at, self._room.label.shape))

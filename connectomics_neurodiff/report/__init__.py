@@ -4,7 +4,7 @@ Figures are functions from arrays to a PNG file; ``write_report`` binds them wit
 opens offline; ``view`` serves volumes to the browser of this machine.
 """
 
-from .charts import grey_value_figure, loss_figure, scores_figure, threshold_figure
+from .charts import grey_value_figure, loss_figure, mask_quality_figure, scores_figure, threshold_figure
 from .colours import colourise, label_colours, match_segments, outlines, overlay
 from .figures import sections_to_show, segmentation_figure, synthesis_figure
 from .report import FIGURES, write_report
@@ -22,6 +22,7 @@ __all__ = [
     "layers_of",
     "layers_of_volume",
     "loss_figure",
+    "mask_quality_figure",
     "match_segments",
     "outlines",
     "overlay",

@@ -149,6 +149,52 @@ def _draw_losses(axes: Axes, panel: str, lines: Mapping[str, Curve]) -> None:
         axes.legend()
 
 
+#: Numbers of a mask's quality report, and how they are called.
+_QUALITIES: Mapping[str, str] = {
+    "membrane_fraction": "Membrane fraction",
+    "neuron_median_nm3": "Neuron volume, median (nm³)",
+    "profile_median_nm2": "Neuron profile, median (nm²)",
+    "label_section_iou": "Neurons, overlap of adjacent sections",
+    "mito_fraction": "Mitochondria fraction",
+    "mito_count": "Mitochondria",
+    "mito_mean_z_nm": "Mitochondria, mean height (nm)",
+    "mito_profile_median_nm2": "Mitochondria profile, median (nm²)",
+    "mito_section_iou": "Mitochondria, overlap of adjacent sections",
+}
+
+
+def mask_quality_figure(path: str | os.PathLike[str], reports: Mapping[str, Mapping[str, float]]) -> None:
+    """Numbers of remodelled masks, as multiples of their source's, which is written beside each row.
+
+    Parameters
+    ----------
+    path : path
+        PNG file to write.
+    reports : mapping
+        Name of mask -> its quality report. Rows in which the source is 0 are left out.
+
+    Raises
+    ------
+    ValueRangeError
+        If there is no report.
+    """
+    if not reports:
+        raise ValueRangeError("A figure of mask quality needs at least one report. Got none.")
+    first = next(iter(reports.values()))
+    rows = [name for name in _QUALITIES if first[f"source_{name}"]]
+    with figure_file(path, (_WIDTH, 0.9 + 0.34 * len(rows))) as figure:
+        axes = figure.subplots()
+        axes.axvline(1, color=MUTED, lw=1)
+        for i, (mask, report) in enumerate(reports.items()):
+            ratios = [report[name] / report[f"source_{name}"] for name in rows]
+            axes.plot(ratios, range(len(rows)), "o", ms=6, alpha=0.7, color=PALETTE[i % len(PALETTE)], label=mask)
+        axes.set_yticks(range(len(rows)), [f"{_QUALITIES[n]}: {first[f'source_{n}']:.4g}" for n in rows])
+        axes.set(xlabel="Remodelled mask / source", ylim=(len(rows) - 0.5, -0.5))
+        # A few masks have names; of many only the scatter matters.
+        if len(reports) <= len(PALETTE):
+            axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+
+
 def threshold_figure(
     path: str | os.PathLike[str],
     tuning: Mapping[tuple[str, str], Curve],

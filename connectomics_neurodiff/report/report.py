@@ -44,6 +44,13 @@ FIGURES: Mapping[str, _Slot] = {
         "Real sections and their labels beside a remodelled mask and the image synthesised onto it. Real and synthetic "
         "images share one grey scale. A neuron keeps its colour throughout.",
     ),
+    "mask_quality": _Slot(
+        "synthesis",
+        "chart",
+        "Dots: numbers of each remodelled mask relative to its source, whose value is written beside each row.",
+        "Remodelled masks against the real one they were made from; 1 is equal. All numbers are in "
+        "masks/*.quality.json.",
+    ),
     "grey_values": _Slot(
         "synthesis",
         "chart",
