@@ -161,7 +161,7 @@ def _add_synthesis_commands(commands: Any) -> None:
     sample.add_argument("masks", metavar="MASKS.h5", help="label, membrane, mito")
     _add_output(sample)
     sample.add_argument("--checkpoint", required=True, metavar="C", help="trained denoiser")
-    sample.add_argument("--sampler", choices=("ddpm", "ddim", "dpmpp"), default="ddpm", help="default: ddpm")
+    sample.add_argument("--sampler", choices=("ddpm", "ddim", "dpmpp"), default="dpmpp", help="default: dpmpp")
     sample.add_argument(
         "--guidance",
         type=float,
@@ -169,7 +169,7 @@ def _add_synthesis_commands(commands: Any) -> None:
         metavar="S",
         help="how strictly the image follows the masks: 1 as trained (default), more: easier, less: harder to segment",
     )
-    sample.add_argument("--steps", type=int, default=0, metavar="N", help="default: 50, at most as many as trained")
+    sample.add_argument("--steps", type=int, default=0, metavar="N", help="default: 20, at most as many as trained")
     _add_seed(sample)
     sample.add_argument("--tile", nargs=3, type=int, metavar=("Z", "Y", "X"), help="voxels (default: as trained)")
     sample.add_argument("--overlap", nargs=3, type=int, metavar=("Z", "Y", "X"), help="default: an eighth of the tile")

@@ -3,8 +3,9 @@
 As no voxel needs its neighbours here, a sampler works on blocks of any shape: volumes that do not fit into memory are
 denoised block by block.
 
-A denoiser that is hardly trained does better with ``ddpm``: the noise it adds lets later steps correct the early
-guesses, which the deterministic samplers carry to the end as excess contrast.
+A denoiser that predicts the noise and is hardly trained does better with ``ddpm``: the noise it adds lets later steps
+correct the early guesses, which the deterministic samplers carry to the end as excess contrast. One that predicts the
+velocity does better with ``dpmpp``, in a tenth of the steps (docs/results.md).
 """
 
 from __future__ import annotations
