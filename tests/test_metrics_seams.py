@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from connectomics_neurodiff.geometry import tiles
-from connectomics_neurodiff.metrics import seams, tile_borders
+from connectomics_neurodiff.metrics import even_inside, seams, tile_borders
 
 SHAPE, TILE, OVERLAP = (20, 60, 84), (8, 24, 32), (2, 6, 8)
 
@@ -30,17 +30,35 @@ def test_white_noise_has_none() -> None:
         assert abs(one.ratio - 1) < 3 * one.standard_error < 0.05
 
 
-def test_the_ratio_is_that_of_a_plain_loop() -> None:
+@pytest.mark.parametrize("share", [1.0, 0.6, 0.05])
+def test_the_ratio_is_that_of_a_plain_loop(share: float) -> None:
     image = np.random.default_rng(1).random(SHAPE).astype(np.float32)
-    found = seams(image, TILE, OVERLAP)
+    counts = np.random.default_rng(2).random(SHAPE) < share
+    found = seams(image, TILE, OVERLAP, None if share == 1 else counts)
     for axis, name in enumerate("zyx"):
         at, elsewhere = [], []
         borders = tile_borders(SHAPE[axis], TILE[axis], OVERLAP[axis])
-        planes = np.moveaxis(image.astype(float), axis, 0)
+        planes, counted = np.moveaxis(image.astype(float), axis, 0), np.moveaxis(counts, axis, 0)
         for v in range(1, SHAPE[axis]):
-            (at if v in borders else elsewhere).append(((planes[v] - planes[v - 1]) ** 2).mean())
+            both = counted[v] & counted[v - 1]
+            if both.any():
+                (at if v in borders else elsewhere).append(((planes[v] - planes[v - 1]) ** 2)[both].mean())
         assert found[name].ratio == pytest.approx(np.mean(at) / np.mean(elsewhere), rel=1e-9)
-        assert found[name].borders == len(borders)
+        assert found[name].borders == len(at)
+
+
+def test_where_the_image_is_of_one_kind() -> None:
+    outside = np.zeros((3, 20, 24), np.uint8)
+    outside[1, 9, 11] = 1
+    inside = even_inside(outside, 2)
+    assert inside[0].all()
+    assert not inside[1, 7:12, 9:14].any()
+    assert inside.sum() == inside.size - 25
+
+
+def test_nothing_counts() -> None:
+    image = np.random.default_rng(5).random(SHAPE)
+    assert seams(image, TILE, OVERLAP, np.zeros(SHAPE, bool)) == {}
 
 
 def test_tiles_side_by_side_show() -> None:

@@ -8,7 +8,7 @@
 from .fid3d import FID3D, fid3d, patch_features
 from .frechet import bootstrap_interval, frechet_distance
 from .overlap import Overlap, RandScores, Scores, contingency, evaluate, rand_scores
-from .seams import Seams, seams, tile_borders
+from .seams import Seams, even_inside, seams, tile_borders
 from .tuning import CRITERIA, TuneResult, tune_threshold
 
 __all__ = [
@@ -22,6 +22,7 @@ __all__ = [
     "bootstrap_interval",
     "contingency",
     "evaluate",
+    "even_inside",
     "fid3d",
     "frechet_distance",
     "patch_features",

@@ -41,7 +41,9 @@ def tile_borders(size: int, tile: int, overlap: int) -> list[int]:
     return sorted({*starts[1:], *(start + tile for start in starts[:-1])})
 
 
-def seams(image: ArrayLike, tile: Sequence[int], overlap: Sequence[int]) -> dict[str, Seams]:
+def seams(
+    image: ArrayLike, tile: Sequence[int], overlap: Sequence[int], where: ArrayLike | None = None
+) -> dict[str, Seams]:
     """Gradient energy on the borders of tiles over that elsewhere.
 
     Parameters
@@ -50,20 +52,24 @@ def seams(image: ArrayLike, tile: Sequence[int], overlap: Sequence[int]) -> dict
         (z, y, x), in memory or on disk, which is read a few sections at a time.
     tile, overlap : sequence of 3 ints
         What it was computed with.
+    where : array, optional
+        (z, y, x) bool: only differences between two such voxels count. Where membranes lie says more about the
+        difference of two planes than any seam, so count the inside of cells (:func:`even_inside`).
 
     Returns
     -------
     dict of str to Seams
-        By axis, ``"z"``, ``"y"``, ``"x"``; only axes with more than one tile and a plane that is no border.
+        By axis, ``"z"``, ``"y"``, ``"x"``; only axes with more than one tile and planes of both kinds that count.
     """
-    energies = _gradient_energies(image)
+    energies = _gradient_energies(image, where)
     found = {}
     for axis, energy, t, o in zip("zyx", energies, tile, overlap, strict=True):
         borders = np.array(tile_borders(len(energy) + 1, t, o), dtype=int)
         on = np.zeros(len(energy), dtype=bool)
         on[borders - 1] = True
-        if on.any() and not on.all():
-            found[axis] = _compared(energy[on], energy[~on])
+        counted = np.isfinite(energy)
+        if (on & counted).any() and (~on & counted).any():
+            found[axis] = _compared(energy[on & counted], energy[~on & counted])
     return found
 
 
@@ -74,17 +80,54 @@ def _compared(at_borders: np.ndarray, elsewhere: np.ndarray) -> Seams:
     return Seams(float(ratio), float(error), len(at_borders))
 
 
-def _gradient_energies(image: ArrayLike) -> list[np.ndarray]:
-    """Per axis, the mean squared difference between each plane and the next."""
-    depth, rows, columns = (int(n) for n in image.shape)
-    energies = [np.zeros(max(n - 1, 0)) for n in (depth, rows, columns)]
-    before: np.ndarray | None = None
-    for index in slabs((depth, rows, columns)):
+def _gradient_energies(image: ArrayLike, where: ArrayLike | None) -> list[np.ndarray]:
+    """Per axis, the mean squared difference between each plane and the next; NaN where nothing counts."""
+    shape = tuple(int(n) for n in image.shape)
+    sums, counts = ([np.zeros(max(n - 1, 0)) for n in shape] for _ in range(2))
+    before: tuple[np.ndarray, np.ndarray] | None = None
+    for index in slabs(shape):
         block = np.asarray(image[index], dtype=np.float64)
-        joined = block if before is None else np.concatenate([before, block])
-        first = index[0].start - (before is not None)
-        energies[0][first : first + len(joined) - 1] = np.square(np.diff(joined, axis=0)).mean((1, 2))
-        energies[1] += np.square(np.diff(block, axis=1)).sum((0, 2)) / (depth * columns)
-        energies[2] += np.square(np.diff(block, axis=2)).sum((0, 1)) / (depth * rows)
-        before = block[-1:]
-    return energies
+        counted = np.ones(block.shape, bool) if where is None else np.asarray(where[index]) > 0
+        for axis in (0, 1, 2):
+            values, valid, first = block, counted, 0
+            if axis == 0:
+                first = index[0].start
+                if before is not None:
+                    values, valid = (np.concatenate(pair) for pair in zip(before, (block, counted), strict=True))
+                    first -= 1
+            both = np.logical_and(*(valid.take(part, axis) for part in _neighbours(valid.shape[axis])))
+            squared = np.square(np.diff(values, axis=axis)) * both
+            rest = tuple(other for other in (0, 1, 2) if other != axis)
+            planes = slice(first, first + squared.shape[axis])
+            sums[axis][planes] += squared.sum(rest)
+            counts[axis][planes] += both.sum(rest)
+        before = block[-1:], counted[-1:]
+    return [
+        np.divide(total, count, out=np.full(len(total), np.nan), where=count > 0)
+        for total, count in zip(sums, counts, strict=True)
+    ]
+
+
+def _neighbours(size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Indices of all voxels of an axis but the last, and of those that follow them."""
+    return np.arange(size - 1), np.arange(1, size)
+
+
+def even_inside(outside: np.ndarray, distance: int = 3) -> np.ndarray:
+    """Where an image is of one kind: more than `distance` voxels from membranes, mitochondria and background.
+
+    Parameters
+    ----------
+    outside : numpy.ndarray
+        (z, y, x), > 0 on all of those.
+    distance : int
+        Voxels, >= 0, in the plane.
+
+    Returns
+    -------
+    numpy.ndarray
+        (z, y, x) bool.
+    """
+    from scipy.ndimage import maximum_filter
+
+    return maximum_filter(np.asarray(outside) > 0, (1, 2 * distance + 1, 2 * distance + 1)) == 0

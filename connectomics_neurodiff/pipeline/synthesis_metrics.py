@@ -12,13 +12,14 @@ from typing import Any
 
 import numpy as np
 
+from ..conditions import with_background
 from ..config import as_dict
 from ..errors import UserError
-from ..metrics import fid3d, seams
+from ..metrics import even_inside, fid3d, seams
 from ..metrics.fid3d import NAMES
 from ..pairs import open_pairs
 from ..provenance import write_json
-from ..volume import open_array
+from ..volume import open_array, open_volume
 from . import networks
 from .pairs_stage import pair_paths
 from .parts import hash_of_source
@@ -46,9 +47,15 @@ def synthesis_metrics(run: Run) -> dict[str, Any]:
 def _seams(run: Run, paths: Sequence[Path]) -> dict[str, dict[str, float]]:
     """Per axis with more than one tile, gradient energy on their borders over elsewhere: mean over pairs, its error."""
     node = run.cfg.NEURODIFF.DIFFUSION
-    measured = [seams(open_array(path, ("image",)), node.TILE, node.OVERLAP) for path in paths]
+    measured = []
+    for path in paths:
+        pair = open_volume(path).load()
+        outside = with_background(np.asarray(open_array(path, ("membrane",))), pair.array("label"))
+        if pair.mito_array is not None:
+            outside = np.maximum(outside, pair.mito_array)
+        measured.append(seams(pair.array("image"), node.TILE, node.OVERLAP, even_inside(outside)))
     found = {}
-    for axis in measured[0]:
+    for axis in sorted({axis for pair in measured for axis in pair}):
         ones = [pair[axis] for pair in measured if axis in pair]
         error = math.sqrt(sum(one.standard_error**2 for one in ones)) / len(ones)
         found[axis] = {"ratio": float(np.mean([one.ratio for one in ones])), "standard_error": error}
