@@ -379,3 +379,23 @@ def test_bad_volumes_are_refused(cells: Path, denoiser: Path, tmp_path: Path) ->
     truncated = tmp_path / "short.h5"
     truncated.write_bytes(cells.read_bytes()[:3000])
     refused("short.h5", "info", str(truncated))
+
+
+def test_shapes_of_one_volume_serve_another_without_mitochondria(cells: Path, tmp_path: Path) -> None:
+    shapes, bare = str(tmp_path / "shapes.npz"), tmp_path / "bare.h5"
+    done("remodel", str(cells), str(tmp_path / "masks.h5"), "--save-library", shapes)
+    with h5py.File(cells) as source, h5py.File(bare, "w") as file:
+        file["label"] = source["label"][:]
+        file.attrs["resolution_nm"] = source.attrs["resolution_nm"]
+    done("remodel", str(bare), str(tmp_path / "with.h5"), "--library", shapes)
+    done("remodel", str(bare), str(tmp_path / "without.h5"))
+    with h5py.File(tmp_path / "with.h5") as placed, h5py.File(tmp_path / "without.h5") as none:
+        assert placed["mito"][:].any()
+        assert not none["mito"][:].any()
+    out = str(tmp_path / "o.h5")
+    refused("exists", "remodel", str(cells), out, "--save-library", shapes)
+    refused("ends in .npz", "remodel", str(cells), out, "--save-library", str(tmp_path / "shapes.h5"))
+    refused("volume with mitochondria", "remodel", str(bare), out, "--save-library", str(tmp_path / "new.npz"))
+    refused("not a signature library", "remodel", str(bare), out, "--library", str(cells))
+    assert not (tmp_path / "new.npz").exists()
+    assert not (tmp_path / "o.h5").exists()

@@ -103,6 +103,22 @@ def test_switches(kept: tuple[bool, bool]) -> None:
         assert np.array_equal(new.mito, mito & (membrane == 0))
 
 
+@pytest.mark.parametrize("voxel", [VOXEL, ISOTROPIC])
+def test_membrane_varies_between_its_thinnest_and_its_thickest(voxel) -> None:
+    shape = (8, 240, 320) if voxel == VOXEL else (40, 90, 110)
+    label, mito = tissue(shape, voxel)
+    even, varied = (remodel(label, mito, voxel, rng_for(0), membrane_spread=s) for s in (0.0, 0.6))
+    assert_valid(varied)
+    assert np.array_equal(varied.label, even.label)
+    thin, thick = (membrane_from_labels(even.label, voxel, 25.0 * f) for f in (0.4, 1.6))
+    assert (thin <= varied.membrane).all()
+    assert (varied.membrane <= thick).all()
+    # All three occur, each in more than a hundredth of the places where it can be told.
+    assert (varied.membrane < even.membrane)[(even.membrane > 0) & (thin == 0)].mean() > 0.01
+    assert (varied.membrane > even.membrane)[(thick > 0) & (even.membrane == 0)].mean() > 0.01
+    assert (varied.membrane == even.membrane)[(thick > 0) & (thin == 0)].mean() > 0.01
+
+
 def test_same_state_same_bytes() -> None:
     label, mito = tissue()
     first, again, other = (remodel(label, mito, VOXEL, rng_for(s)) for s in (7, 7, 8))
@@ -384,6 +400,7 @@ def test_neurons_too_thin_for_any_template_stay_empty(library: SignatureLibrary)
         ({"mito_fraction": 1.1}, ValueRangeError),
         ({"margin_nm": -1.0}, ValueRangeError),
         ({"membrane_thickness_nm": 0.0}, ValueRangeError),
+        ({"membrane_spread": 1.0}, ValueRangeError),
         ({"elastic_sigma_nm": -1.0}, ValueRangeError),
         ({"min_jacobian": 0.0}, ValueRangeError),
         ({"library": SignatureLibrary((), 0.0, 0.0)}, ValueRangeError),

@@ -192,6 +192,8 @@ def _add_remodel(node: CfgNode) -> None:
     # a grid of 1/20 of the frame.
     node.REMODEL.SIGMA_NM = 24.0
     node.REMODEL.SPACING_NM = 300.0
+    # Share by which membranes are thicker in some places and thinner in others, 0 to 0.99. 0: even. [ours]
+    node.REMODEL.MEMBRANE_SPREAD = 0.0
     # Neurons that may receive mitochondria: this fraction, largest by volume. [paper] top 10 %.
     node.REMODEL.CANDIDATE_FRACTION = 0.1
     # File below INPUT_PATH with shapes of mitochondria, written by `neurodiff remodel --save-library`, to place beside

@@ -69,6 +69,7 @@ def _validate_numbers(cfg: CfgNode) -> None:
         "NEURODIFF.DIFFUSION.INTENSITY_JITTER NEURODIFF.REMODEL.LIMITS.MITO_HEIGHT_P"
     )
     _require_numbers(cfg, fractions.split(), 0, 1)
+    _require_numbers(cfg, ["NEURODIFF.REMODEL.MEMBRANE_SPREAD"], 0, 0.99)
     _require_numbers(cfg, ["SOLVER.EMA_DECAY", "NEURODIFF.DIFFUSION.EMA_DECAY", "SOLVER.MOMENTUM"], 0, 0.999999)
     positive = (
         "SOLVER.BASE_LR SOLVER.EPS NEURODIFF.DIFFUSION.LEARNING_RATE NEURODIFF.MEMBRANE_NM "

@@ -77,6 +77,7 @@ def _passing_mask(
             elastic_spacing_nm=node.SPACING_NM,
             candidate_fraction=node.CANDIDATE_FRACTION,
             membrane_thickness_nm=membrane_nm,
+            membrane_spread=node.MEMBRANE_SPREAD,
         )
         # Mitochondria that only move along are the source's own, less what is clipped.
         source_mito = train.mito_array if node.MITOCHONDRIA else None

@@ -11,9 +11,14 @@ from ..conditions import membrane_from_labels
 from ..geometry import ZYX, voxel_size
 from .checks import binary_mask, compact_labels, positive
 from .elastic import deform_compact
+from .field import DisplacementField
 from .inside import keep_inside
 from .library import SignatureLibrary
 from .placement import place_in
+
+#: Distance over which the membrane's thickness changes.
+_PATCH_NM = 300.0
+_MOST_SPREAD = 0.99
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,6 +58,7 @@ def remodel(
     elastic_spacing_nm: float = 300.0,
     min_jacobian: float = 0.2,
     membrane_thickness_nm: float = 25.0,
+    membrane_spread: float = 0.0,
     candidate_fraction: float = 0.10,
     margin_nm: float = 10.0,
 ) -> RemodelledMask:
@@ -80,6 +86,8 @@ def remodel(
         Share of all voxels to be mitochondria. None: that of `mito` inside neurons, or else of the library.
     elastic_sigma_nm, elastic_spacing_nm, min_jacobian, membrane_thickness_nm, candidate_fraction, margin_nm : float
         See :func:`.elastic_deform`, :func:`.membrane_from_labels` and :func:`.place_mitochondria`.
+    membrane_spread : float
+        Share, in [0, 1), by which the membrane is thicker in some places and thinner in others; 0: the same everywhere.
 
     Raises
     ------
@@ -89,6 +97,7 @@ def remodel(
     compact, ids = compact_labels(label)
     size = voxel_size(voxel_nm)
     positive("The membrane's thickness in nm", membrane_thickness_nm)
+    positive("The spread of the membrane's thickness", membrane_spread, below=_MOST_SPREAD, zero=True)
     source = binary_mask(np.zeros(compact.shape) if mito is None else mito, compact.shape, "mitochondria")
     source *= compact > 0
     # Two streams, so that what is placed does not depend on how many numbers the deformation drew.
@@ -104,6 +113,9 @@ def remodel(
             min_jacobian=min_jacobian,
         )
     membrane = membrane_from_labels(moved, size, membrane_thickness_nm)
+    if membrane_spread:
+        spread_rng = np.random.default_rng(int(rng.integers(2**63)))
+        membrane = _varied(membrane, moved, size, membrane_thickness_nm, membrane_spread, spread_rng)
     if not place_mitochondria:
         carried = field.warp(source) if field else source
         return RemodelledMask(ids[moved], membrane, keep_inside(carried, moved, membrane), minimum)
@@ -120,6 +132,20 @@ def remodel(
         margin_nm=margin_nm,
     )
     return RemodelledMask(ids[moved], membrane, new, minimum)
+
+
+def _varied(
+    membrane: np.ndarray, label: np.ndarray, size: ZYX, thickness_nm: float, spread: float, rng: np.random.Generator
+) -> np.ndarray:
+    """Membrane that is thicker by `spread` in about a third of the volume and thinner in another, in patches."""
+    thin, thick = (membrane_from_labels(label, size, thickness_nm * (1 + sign * spread)) for sign in (-1, 1))
+    noise = DisplacementField.random(label.shape, size, rng, sigma_nm=size.y, spacing_nm=_PATCH_NM)
+    varied = np.empty_like(membrane)
+    for z in range(len(label)):
+        # Each in-plane component is of unit variance in voxels, but vanishes at the faces that it crosses.
+        level = noise.section(z)[-2:].sum(axis=0) / np.sqrt(2)
+        varied[z] = np.where(level > 0.43, thick[z], np.where(level < -0.43, thin[z], membrane[z]))
+    return varied
 
 
 def _what_to_place(
