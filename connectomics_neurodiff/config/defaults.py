@@ -213,7 +213,7 @@ def _add_diffusion(node: CfgNode) -> None:
     node.DIFFUSION.RGM = True
     node.DIFFUSION.RPGE = True
     node.DIFFUSION.SCAN_DIRECTIONS = 1
-    # Recompute activations in the backward pass: less memory, about a third more time (docs/performance.md).
+    # Recompute activations in the backward pass: less memory, a tenth to a quarter more time (docs/performance.md).
     node.DIFFUSION.CHECKPOINTING = False
     # Training patch, voxels. [paper] 8, 512, 512.
     node.DIFFUSION.PATCH = [8, 512, 512]
