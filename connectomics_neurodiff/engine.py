@@ -69,6 +69,8 @@ class FitSettings:
         Machines; data-loading processes per device (0: in the training process).
     checkpoint_every, log_every : int
         Optimiser steps between checkpoints, and between rows of the loss curve.
+    sample_voxels : int
+        Of a sample, as far as it is known; large ones are trained on with less memory (:func:`.kept_memory`).
     """
 
     steps: int
@@ -91,6 +93,7 @@ class FitSettings:
     workers: int = 0
     checkpoint_every: int = 500
     log_every: int = 10
+    sample_voxels: int = 0
 
     def __post_init__(self) -> None:
         for name, known in (("precision", PRECISIONS), ("optimizer", OPTIMIZERS), ("schedule", SCHEDULES)):
@@ -390,7 +393,7 @@ def fit(
     module = _make_module(network, loss, settings)
     if first_step < settings.steps:
         callbacks = _make_callbacks(settings, folder, key, label, first_step)
-        with _quiet_lightning(), kept_memory():
+        with _quiet_lightning(), kept_memory(settings.batch_size * settings.sample_voxels):
             trainer = _make_trainer(settings, folder, device, autocast, callbacks, first_step)
             loader = _make_loader(dataset, settings, device, trainer, first_step)
             try:

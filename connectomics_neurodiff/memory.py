@@ -23,13 +23,23 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4
 DEFAULT_MMAP_MAX, LARGEST_MMAP_THRESHOLD = 65536, 32 << 20
 
 
+#: Passes over more voxels give freed memory back: blocks of tens of MiB fragment what is kept, up to twice the peak at
+#: 8 x 512 x 512 (docs/performance.md).
+MOST_VOXELS = 1 << 20
+
+
 @contextmanager
-def kept_memory() -> Iterator[None]:
+def kept_memory(voxels: int = 0) -> Iterator[None]:
     """Within the block, freed memory is kept for the next layer; at its end it goes back to the kernel.
 
-    Peak memory is that of the computation. Without ``mallopt`` in the C library (macOS, Windows, musl) nothing changes.
+    Without ``mallopt`` in the C library (macOS, Windows, musl), or for more than `MOST_VOXELS`, nothing changes.
+
+    Parameters
+    ----------
+    voxels : int
+        Of a pass, as far as it is known.
     """
-    library = ctypes.CDLL(None) if sys.platform == "linux" else None
+    library = ctypes.CDLL(None) if sys.platform == "linux" and voxels <= MOST_VOXELS else None
     if library is None or not hasattr(library, "mallopt"):
         yield
         return

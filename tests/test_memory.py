@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from connectomics_neurodiff.memory import kept_memory
+from connectomics_neurodiff.memory import MOST_VOXELS, kept_memory
 
 pytestmark = pytest.mark.skipif(
     sys.platform != "linux" or not hasattr(ctypes.CDLL(None), "mallopt"), reason="needs glibc's mallopt"
@@ -36,6 +36,16 @@ def test_a_block_freed_inside_is_used_again() -> None:
         inside = faults_of_ten_blocks()
     outside = faults_of_ten_blocks()
     assert inside < outside / 5
+
+
+def test_large_passes_give_freed_memory_back() -> None:
+    with kept_memory(MOST_VOXELS + 1):
+        faults_of_ten_blocks()
+        inside = faults_of_ten_blocks()
+    with kept_memory(MOST_VOXELS):
+        faults_of_ten_blocks()
+        kept = faults_of_ten_blocks()
+    assert kept < inside / 5
 
 
 def test_memory_goes_back_at_the_end_even_after_an_error() -> None:

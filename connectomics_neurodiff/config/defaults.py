@@ -240,7 +240,7 @@ def _add_diffusion(node: CfgNode) -> None:
     node.DIFFUSION.EXTRA_VOLUMES = []
     # How several volumes share the samples: "voxels": in proportion to their voxels; "equal": alike. [ours]
     node.DIFFUSION.VOLUME_SHARE = "voxels"
-    # Recompute activations in the backward pass: less memory, about a third more time (docs/performance.md).
+    # Recompute activations in the backward pass: less memory, a tenth to a quarter more time (docs/performance.md).
     node.DIFFUSION.CHECKPOINTING = False
     # Training patch, voxels. [paper] 8, 512, 512.
     node.DIFFUSION.PATCH = [8, 512, 512]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from typing import TYPE_CHECKING, Any
 
@@ -116,6 +117,7 @@ def diffusion_fit_settings(cfg: CfgNode) -> FitSettings:
     """How the denoiser is trained."""
     node = cfg.NEURODIFF.DIFFUSION
     return FitSettings(
+        sample_voxels=math.prod(node.PATCH),
         steps=node.ITERATIONS,
         batch_size=node.BATCH,
         accumulate=node.ACCUMULATE,
@@ -133,6 +135,7 @@ def segmenter_fit_settings(cfg: CfgNode) -> FitSettings:
     """How the affinity network is trained."""
     node = cfg.SOLVER
     return FitSettings(
+        sample_voxels=math.prod(cfg.MODEL.INPUT_SIZE),
         steps=node.ITERATION_TOTAL,
         batch_size=node.SAMPLES_PER_BATCH,
         accumulate=node.ITERATION_STEP,

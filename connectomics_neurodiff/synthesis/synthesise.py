@@ -11,6 +11,7 @@ and a killed run goes on with the row it was in.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import cast
@@ -56,7 +57,6 @@ def denoiser_from_checkpoint(checkpoint: Checkpoint) -> tuple[nn.Module, Diffusi
     return network, DiffusionProcess(betas, recorded.get("prediction", "noise"))
 
 
-@kept_memory()
 def synthesise(
     network: nn.Module,
     process: DiffusionProcess,
@@ -133,7 +133,10 @@ def synthesise(
     predict = _Predictor(network, membrane, mito, size, precision, device, hint_cache_bytes)
     canvas = _Canvas(membrane.shape, tile, overlap, process, rule, seed, predict.channels, scratch, key)
     done = canvas.tiles_done
-    with progress_bar(label=label, total=len(walk) * canvas.tiles_per_step, initial=done) as bar:
+    with (
+        kept_memory(math.prod(canvas.extent)),
+        progress_bar(label=label, total=len(walk) * canvas.tiles_per_step, initial=done) as bar,
+    ):
         for step in walk[canvas.step :]:
             canvas.take(step, predict, bar.update)
     return canvas.image(len(walk))
