@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tiny import awake_denoiser
 from torch import Tensor, nn
 
 from connectomics_neurodiff.checkpoints import Checkpoint
@@ -15,29 +16,10 @@ from connectomics_neurodiff.errors import CheckpointMismatch, ValueRangeError
 from connectomics_neurodiff.synthesis import (
     DiffusionProcess,
     GuidedDenoiser,
-    build_denoiser,
     cosine_betas,
     guided,
     synthesise,
 )
-
-TINY: dict[str, Any] = {
-    "base_channels": 32,
-    "multipliers": [1, 1],
-    "condition_channels": [32, 32],
-    "rgm_reductions": [2],
-    "time_channels": 32,
-}
-
-
-def network(conditioning: str = "both") -> nn.Module:
-    torch.manual_seed(1)
-    built = build_denoiser("neurodiff", preset="small", conditioning=conditioning, **TINY)
-    with torch.no_grad():
-        for parameter in built.parameters():
-            if not parameter.any():
-                parameter.normal_(std=0.05)
-    return built.eval()
 
 
 def arguments(seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -49,7 +31,7 @@ def arguments(seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 @pytest.mark.parametrize("conditioning", ["msc", "concat", "both"])
 def test_prediction_lies_on_the_line_between_with_and_without(conditioning: str) -> None:
-    plain = network(conditioning)
+    plain = awake_denoiser(conditioning=conditioning)
     noisy, t, condition, size = arguments()
     with torch.no_grad():
         with_masks = plain(noisy, t, condition, size)
@@ -87,7 +69,7 @@ def checkpoint(dropout: float | None) -> Checkpoint:
 
 
 def test_only_a_denoiser_trained_with_dropout_can_be_guided() -> None:
-    plain = network()
+    plain = awake_denoiser()
     assert guided(plain, 1.0, checkpoint(None)) is plain
     assert isinstance(guided(plain, 2.0, checkpoint(0.1)), GuidedDenoiser)
     for dropout in (None, 0.0):
@@ -104,9 +86,9 @@ def test_a_guided_denoiser_paints_and_its_scratch_is_its_own(tmp_path: Any) -> N
     options: dict[str, Any] = {"seed": 1, "steps": 3, "tile": (4, 12, 16), "overlap": (0, 4, 4)}
     images = []
     for scale in (1.0, 4.0):
-        guide = GuidedDenoiser(network(), scale)
+        guide = GuidedDenoiser(awake_denoiser(), scale)
         painted = synthesise(guide, process, membrane, None, (29, 6, 6), scratch=tmp_path, **options)
         images.append(np.asarray(painted))
-    plain = synthesise(network(), process, membrane, None, (29, 6, 6), **options)
+    plain = synthesise(awake_denoiser(), process, membrane, None, (29, 6, 6), **options)
     np.testing.assert_allclose(images[0], plain, atol=1e-5)
     assert np.abs(images[1] - images[0]).max() > 0.01

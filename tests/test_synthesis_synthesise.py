@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tiny import TINY_DENOISER, awake_denoiser
 from torch import Tensor, nn
 
 from connectomics_neurodiff.checkpoints import load_checkpoint, save_checkpoint
@@ -28,7 +29,6 @@ from connectomics_neurodiff.seeding import rng_for
 from connectomics_neurodiff.synthesis import (
     SAMPLERS,
     DiffusionProcess,
-    build_denoiser,
     cosine_betas,
     denoiser_from_checkpoint,
     sampler_steps,
@@ -38,13 +38,6 @@ from connectomics_neurodiff.volume import LazyArray
 
 PROCESS = DiffusionProcess(cosine_betas(50))
 VOXEL = (29.0, 6.0, 6.0)
-TINY: dict[str, Any] = {
-    "base_channels": 32,
-    "multipliers": [1, 1],
-    "condition_channels": [32, 32],
-    "rgm_reductions": [2],
-    "time_channels": 32,
-}
 
 
 class Painter(nn.Module):
@@ -84,17 +77,6 @@ def paint(network: nn.Module | None = None, shape: tuple[int, int, int] = (6, 20
     return synthesise(network or Painter(), PROCESS, membrane, mito, VOXEL, **given)
 
 
-def noisy_network() -> nn.Module:
-    """A network whose prediction depends on all of a tile."""
-    torch.manual_seed(0)
-    network = build_denoiser("neurodiff", preset="small", **TINY)
-    with torch.no_grad():
-        for parameter in network.parameters():
-            if not parameter.any():
-                parameter.normal_(std=0.05)
-    return network
-
-
 @pytest.mark.parametrize("shape", [(1, 1, 1), (2, 5, 40), (6, 20, 28), (4, 12, 12)])
 @pytest.mark.parametrize("name", SAMPLERS.names())
 def test_a_perfect_denoiser_paints_its_world(name: str, shape: tuple[int, int, int]) -> None:
@@ -112,7 +94,7 @@ def test_without_mitochondria() -> None:
 
 
 def test_a_real_network_stays_in_range_and_depends_on_the_seed_alone() -> None:
-    network = noisy_network()
+    network = awake_denoiser()
     first, again, other = (paint(network, seed=seed, sampler="ddpm") for seed in (3, 3, 4))
     np.testing.assert_array_equal(first, again)
     assert not np.array_equal(first, other)
@@ -122,7 +104,7 @@ def test_a_real_network_stays_in_range_and_depends_on_the_seed_alone() -> None:
 
 def test_tiles_leave_no_seams() -> None:
     """Steps across tile borders are no larger than elsewhere, where tiles painted one by one would show them."""
-    network, shape = noisy_network(), (4, 32, 60)
+    network, shape = awake_denoiser(), (4, 32, 60)
     rough = np.abs(np.diff(paint(network, shape, tile=(4, 32, 24), overlap=(0, 0, 12)), axis=2)).mean((0, 1))
     borders = [11, 23, 35, 47]
     elsewhere = np.delete(rough, borders)
@@ -215,7 +197,7 @@ def test_a_disk_too_small_is_told_before_any_work(tmp_path: Path, monkeypatch: p
 
 @pytest.mark.parametrize("name", SAMPLERS.names())
 def test_on_disk_and_in_memory_are_the_same_bytes(name: str, tmp_path: Path) -> None:
-    network = noisy_network()
+    network = awake_denoiser()
     painted = paint(network, sampler=name, scratch=tmp_path)
     assert isinstance(painted, LazyArray)
     np.testing.assert_array_equal(painted, paint(network, sampler=name))
@@ -243,7 +225,7 @@ def test_masks_are_read_tile_by_tile(tmp_path: Path) -> None:
 
 def test_joint_denoising_is_the_blended_average_of_all_tiles() -> None:
     """A twin that holds everything at once: sums over all tiles, divided by the sum of their windows."""
-    network, shape = noisy_network(), (7, 20, 28)
+    network, shape = awake_denoiser(), (7, 20, 28)
     membrane, mito = masks(shape)
     condition = np.stack([membrane, mito]).astype(np.float32)
     boxes = tiles(shape, (3, 12, 12), (1, 4, 4))
@@ -365,14 +347,14 @@ def test_masks_of_different_shape() -> None:
 
 
 def test_a_checkpoint_becomes_the_same_denoiser(tmp_path: Path) -> None:
-    network = noisy_network()
+    network = awake_denoiser()
     recorded = {"process": {"steps": 50, "cosine_offset": 0.008}}
     for name, extra in (("good.pt", recorded), ("bare.pt", {})):
         save_checkpoint(
             tmp_path / name,
             kind="denoiser",
             architecture="neurodiff",
-            options={"preset": "small", **TINY},
+            options=TINY_DENOISER,
             state_dict=network.state_dict(),
             extra=extra,
         )

@@ -6,8 +6,13 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+import torch
 from conftest import REPOSITORY
+from torch import nn
+
+from connectomics_neurodiff.synthesis import build_denoiser
 
 TINY = {
     "DATASET.IMAGE_NAME": "phantom",
@@ -63,3 +68,25 @@ def neurodiff(*arguments: str, cwd: Path = REPOSITORY) -> subprocess.CompletedPr
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
     arguments_of = [sys.executable, "-m", "connectomics_neurodiff", *arguments]
     return subprocess.run(arguments_of, capture_output=True, text=True, cwd=cwd, env=environment, check=False)
+
+
+#: Options of the smallest denoiser that has every part.
+TINY_DENOISER: dict[str, Any] = {
+    "preset": "small",
+    "base_channels": 32,
+    "multipliers": [1, 1],
+    "condition_channels": [32, 32],
+    "rgm_reductions": [2],
+    "time_channels": 32,
+}
+
+
+def awake_denoiser(**options: Any) -> nn.Module:
+    """A denoiser none of whose branches begins at zero: its prediction depends on all of a tile."""
+    torch.manual_seed(0)
+    network = build_denoiser("neurodiff", **TINY_DENOISER, **options)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            if not parameter.any():
+                parameter.normal_(std=0.05)
+    return network.eval()

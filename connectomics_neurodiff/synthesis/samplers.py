@@ -48,19 +48,27 @@ def sampler_steps(timesteps: Sequence[int]) -> list[Step]:
     return [Step(k, *ts) for k, ts in enumerate(zip(timesteps, after, before, strict=True))]
 
 
-#: (process, step, x_t, clean image, clean image of the step before, noise, variance coefficient v) -> x_s
-Update = Callable[
-    [
-        DiffusionProcess,
-        Step,
-        np.ndarray,
-        np.ndarray,
-        "np.ndarray | None",
-        "np.ndarray | None",
-        "np.ndarray | None",
-    ],
-    np.ndarray,
-]
+@dataclass(frozen=True, eq=False)
+class Given:
+    """What a step may use, arrays of one shape.
+
+    Attributes
+    ----------
+    x, clean : numpy.ndarray
+        x_t, and the clean image predicted for it, clipped.
+    before, noise, coefficient : numpy.ndarray or None
+        Clean image of the step before; standard normal noise; the predicted coefficient v of the variance.
+    """
+
+    x: np.ndarray
+    clean: np.ndarray
+    before: np.ndarray | None
+    noise: np.ndarray | None
+    coefficient: np.ndarray | None
+
+
+#: x_s of a step.
+Update = Callable[[DiffusionProcess, Step, Given], np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -125,75 +133,52 @@ class Sampler:
         predicted_noise = process.noise_from(prediction[0], x, step.t)
         clean = np.clip(process.predict_clean(x, step.t, predicted_noise), -1, 1)
         coefficient = prediction[1] if len(prediction) > 1 else None
-        return self.update(process, step, x, clean, before, noise, coefficient), clean
+        return self.update(process, step, Given(x, clean, before, noise, coefficient)), clean
 
 
 SAMPLERS: Registry[Sampler] = Registry("sampler", call="f(process, step, x, prediction, before, noise) -> x_s, clean")
 
 
-def _update_ddpm(
-    process: DiffusionProcess,
-    step: Step,
-    x: np.ndarray,
-    clean: np.ndarray,
-    before: np.ndarray | None,
-    noise: np.ndarray | None,
-    coefficient: np.ndarray | None,
-) -> np.ndarray:
+def _update_ddpm(process: DiffusionProcess, step: Step, given: Given) -> np.ndarray:
     """Ancestral sampling (Ho et al. 2020, algorithm 2 with eq. 6 and 7), the variance learned where there is one.
 
     With fewer timesteps than T the process is respaced (Nichol and Dhariwal 2021, section 4).
     """
     of_clean, of_noisy, variance = process.posterior(step.t, step.t_next)
-    mean = of_clean * clean + of_noisy * x
-    if noise is None or step.t_next < 0:
+    mean = of_clean * given.clean + of_noisy * given.x
+    if given.noise is None or step.t_next < 0:
         return mean
-    if coefficient is None:
-        return mean + sqrt(variance) * noise
-    return mean + np.exp(0.5 * process.learned_log_variance(coefficient, step.t, step.t_next)) * noise
+    if given.coefficient is None:
+        return mean + sqrt(variance) * given.noise
+    log_variance = process.learned_log_variance(given.coefficient, step.t, step.t_next)
+    return mean + np.exp(0.5 * log_variance) * given.noise
 
 
-def _update_ddim(
-    process: DiffusionProcess,
-    step: Step,
-    x: np.ndarray,
-    clean: np.ndarray,
-    before: np.ndarray | None,
-    noise: np.ndarray | None,
-    coefficient: np.ndarray | None,
-) -> np.ndarray:
+def _update_ddim(process: DiffusionProcess, step: Step, given: Given) -> np.ndarray:
     """Deterministic DDIM (Song et al. 2021, eq. 12 with sigma = 0).
 
     The noise is taken anew from the clipped clean image, so that the two still add up to x_t.
     """
     now, after = process.signal_at(step.t), process.signal_at(step.t_next)
-    left = (x - sqrt(now) * clean) / sqrt(1 - now)
-    return sqrt(after) * clean + sqrt(1 - after) * left
+    left = (given.x - sqrt(now) * given.clean) / sqrt(1 - now)
+    return sqrt(after) * given.clean + sqrt(1 - after) * left
 
 
-def _update_dpmpp(
-    process: DiffusionProcess,
-    step: Step,
-    x: np.ndarray,
-    clean: np.ndarray,
-    before: np.ndarray | None,
-    noise: np.ndarray | None,
-    coefficient: np.ndarray | None,
-) -> np.ndarray:
+def _update_dpmpp(process: DiffusionProcess, step: Step, given: Given) -> np.ndarray:
     """DPM-Solver++(2M) (Lu et al. 2022, algorithm 2).
 
     The first and the last step are of first order: the one has nothing to extrapolate from, the other ends at an
     infinite signal-to-noise ratio, where the solution is the clean image itself.
     """
     if step.t_next < 0:
-        return clean
+        return given.clean
     h = _half_log_snr(process, step.t_next) - _half_log_snr(process, step.t)
-    target = clean
-    if before is not None and step.t_before is not None:
+    target = given.clean
+    if given.before is not None and step.t_before is not None:
         ratio = (_half_log_snr(process, step.t) - _half_log_snr(process, step.t_before)) / h
-        target = clean + (clean - before) / (2 * ratio)
+        target = given.clean + (given.clean - given.before) / (2 * ratio)
     now, after = process.signal_at(step.t), process.signal_at(step.t_next)
-    return sqrt((1 - after) / (1 - now)) * x + sqrt(after) * (1 - exp(-h)) * target
+    return sqrt((1 - after) / (1 - now)) * given.x + sqrt(after) * (1 - exp(-h)) * target
 
 
 def _half_log_snr(process: DiffusionProcess, t: int) -> float:
