@@ -234,7 +234,7 @@ def test_joint_denoising_is_the_blended_average_of_all_tiles() -> None:
     for step in sampler_steps(PROCESS.timesteps(4)):
         total, weight = np.zeros((2, *shape))
         for box in boxes:
-            window = blend_window(box.shape)
+            window = blend_window(box.shape) ** 2
             parts = [torch.from_numpy(a[None]) for a in (x[box.slices][None], condition[(slice(None), *box.slices)])]
             with torch.no_grad():
                 found = network(parts[0], torch.tensor([step.t]), parts[1], torch.tensor([VOXEL]))[0, 0].numpy()
@@ -242,7 +242,8 @@ def test_joint_denoising_is_the_blended_average_of_all_tiles() -> None:
             weight[box.slices] += window
         x, _ = rule(PROCESS, step, x, (total / weight)[None].astype(np.float32))
     painted = paint(network, shape, steps=4, tile=(3, 12, 12))
-    np.testing.assert_allclose(painted, np.clip((x + 1) / 2, 0, 1), atol=1e-5)
+    # The noisiest step divides by hardly any signal, and so blows the rounding up.
+    np.testing.assert_allclose(painted, np.clip((x + 1) / 2, 0, 1), atol=1e-4)
 
 
 def test_memory_does_not_grow_with_the_volume(tmp_path: Path) -> None:

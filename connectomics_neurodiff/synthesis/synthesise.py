@@ -174,7 +174,8 @@ class _Canvas:
         self.tiles_per_step = len(boxes)
         per_row = len(boxes) // len(self.rows)
         self._boxes = [boxes[i : i + per_row] for i in range(0, len(boxes), per_row)]
-        self._window = blend_window(self.extent)
+        # Squared: the outermost voxels of a tile, where the network sees zeros beside it, hardly count where tiles join.
+        self._window = blend_window(self.extent) ** 2
         self._weights = [
             _summed_weights(n, e, tile_starts(n, t, o))
             for n, e, t, o in zip(self.shape, self.extent, tile, overlap, strict=True)
@@ -278,7 +279,7 @@ def _summed_weights(size: int, extent: int, starts: Sequence[int]) -> np.ndarray
     """Sum of the tiles' weights along one axis; that of the volume is the product over axes."""
     total = np.zeros(size, np.float32)
     for start in starts:
-        total[start : start + extent] += blend_weights(extent)
+        total[start : start + extent] += blend_weights(extent) ** 2
     return total
 
 
