@@ -226,6 +226,8 @@ def remodel(options: argparse.Namespace) -> None:
     outputs = [first] + [first.with_name(f"{first.stem}_{i:03d}{first.suffix}") for i in range(1, options.copies)]
     for output in outputs:
         _require_free(str(output), options.volume, force=options.force)
+    if options.no_mito and options.library and not options.save_library:
+        raise ConfigError("--library says which mitochondria to place; it does not go with --no-mito.")
     if options.save_library:
         if not options.save_library.endswith(".npz"):
             raise ValueRangeError(f"--save-library writes a file whose name ends in .npz. Got {options.save_library}.")
@@ -287,7 +289,7 @@ def sample(options: argparse.Namespace) -> None:
     network = guided(network, options.guidance, checkpoint)
     steps = options.steps or min(20, process.steps)  # docs/results.md
     # Beside the output: there is room for the whole volume, and the same command finds it again after a kill.
-    scratch = Path(options.output).absolute().with_name(f".{Path(options.output).stem}.unfinished")
+    scratch = Path(options.output).absolute().with_name(f".{Path(options.output).name}.unfinished")
     image = synthesise(
         network,
         process,

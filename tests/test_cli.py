@@ -119,7 +119,7 @@ def test_a_killed_sample_goes_on_and_leaves_nothing_behind(cells: Path, denoiser
     done("remodel", str(cells), str(masks))
     options = ["--checkpoint", str(denoiser), "--steps", "40", "--gpus", "0", "--precision", "fp32"]
     done("sample", str(masks), str(whole), *options)
-    scratch = tmp_path / ".killed.unfinished"
+    scratch = tmp_path / ".killed.h5.unfinished"
     program = [sys.executable, "-m", "connectomics_neurodiff", "sample", str(masks), str(killed), *options]
     process = subprocess.Popen(program, stderr=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"})
     end = time.monotonic() + 120

@@ -20,8 +20,10 @@ from connectomics_neurodiff.checkpoints import load_checkpoint, save_checkpoint
 from connectomics_neurodiff.errors import (
     CheckpointMismatch,
     NotEnoughSpace,
+    NotWritable,
     ShapeMismatch,
     UnknownName,
+    UserError,
     ValueRangeError,
 )
 from connectomics_neurodiff.geometry import blend_window, tiles
@@ -31,6 +33,7 @@ from connectomics_neurodiff.synthesis import (
     DiffusionProcess,
     cosine_betas,
     denoiser_from_checkpoint,
+    discard_scratch,
     sampler_steps,
     synthesise,
 )
@@ -171,6 +174,37 @@ def test_the_scratch_of_other_masks_or_weights_is_not_continued(tmp_path: Path) 
         np.testing.assert_array_equal(image, synthesise(painter, PROCESS, mask, mito, VOXEL, **options))
 
 
+def test_a_folder_that_another_process_paints_into_is_left_alone(tmp_path: Path) -> None:
+    fcntl = pytest.importorskip("fcntl")
+    whole = paint(scratch=tmp_path)
+    with open(tmp_path / "lock", "ab") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        network = Painter()
+        with pytest.raises(UserError, match="Another process"):
+            paint(network, scratch=tmp_path, seed=9)
+        assert network.forwards == 0
+    np.testing.assert_array_equal(paint(scratch=tmp_path), whole)
+
+
+def test_a_file_in_the_way_is_named(tmp_path: Path) -> None:
+    (tmp_path / "mine").write_text("thesis")
+    with pytest.raises(NotWritable, match="in the way"):
+        paint(scratch=tmp_path / "mine")
+    assert (tmp_path / "mine").read_text() == "thesis"
+
+
+def test_nothing_of_ours_is_left_behind(tmp_path: Path) -> None:
+    folder = tmp_path / "scratch"
+    paint(scratch=folder)
+    (folder / ".progress.123.part.json").write_text("half of")
+    discard_scratch(folder)
+    assert not folder.exists()
+    paint(scratch=folder)
+    (folder / "notes.txt").write_text("mine")
+    discard_scratch(folder)
+    assert [p.name for p in folder.iterdir()] == ["notes.txt"]
+
+
 @pytest.mark.parametrize("damage", ["text", "list", "gone", "short"])
 def test_damaged_scratch_is_named_not_overwritten(damage: str, tmp_path: Path) -> None:
     paint(scratch=tmp_path)
@@ -193,6 +227,7 @@ def test_a_disk_too_small_is_told_before_any_work(tmp_path: Path, monkeypatch: p
     with pytest.raises(NotEnoughSpace, match="GiB while the volume is painted: No space left"):
         paint(network, scratch=tmp_path)
     assert network.forwards == 0
+    assert not list(tmp_path.glob("*.float32"))
 
 
 @pytest.mark.parametrize("name", SAMPLERS.names())

@@ -68,7 +68,7 @@ def seams(
         on = np.zeros(len(energy), dtype=bool)
         on[borders - 1] = True
         counted = np.isfinite(energy)
-        if (on & counted).any() and (~on & counted).any():
+        if (on & counted).any() and np.any(energy[~on & counted] > 0):
             found[axis] = _compared(energy[on & counted], energy[~on & counted])
     return found
 

@@ -35,6 +35,8 @@ def synthesis_metrics(run: Run) -> dict[str, Any]:
     """3D-FID, its numbers null where there is none; grey values, number and seams of the run's own pairs."""
     paths = pair_paths(run) if len(run.arms) > 1 else []
     found = _fid3d_or_null(run, paths)
+    # Pairs that the user names were judged, and painted in tiles, by another run.
+    paths = [] if run.cfg.AUGMENTOR.SYNTHETIC.PAIRS else paths
     reports = [path.with_suffix(".gate.json") for path in paths]
     gates = [json.loads(path.read_text()) for path in reports if path.exists()]
     if gates:

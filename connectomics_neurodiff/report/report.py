@@ -89,6 +89,8 @@ _SECTIONS: Mapping[str, tuple[str, str]] = {
 _SYNTHESIS_NAMES: Mapping[str, str] = {
     "grey_value_distance": "Distance of grey values, synthetic to real",
     "pairs": "Synthetic volumes that entered training",
+    **{f"seams.{axis}.ratio": f"Seams of tiles along {axis}, 1: none" for axis in "zyx"},
+    **{f"seams.{axis}.standard_error": f"Seams along {axis}, standard error" for axis in "zyx"},
 }
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import cast
 
@@ -134,6 +135,7 @@ def synthesise(
     canvas = _Canvas(membrane.shape, tile, overlap, process, rule, seed, predict.channels, scratch, key)
     done = canvas.tiles_done
     with (
+        closing(canvas),
         kept_memory(math.prod(canvas.extent)),
         progress_bar(label=label, total=len(walk) * canvas.tiles_per_step, initial=done) as bar,
     ):
@@ -174,7 +176,7 @@ class _Canvas:
         self.tiles_per_step = len(boxes)
         per_row = len(boxes) // len(self.rows)
         self._boxes = [boxes[i : i + per_row] for i in range(0, len(boxes), per_row)]
-        # Squared: the outermost voxels of a tile, where the network sees zeros beside it, hardly count where tiles join.
+        # Squared: the outermost voxels of a tile, which the network paints badly, hardly count where tiles join.
         self._window = blend_window(self.extent) ** 2
         self._weights = [
             _summed_weights(n, e, tile_starts(n, t, o))
@@ -192,6 +194,10 @@ class _Canvas:
         if self._arrays.progress is None:
             self._fill_with_noise()
             self._arrays.commit({"step": 0, "row": 0})
+
+    def close(self) -> None:
+        """Let other processes work in the scratch folder."""
+        self._arrays.close()
 
     @property
     def step(self) -> int:

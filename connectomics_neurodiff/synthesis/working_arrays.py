@@ -7,17 +7,26 @@ commit must write the same voxels again, or others, but must not need what was o
 from __future__ import annotations
 
 import json
+import logging
 import mmap
 import os
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
-from ..errors import CheckpointMismatch, NotEnoughSpace
+from ..errors import CheckpointMismatch, NotEnoughSpace, NotWritable, UserError
 from ..provenance import atomic_write
 from ..volume.arrays import LazyArray
 
-_PROGRESS = "progress.json"
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+logger = logging.getLogger("connectomics_neurodiff")
+
+_PROGRESS, _LOCK = "progress.json", "lock"
 
 
 class WorkingArrays:
@@ -43,14 +52,24 @@ class WorkingArrays:
     def __init__(self, folder: Path | None, key: str, shapes: dict[str, tuple[int, ...]]) -> None:
         self._folder, self._key = folder, key
         self._mapped: list[np.memmap] = []
-        #: How far the work had come at the last commit; None before the first one.
-        self.progress = self._read_progress(shapes)
-        if folder is not None and self.progress is None:
-            self._allocate(folder, shapes)
-        self._arrays = {name: self._open(name, shape) for name, shape in shapes.items()}
+        self._lock = None if folder is None else _locked(folder)
+        try:
+            #: How far the work had come at the last commit; None before the first one.
+            self.progress = self._read_progress(shapes)
+            if folder is not None and self.progress is None:
+                self._allocate(folder, shapes)
+            self._arrays = {name: self._open(name, shape) for name, shape in shapes.items()}
+        except BaseException:
+            self.close()
+            raise
 
     def __getitem__(self, name: str) -> np.ndarray:
         return self._arrays[name]
+
+    def close(self) -> None:
+        """Let other processes work in the folder."""
+        if self._lock is not None:
+            self._lock.close()
 
     def path_of(self, name: str) -> Path | None:
         """File of an array, None in memory."""
@@ -76,6 +95,7 @@ class WorkingArrays:
         try:
             found = json.loads(path.read_text())
             if found["key"] != self._key:
+                logger.warning("%s holds the unfinished work of other masks or settings; it is made anew.", path.parent)
                 return None
             progress = {name: int(value) for name, value in found["progress"].items()}
         except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -91,8 +111,7 @@ class WorkingArrays:
 
     def _allocate(self, folder: Path, shapes: dict[str, tuple[int, ...]]) -> None:
         """Files of zeros whose space is reserved: a full disk behind a mapped file would kill the process later."""
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / _PROGRESS).unlink(missing_ok=True)
+        _remove_files(folder)
         for name, shape in shapes.items():
             with open(folder / f"{name}.float32", "wb") as handle:
                 try:
@@ -101,7 +120,7 @@ class WorkingArrays:
                     else:
                         handle.truncate(_bytes(shape))
                 except OSError as error:
-                    handle.truncate(0)
+                    _remove_files(folder)
                     raise NotEnoughSpace(
                         f"{folder} needs {sum(map(_bytes, shapes.values())) / 2**30:.2f} GiB while the volume is "
                         f"painted: {os.strerror(error.errno or 0)}."
@@ -120,10 +139,34 @@ def discard_scratch(folder: Path) -> None:
     """Remove the files of :class:`WorkingArrays`, and their folder if nothing else is in it."""
     if not folder.is_dir():
         return
-    for file in [folder / _PROGRESS, *folder.glob("*.float32")]:
-        file.unlink(missing_ok=True)
+    _remove_files(folder)
+    (folder / _LOCK).unlink(missing_ok=True)
     if not any(folder.iterdir()):
         folder.rmdir()
+
+
+def _remove_files(folder: Path) -> None:
+    # With what a kill left of a commit.
+    for file in [folder / _PROGRESS, *folder.glob("*.float32"), *folder.glob(".progress.*.part.json")]:
+        file.unlink(missing_ok=True)
+
+
+def _locked(folder: Path) -> BinaryIO:
+    """The folder's lock file, open for as long as this process works in it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise NotWritable(f"{folder} is in the way: it is where the unfinished volume goes. Move it.") from error
+    handle = open(folder / _LOCK, "ab")  # noqa: SIM115  # open on purpose
+    if fcntl is not None:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            handle.close()
+            raise UserError(
+                f"Another process is painting into {folder}. Wait for it, or name another output."
+            ) from error
+    return handle
 
 
 def _bytes(shape: tuple[int, ...]) -> int:
