@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
@@ -225,6 +226,27 @@ def test_broken_library_file_is_named(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "broken.npz").write_bytes(content)
     with pytest.raises(VolumeFormatError, match=r"broken\.npz"):
         SignatureLibrary.load(tmp_path / "broken.npz")
+
+
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [
+        ("pitch_z_nm", lambda a: a * 0),
+        ("contours", lambda a: a[..., :1]),
+        ("lengths", lambda a: a * 0),
+        ("centroids", lambda a: a * np.nan),
+        ("areas_nm2", lambda a: a[:1]),
+        ("cut_below", lambda a: a[:0]),
+        ("tissue", lambda a: a * np.inf),
+    ],
+)
+def test_a_library_whose_arrays_make_no_sense_is_refused(tmp_path: Path, name: str, damage: Any) -> None:
+    SignatureLibrary.from_masks(*spindle(), VOXEL).save(tmp_path / "good.npz")
+    with np.load(tmp_path / "good.npz") as archive:
+        arrays = {key: archive[key] for key in archive.files}
+    np.savez(tmp_path / "bad.npz", **(arrays | {name: damage(arrays[name])}))
+    with pytest.raises(VolumeFormatError, match=r"bad\.npz"):
+        SignatureLibrary.load(tmp_path / "bad.npz")
 
 
 def test_pickled_and_foreign_archives_are_refused(tmp_path: Path) -> None:

@@ -239,6 +239,7 @@ class SignatureLibrary:
                 arrays = {name: archive[name] for name in archive.files}
             if int(arrays["format"]) != _FORMAT:
                 raise ValueError("unknown format")
+            _require_sound(arrays)
             ends = np.cumsum(arrays["lengths"])
             sections = {name: np.split(arrays[name], ends[:-1]) if len(ends) else [] for name in _PER_SECTION}
             mito_nm3, tissue_nm3 = (float(v) for v in arrays["tissue"])
@@ -261,6 +262,24 @@ class SignatureLibrary:
                 f"{os.fspath(path)} is not a signature library (an NPZ file written by SignatureLibrary.save)."
             ) from error
         return cls(tuple(signatures), mito_nm3, tissue_nm3)
+
+
+def _require_sound(arrays: dict[str, np.ndarray]) -> None:
+    """Raise ValueError unless the arrays of a file fit one another and hold numbers that a shape can have."""
+    lengths = arrays["lengths"]
+    if lengths.ndim != 1 or lengths.dtype.kind not in "iu" or (lengths < 1).any():
+        raise ValueError("sections per object")
+    for name in _PER_SECTION:
+        if arrays[name].shape != (lengths.sum(), *_TAILS[name]):
+            raise ValueError(f"shape of {name}")
+    for name in _PER_OBJECT:
+        if arrays[name].shape != lengths.shape:
+            raise ValueError(f"shape of {name}")
+    for name in (*_PER_SECTION, "pitch_z_nm", "volume_nm3", "tissue"):
+        if not np.isfinite(arrays[name].astype(float)).all():
+            raise ValueError(f"values of {name}")
+    if any((arrays[name] <= 0).any() for name in ("axes", "areas_nm2", "pitch_z_nm", "volume_nm3")):
+        raise ValueError("a length that is not positive")
 
 
 def gather_libraries(
