@@ -169,7 +169,7 @@ def _add_synthesis_commands(commands: Any) -> None:
         metavar="S",
         help="how strictly the image follows the masks: 1 as trained (default), more: easier, less: harder to segment",
     )
-    sample.add_argument("--steps", type=int, default=0, metavar="N", help="default: 20, at most as many as trained")
+    sample.add_argument("--steps", type=int, metavar="N", help="default: 20, at most as many as trained")
     _add_seed(sample)
     sample.add_argument("--tile", nargs=3, type=int, metavar=("Z", "Y", "X"), help="voxels (default: as trained)")
     sample.add_argument("--overlap", nargs=3, type=int, metavar=("Z", "Y", "X"), help="default: an eighth of the tile")

@@ -287,7 +287,7 @@ def sample(options: argparse.Namespace) -> None:
     require_fitting_tile(checkpoint, tile, volume.shape, device)
     network, process = denoiser_from_checkpoint(checkpoint)
     network = guided(network, options.guidance, checkpoint)
-    steps = options.steps or min(20, process.steps)  # docs/results.md
+    steps = min(20, process.steps) if options.steps is None else options.steps  # docs/results.md
     # Beside the output: there is room for the whole volume, and the same command finds it again after a kill.
     scratch = Path(options.output).absolute().with_name(f".{Path(options.output).name}.unfinished")
     image = synthesise(

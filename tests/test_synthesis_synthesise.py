@@ -7,12 +7,14 @@ import os
 import subprocess
 import sys
 import textwrap
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from scipy import ndimage
 from tiny import TINY_DENOISER, awake_denoiser
 from torch import Tensor, nn
 
@@ -26,7 +28,7 @@ from connectomics_neurodiff.errors import (
     UserError,
     ValueRangeError,
 )
-from connectomics_neurodiff.geometry import blend_window, tiles
+from connectomics_neurodiff.geometry import Box, blend_window, tiles
 from connectomics_neurodiff.seeding import rng_for
 from connectomics_neurodiff.synthesis import (
     SAMPLERS,
@@ -76,7 +78,8 @@ def masks(shape: tuple[int, int, int] = (6, 20, 28)) -> tuple[np.ndarray, np.nda
 
 def paint(network: nn.Module | None = None, shape: tuple[int, int, int] = (6, 20, 28), **options: Any) -> np.ndarray:
     membrane, mito = masks(shape)
-    given = {"seed": 3, "sampler": "ddim", "steps": 5, "tile": (4, 12, 12), "overlap": (1, 4, 4)} | options
+    layout = {"tile": (4, 12, 12), "overlap": (1, 4, 4), "margin": (0, 0, 0)}
+    given = {"seed": 3, "sampler": "ddim", "steps": 5} | layout | options
     return synthesise(network or Painter(), PROCESS, membrane, mito, VOXEL, **given)
 
 
@@ -258,27 +261,68 @@ def test_masks_are_read_tile_by_tile(tmp_path: Path) -> None:
     assert OnDisk.largest <= 8 < deep.shape[0]
 
 
-def test_joint_denoising_is_the_blended_average_of_all_tiles() -> None:
-    """A twin that holds everything at once: sums over all tiles, divided by the sum of their windows."""
+@pytest.mark.parametrize("margin", [(0, 0, 0), (1, 2, 3)])
+def test_joint_denoising_is_the_blended_average_of_all_tiles(margin: tuple[int, int, int]) -> None:
+    """A twin that holds everything at once: sums over all tiles, divided by the sum of their windows.
+
+    It mirrors the whole volume, of which tiles at its faces see a part.
+    """
     network, shape = awake_denoiser(), (7, 20, 28)
     membrane, mito = masks(shape)
-    condition = np.stack([membrane, mito]).astype(np.float32)
+    around = [(0, 0), *((m, m) for m in margin)]
+    condition = np.pad(np.stack([membrane, mito]).astype(np.float32), around, mode="reflect")
     boxes = tiles(shape, (3, 12, 12), (1, 4, 4))
     rule = SAMPLERS.get("ddim")
     x = np.stack([rng_for(3, "start", z, 0).standard_normal(shape[1:], dtype=np.float32) for z in range(shape[0])])
     for step in sampler_steps(PROCESS.timesteps(4)):
         total, weight = np.zeros((2, *shape))
+        mirrored = np.pad(x[None], around, mode="reflect")
         for box in boxes:
             window = blend_window(box.shape) ** 2
-            parts = [torch.from_numpy(a[None]) for a in (x[box.slices][None], condition[(slice(None), *box.slices)])]
+            seen, inside = _seen(box, shape, margin)
+            parts = [torch.from_numpy(a[(slice(None), *seen)][None]) for a in (mirrored, condition)]
             with torch.no_grad():
                 found = network(parts[0], torch.tensor([step.t]), parts[1], torch.tensor([VOXEL]))[0, 0].numpy()
-            total[box.slices] += window * found
+            total[box.slices] += window * found[inside]
             weight[box.slices] += window
         x, _ = rule(PROCESS, step, x, (total / weight)[None].astype(np.float32))
-    painted = paint(network, shape, steps=4, tile=(3, 12, 12))
+    painted = paint(network, shape, steps=4, tile=(3, 12, 12), margin=margin)
     # The noisiest step divides by hardly any signal, and so blows the rounding up.
     np.testing.assert_allclose(painted, np.clip((x + 1) / 2, 0, 1), atol=1e-4)
+
+
+def _seen(box: Box, shape: Sequence[int], margin: Sequence[int]) -> tuple[tuple[slice, ...], tuple[slice, ...]]:
+    """What a tile sees of the mirrored volume, and where its own voxels are therein."""
+    seen, inside = [], []
+    for start, stop, n, m in zip(box.start, box.stop, shape, margin, strict=True):
+        first, last = (0 if start == 0 else start + m), (n + 2 * m if stop == n else stop + m)
+        seen.append(slice(first, last))
+        inside.append(slice(start + m - first, stop + m - first))
+    return tuple(seen), tuple(inside)
+
+
+def test_the_margin_mirrors_the_outermost_voxels() -> None:
+    """A denoiser that blurs has nothing beyond the image to blur with; with a margin it is SciPy's mirrored blur."""
+
+    class Blur(Painter):
+        def forward(self, x_t: Tensor, *_: Any, **__: Any) -> Tensor:
+            return nn.functional.avg_pool3d(x_t, 3, stride=1, padding=1)
+
+    noise = np.stack([rng_for(3, "start", z, 0).standard_normal((20, 28), dtype=np.float32) for z in range(6)])
+    step = sampler_steps(PROCESS.timesteps(1))[0]
+    expected, _ = SAMPLERS.get("ddim")(PROCESS, step, noise, ndimage.uniform_filter(noise, 3, mode="mirror")[None])
+    options: dict[str, Any] = {"steps": 1, "tile": (6, 20, 28), "overlap": (0, 0, 0)}
+    expected = np.clip((expected + 1) / 2, 0, 1)
+    np.testing.assert_allclose(paint(Blur(), margin=(1, 1, 1), **options), expected, atol=1e-4)
+    assert np.abs(paint(Blur(), margin=(0, 0, 0), **options) - expected).max() > 0.1
+
+
+def test_a_denoiser_that_has_diverged_is_noticed_at_once() -> None:
+    network = Painter()
+    network.shift.data.fill_(torch.nan)
+    with pytest.raises(ValueRangeError, match="not finite at diffusion step 49"):
+        paint(network)
+    assert network.forwards == 1
 
 
 def test_memory_does_not_grow_with_the_volume(tmp_path: Path) -> None:
@@ -354,6 +398,10 @@ def test_kill_minus_nine_resumes_to_the_same_bytes(tmp_path: Path) -> None:
         ({"steps": 0}, ValueRangeError, "1 to 50"),
         ({"overlap": (4, 4, 4)}, ValueRangeError, "overlap"),
         ({"tile": (12, 12)}, ValueRangeError, "three sizes"),
+        ({"tile": (0, 12, 12)}, ValueRangeError, "overlap < tile"),
+        ({"overlap": (-1, 4, 4)}, ValueRangeError, "0 <= overlap"),
+        ({"margin": (0, -1, 0)}, ValueRangeError, "margin"),
+        ({"margin": (4, 4)}, ValueRangeError, "margin"),
         ({"precision": "fp61"}, UnknownName, "fp"),
     ],
 )

@@ -272,12 +272,15 @@ def _add_diffusion(node: CfgNode) -> None:
     # Sampling: "ddpm" [published], "ddim" or "dpmpp"; steps <= STEPS.
     node.DIFFUSION.SAMPLER = "ddpm"
     node.DIFFUSION.SAMPLER_STEPS = 250
-    # Classifier-free guidance, >= 0: 1 none [published]; above 1 the image follows the masks more strictly (easy
+    # Classifier-free guidance, 0 to 100: 1 none [published]; above 1 the image follows the masks more strictly (easy
     # samples), below 1 more loosely (hard ones). Other than 1 needs CONDITION_DROPOUT > 0. [ho and salimans 2022]
     node.DIFFUSION.GUIDANCE = 1.0
     # Tiles of the joint denoising and their overlap, voxels.
     node.DIFFUSION.TILE = [8, 512, 512]
     node.DIFFUSION.OVERLAP = [2, 64, 64]
+    # Voxels, >= 0, by which tiles at the faces of the volume reach into its mirror image: without, the outermost voxels
+    # are noisier (docs/results.md). [ours]
+    node.DIFFUSION.MARGIN = [0, 4, 4]
 
 
 def _add_pairs(node: CfgNode) -> None:

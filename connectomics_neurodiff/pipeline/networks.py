@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from ..training import AuxiliaryTargets
 
 #: Keys of NEURODIFF.DIFFUSION that the images depend on, but not the denoiser.
-SAMPLING_KEYS = ("SAMPLER", "SAMPLER_STEPS", "GUIDANCE", "TILE", "OVERLAP")
+SAMPLING_KEYS = ("SAMPLER", "SAMPLER_STEPS", "GUIDANCE", "TILE", "OVERLAP", "MARGIN")
 
 
 def device_and_precision(cfg: CfgNode) -> tuple[torch.device, str]:

@@ -92,6 +92,7 @@ def _make_painter(run: Run) -> Painter:
             steps=node.SAMPLER_STEPS,
             tile=tuple(node.TILE),
             overlap=tuple(node.OVERLAP),
+            margin=tuple(node.MARGIN),
             precision=precision,
             device=device,
             scratch=scratch,

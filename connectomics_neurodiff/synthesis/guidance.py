@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor, nn
 
 from ..checkpoints import Checkpoint
 from ..conditions import NULL_CONDITION
 from ..errors import CheckpointMismatch, ValueRangeError
+
+#: Beyond, images are black and white whatever the network.
+_MOST_SCALE = 100.0
 
 
 class GuidedDenoiser(nn.Module):
@@ -24,20 +25,20 @@ class GuidedDenoiser(nn.Module):
     network : torch.nn.Module
         Denoiser that was trained with condition dropout, so that it knows :data:`.NULL_CONDITION`.
     scale : float
-        >= 0; 0 ignores the masks.
+        0 to 100; 0 ignores the masks.
 
     Raises
     ------
     ValueRangeError
-        If the scale is negative or not finite.
+        If the scale is out of its range.
     """
 
     scale: Tensor
 
     def __init__(self, network: nn.Module, scale: float) -> None:
         super().__init__()
-        if not (math.isfinite(scale) and scale >= 0):
-            raise ValueRangeError(f"The guidance scale must be a number >= 0 (1: none). Got {scale}.")
+        if not 0 <= scale <= _MOST_SCALE:
+            raise ValueRangeError(f"The guidance scale must lie in [0, {_MOST_SCALE:g}] (1: none). Got {scale}.")
         self.network = network
         # A buffer, so that the state of the network tells one scale from another.
         self.register_buffer("scale", torch.tensor(float(scale)))
@@ -74,7 +75,7 @@ def guided(network: nn.Module, scale: float, checkpoint: Checkpoint) -> nn.Modul
     CheckpointMismatch
         If it was trained without condition dropout: its prediction without condition means nothing.
     ValueRangeError
-        If the scale is negative or not finite.
+        If the scale is out of its range.
     """
     if scale == 1:
         return network

@@ -83,7 +83,7 @@ def require_fitting_tile(
     Raises
     ------
     ValueRangeError
-        With a tile that fits: the same depth if it can be, rows and columns halved.
+        With a tile that fits, if any does: the same depth if it can be, rows and columns halved.
     """
     tile = [min(t, n) for t, n in zip(tile, shape, strict=True)]
     needed, there = tile_bytes(checkpoint, tile), available_bytes(device)
@@ -94,7 +94,8 @@ def require_fitting_tile(
         axes = (1, 2) if max(fitting[1:]) > 32 else (0, 1, 2)
         fitting = [max(n // 2, 1) if axis in axes else n for axis, n in enumerate(fitting)]
         least = needed * math.prod(fitting) // math.prod(tile)
+    advice = f"A tile of {tuple(fitting)} fits." if least <= there else "No tile fits."
     raise ValueRangeError(
         f"A tile of {tuple(tile)} voxels takes about {needed / 2**30:.1f} GiB of memory; {there / 2**30:.1f} GiB are "
-        f"free on {device}. A tile of {tuple(fitting)} fits."
+        f"free on {device}. {advice}"
     )

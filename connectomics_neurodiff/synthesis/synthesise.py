@@ -70,6 +70,7 @@ def synthesise(
     steps: int = 50,
     tile: Sequence[int] = (8, 128, 128),
     overlap: Sequence[int] = (2, 32, 32),
+    margin: Sequence[int] = (0, 4, 4),
     precision: str = "fp32",
     device: str | torch.device = "cpu",
     scratch: Path | None = None,
@@ -93,6 +94,9 @@ def synthesise(
         Name in ``SAMPLERS``, and its number of steps, at most ``process.steps``.
     tile, overlap : sequence of 3 ints
         Tile and least overlap of neighbours, voxels.
+    margin : sequence of 3 ints
+        Voxels, >= 0, by which tiles at the faces of the volume reach beyond them, into its mirror image. Without, the
+        network sees less around the outermost voxels, and they come out noisier than the rest.
     precision, device
         ``"fp32"``, ``"bf16"`` or ``"auto"``, and where the network runs.
     scratch : pathlib.Path, optional
@@ -117,7 +121,8 @@ def synthesise(
     ShapeMismatch
         If the masks differ in shape.
     ValueRangeError
-        If there are more steps than the process has, a tile does not fit its overlap, or a mask leaves [0, 1].
+        If there are more steps than the process has, a tile does not fit its overlap, a margin is negative, a mask
+        leaves [0, 1], or what the network predicts is not finite.
     UnknownName
         If there is no such sampler.
     NotEnoughSpace
@@ -125,13 +130,24 @@ def synthesise(
     CheckpointMismatch
         If what the folder holds of this very sample is damaged.
     """
-    _check(membrane, mito, tile, overlap)
+    _check(membrane, mito, tile, overlap, margin)
     rule = SAMPLERS.get(sampler)
     walk = sampler_steps(process.timesteps(steps))
     size = (UNKNOWN_NM,) * 3 if voxel_nm is None else voxel_size(voxel_nm)
-    arguments = [scratch_key, seed, sampler, steps, list(tile), list(overlap), list(size), precision, str(device)]
+    arguments = [
+        scratch_key,
+        seed,
+        sampler,
+        steps,
+        list(tile),
+        list(overlap),
+        list(margin),
+        list(size),
+        precision,
+        str(device),
+    ]
     key = hash_of([arguments, _content_of(network, process, membrane, mito)])
-    predict = _Predictor(network, membrane, mito, size, precision, device, hint_cache_bytes)
+    predict = _Predictor(network, membrane, mito, size, margin, precision, device, hint_cache_bytes)
     canvas = _Canvas(membrane.shape, tile, overlap, process, rule, seed, predict.channels, scratch, key)
     done = canvas.tiles_done
     with (
@@ -144,13 +160,17 @@ def synthesise(
     return canvas.image(len(walk))
 
 
-def _check(membrane: ArrayLike, mito: ArrayLike | None, tile: Sequence[int], overlap: Sequence[int]) -> None:
+def _check(
+    membrane: ArrayLike, mito: ArrayLike | None, tile: Sequence[int], overlap: Sequence[int], margin: Sequence[int]
+) -> None:
     if mito is not None and mito.shape != membrane.shape:
         raise ShapeMismatch(f"membrane and mito must have one shape. Got {membrane.shape} and {mito.shape}.")
-    if len(tile) != 3 or len(overlap) != 3 or any(o >= t for o, t in zip(overlap, tile, strict=True)):
+    if len(tile) != 3 or len(overlap) != 3 or any(not 0 <= o < t for o, t in zip(overlap, tile, strict=True)):
         raise ValueRangeError(
-            f"Tile and overlap are three sizes each, the tile larger. Got {tuple(tile)} and {tuple(overlap)}."
+            f"Tile and overlap are three sizes each, 0 <= overlap < tile. Got {tuple(tile)} and {tuple(overlap)}."
         )
+    if len(margin) != 3 or min(margin) < 0:
+        raise ValueRangeError(f"A margin is three numbers of voxels >= 0. Got {tuple(margin)}.")
 
 
 class _Canvas:
@@ -298,6 +318,7 @@ class _Predictor:
         membrane: ArrayLike,
         mito: ArrayLike | None,
         voxel_nm: Sequence[float],
+        margin: Sequence[int],
         precision: str,
         device: str | torch.device,
         hint_cache_bytes: int,
@@ -309,6 +330,7 @@ class _Predictor:
         self._encode = cast("Callable[[torch.Tensor], list[torch.Tensor]]", self._network.encode_condition_path)
         self._membrane, self._mito = membrane, mito
         self._voxel_nm = torch.tensor([list(voxel_nm)], dtype=torch.float32, device=self._device)
+        self._margin = margin
         self._cached: dict[Box, list[torch.Tensor]] = {}
         self._free = hint_cache_bytes
         #: 1: noise or velocity; 2: and the coefficient of the variance.
@@ -317,13 +339,27 @@ class _Predictor:
     @torch.inference_mode()
     def __call__(self, x: np.ndarray, t: int, box: Box) -> np.ndarray:
         """Predict (c, z, y, x) float32 for the part `x` of x_t that lies in `box`."""
-        condition = torch.from_numpy(self._condition(box)[None]).to(self._device)
-        noisy = torch.from_numpy(np.array(x[None, None])).to(self._device)
+        beyond = self._beyond(box)
+        mirrored = np.pad(np.stack([x, *self._condition(box)]), [(0, 0), *beyond], mode="reflect")
+        noisy, condition = torch.from_numpy(mirrored[None]).to(self._device).split([1, len(mirrored) - 1], dim=1)
         with torch.autocast(self._device.type, dtype=self._autocast, enabled=self._autocast != torch.float32):
             hints = self._hints(condition, box)
             step = torch.tensor([t], device=self._device)
             prediction = self._network(noisy, step, condition, self._voxel_nm, hints=hints)
-        return cast("np.ndarray", prediction[0].float().cpu().numpy())
+        if not torch.isfinite(prediction).all():
+            raise ValueRangeError(
+                f"The denoiser's output is not finite at diffusion step {t}: its training has diverged."
+            )
+        inside = (slice(before, before + n) for (before, _), n in zip(beyond, box.shape, strict=True))
+        return cast("np.ndarray", prediction[0].float().cpu().numpy()[(slice(None), *inside)])
+
+    def _beyond(self, box: Box) -> list[tuple[int, int]]:
+        """Voxels by which a tile reaches beyond the volume, before and after, on each axis."""
+        whole = self._membrane.shape
+        return [
+            (m * (start == 0), m * (stop == n))
+            for m, start, stop, n in zip(self._margin, box.start, box.stop, whole, strict=True)
+        ]
 
     def _condition(self, box: Box) -> np.ndarray:
         mito = None if self._mito is None else np.asarray(self._mito[box.slices])
