@@ -356,18 +356,10 @@ def test_bad_volumes_are_refused(cells: Path, denoiser: Path, tmp_path: Path) ->
         file.attrs["resolution_nm"] = (29, 6, 6)
     refused("integer", "remodel", str(tmp_path / "float.h5"), str(tmp_path / "o2.h5"))
     refused("shape", "evaluate", str(tmp_path / "bare.h5"), "--truth", str(cells))
-    refused(
-        "250",
-        "sample",
-        out,
-        str(tmp_path / "o3.h5"),
-        "--checkpoint",
-        str(denoiser),
-        "--sampler",
-        "ddim",
-        "--steps",
-        "251",
-    )
+    sample = ["sample", out, str(tmp_path / "o3.h5"), "--checkpoint", str(denoiser)]
+    for steps in ("0", "251"):
+        refused("1 to 250 steps", *sample, "--steps", steps)
+    refused("overlap < tile", *sample, "--tile", "0", "8", "8")
     with h5py.File(tmp_path / "empty.h5", "w") as file:
         file["label"] = np.zeros((4, 20, 28), np.uint32)
         file.attrs["resolution_nm"] = (29, 6, 6)

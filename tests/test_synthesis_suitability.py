@@ -44,6 +44,9 @@ def test_a_tile_that_does_not_fit_is_refused_with_one_that_does(monkeypatch: pyt
     assert "GiB are free on cpu" in str(caught.value)
     with pytest.raises(ValueRangeError, match=r"\(256, 16, 16\) fits"):
         require_fitting_tile(checkpoint(), (512, 32, 32), (1000, 1000, 1000), CPU)
+    monkeypatch.setattr(suitability, "available_bytes", lambda device: 0)
+    with pytest.raises(ValueRangeError, match="No tile fits"):
+        require_fitting_tile(checkpoint(), (8, 128, 128), (100, 1000, 1000), CPU)
 
 
 def test_memory_of_this_machine_is_known() -> None:
