@@ -108,10 +108,10 @@ class DenoiserOptions:
 PRESETS: Mapping[str, DenoiserOptions] = {
     # 62,339,361 parameters, the published count; 62,337,633 with conditioning="msc".
     "paper": DenoiserOptions(),
-    # For crops of 8x96x96 to 16x128x128 on two CPU cores in bfloat16, channels last. Two rules of torch 2.13 shape it:
-    # the backward pass of a group normalisation takes 20 to 70 times longer with fewer than 16 channels per group or
-    # channels that 32 does not divide; and a convolution with 16 channels or fewer on both sides overruns its
-    # buffers in the weight gradient on processors with AMX (oneDNN 3.12, rows of 96 to 120 voxels).
+    # For crops of 8x96x96 to 16x128x128 on two CPU cores in bfloat16, channels last. Two rules of torch 2.13 shaped it:
+    # the backward pass of its group normalisation takes 20 to 70 times longer with fewer than 16 channels per group or
+    # channels that 32 does not divide (norm.py has its own since); and a convolution with 16 channels or fewer on both
+    # sides overruns its buffers in the weight gradient on processors with AMX (oneDNN 3.12, rows of 96 to 120 voxels).
     "small": DenoiserOptions(
         base_channels=32,
         multipliers=(1, 1, 2, 2),
