@@ -71,7 +71,7 @@ def pieces_of(compact: np.ndarray) -> Pieces:
     return Pieces(components, labels.astype(np.int64))
 
 
-def _fragments(pieces: Pieces, allowed: np.ndarray) -> np.ndarray:
+def fragments(pieces: Pieces, allowed: np.ndarray) -> np.ndarray:
     """Numbers of the pieces to give away: of each label all but its `allowed` largest."""
     order = np.lexsort((-pieces.sizes[1:], pieces.labels[1:])) + 1
     labels = pieces.labels[order]
@@ -101,7 +101,7 @@ def mend_fragments(compact: np.ndarray, allowed: np.ndarray) -> np.ndarray:
 
 def mend(compact: np.ndarray, pieces: Pieces, allowed: np.ndarray) -> None:
     """:func:`mend_fragments` in place, given the pieces."""
-    gone = _fragments(pieces, allowed)
+    gone = fragments(pieces, allowed)
     is_gone = np.zeros(len(pieces.labels), dtype=bool)
     is_gone[gone] = True
     boxes = pieces.boxes
@@ -119,7 +119,7 @@ def mend(compact: np.ndarray, pieces: Pieces, allowed: np.ndarray) -> None:
 
 def torn_labels(pieces: Pieces, allowed: np.ndarray) -> np.ndarray:
     """Which labels vanished or lost a large part, (n + 1,) bool; `allowed` as in :func:`mend_fragments`."""
-    gone = _fragments(pieces, allowed)
+    gone = fragments(pieces, allowed)
     broken = np.bincount(pieces.labels[gone], weights=pieces.sizes[gone], minlength=len(allowed))
     total = np.bincount(pieces.labels[1:], weights=pieces.sizes[1:], minlength=len(allowed))
     return np.asarray(((allowed > 0) & (total == 0)) | (broken > _MAX_BROKEN * total))
@@ -133,7 +133,7 @@ def _torn_boxes(before: np.ndarray, pieces: Pieces, allowed: np.ndarray) -> list
     lost = np.flatnonzero(torn & (pieces.counts(len(allowed)) == 0))
     sources = ndimage.find_objects(before) if lost.size else []
     boxes, found = [sources[label - 1] for label in lost], pieces.boxes
-    return boxes + [found[i] for i in _fragments(pieces, allowed) if torn[pieces.labels[i]]]
+    return boxes + [found[i] for i in fragments(pieces, allowed) if torn[pieces.labels[i]]]
 
 
 def elastic_deform(
