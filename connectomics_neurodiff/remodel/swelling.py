@@ -14,6 +14,7 @@ from ..geometry import ZYX, is_anisotropic, voxel_size
 from .checks import compact_labels, positive
 from .elastic import mend, pieces_of, torn_labels
 from .field import DisplacementField
+from .neighbours import sides
 
 #: Distance over which a neuron goes from swollen to shrunken.
 _PATCH_NM = 300.0
@@ -223,7 +224,7 @@ def _neighbours(dense: np.ndarray, pitch: np.ndarray) -> tuple[np.ndarray, np.nd
     across, half = np.full(dense.shape, -1, dtype=np.intp), np.zeros(dense.shape, dtype=np.float32)
     flat = np.arange(dense.size).reshape(dense.shape)
     for axis in range(dense.ndim):
-        below, above = _sides(dense.ndim, axis)
+        below, above = sides(dense.ndim, axis)
         differ = dense[below] != dense[above]
         for side, beyond in ((below, above), (above, below)):
             across[side][differ] = flat[beyond][differ]
@@ -234,7 +235,7 @@ def _neighbours(dense: np.ndarray, pitch: np.ndarray) -> tuple[np.ndarray, np.nd
 def _widest_near(depth: np.ndarray, dense: np.ndarray, pitch: np.ndarray, reach_nm: float) -> np.ndarray:
     """Largest depth of the same label within about `reach_nm`, going from voxel to voxel along the axes."""
     widest = depth.astype(np.float32)
-    sides = [_sides(dense.ndim, axis) for axis in range(dense.ndim)]
+    sides = [sides(dense.ndim, axis) for axis in range(dense.ndim)]
     alike = [(dense[below] == dense[above]).astype(np.float32) for below, above in sides]
     for _ in range(int(np.ceil(reach_nm / pitch.min()))):
         before = widest.copy()
@@ -243,9 +244,3 @@ def _widest_near(depth: np.ndarray, dense: np.ndarray, pitch: np.ndarray, reach_
             np.maximum(widest[above], before[below] * same, out=widest[above])
     return widest
 
-
-def _sides(dimensions: int, axis: int) -> tuple[tuple[slice, ...], tuple[slice, ...]]:
-    """Indices of all voxels but the last, and but the first, along an axis: pairs of neighbours."""
-    below, above = [slice(None)] * dimensions, [slice(None)] * dimensions
-    below[axis], above[axis] = slice(None, -1), slice(1, None)
-    return tuple(below), tuple(above)
