@@ -71,9 +71,7 @@ def grow_neurites(
         If an argument is not valid.
     """
     compact, ids = compact_labels(label)
-    grown = grow_compact(
-        compact, voxel_nm, rng, fraction=fraction, radius_nm=radius_nm, clearance_nm=clearance_nm
-    )
+    grown = grow_compact(compact, voxel_nm, rng, fraction=fraction, radius_nm=radius_nm, clearance_nm=clearance_nm)
     return np.asarray(with_new_ids(ids, grown)[grown])
 
 
@@ -137,7 +135,7 @@ class _Space:
 
     def _room_in(self, box: tuple[slice, ...]) -> np.ndarray:
         empty = self.label[box] == 0
-        if is_anisotropic(self.pitch) or len(self.label) == 1:
+        if is_anisotropic(self.pitch.tolist()) or len(self.label) == 1:
             pitch = tuple(self.pitch[1:])
             away = np.stack([edt.edt(s, anisotropy=pitch, black_border=False, parallel=1) for s in empty])
         else:
@@ -160,9 +158,7 @@ class _Space:
         drawn = np.zeros(high - low, dtype=bool)
         for (at, radius), r in zip(points, reach, strict=True):
             start, stop = np.maximum((at - r).astype(int), low), np.minimum((at + r).astype(int) + 1, high)
-            z, y, x = (
-                (np.arange(a, b) - c) * p for a, b, c, p in zip(start, stop, at, self.pitch, strict=True)
-            )
+            z, y, x = ((np.arange(a, b) - c) * p for a, b, c, p in zip(start, stop, at, self.pitch, strict=True))
             # A voxel stands for the whole thickness of its section.
             z = np.maximum(np.abs(z) - self.pitch[0] / 2, 0)
             box = tuple(slice(a, b) for a, b in zip(start - low, stop - low, strict=True))
@@ -182,7 +178,7 @@ class _Space:
 def _neurite(
     space: _Space, start: np.ndarray, radius_nm: float, rng: np.random.Generator
 ) -> list[tuple[np.ndarray, float]]:
-    """Balls (centre in voxels, radius in nm) of a neurite through `start`, which come first; as far as there is room."""
+    """Balls (centre in voxels, radius in nm) of a neurite, as far as there is room; the first one is at `start`."""
     direction = _unit(rng.standard_normal(3))
     length = rng.uniform(*_LENGTHS_NM)
     stems = [(start, direction, radius_nm, length), (start, -direction, radius_nm, length)]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import product
 
 import edt
 import numpy as np
@@ -50,7 +49,7 @@ class Rearrangement:
     left_out: np.ndarray
 
 
-def rearrange(
+def join_crops(
     compact: np.ndarray, mito: np.ndarray, voxel_nm: Sequence[float], rng: np.random.Generator
 ) -> Rearrangement:
     """Replace a part of a volume by a crop of another place, flipped or transposed in-plane.
@@ -118,9 +117,9 @@ def _second_crop(
     shape: tuple[int, ...], length: int, square: bool, rng: np.random.Generator
 ) -> Callable[[np.ndarray], np.ndarray]:
     """What takes the second crop, `length` along the last axis and `shape` along the others, from a volume."""
-    turns = [(*flips, False) for flips in ((True, False), (False, True), (True, True))]
+    turns = [(True, False, False), (False, True, False), (True, True, False)]
     if square and shape[2] >= shape[1] and shape[1] >= length:
-        turns += [(*flips, True) for flips in product((False, True), repeat=2)]
+        turns += [(flip, mirror, True) for flip in (False, True) for mirror in (False, True)]
     flip, mirror, transposed = turns[rng.integers(len(turns))]
     across, along = (shape[2], shape[1]) if transposed else shape[1:]
     left, start = int(rng.integers(across - shape[1] + 1)), int(rng.integers(along - length + 1))

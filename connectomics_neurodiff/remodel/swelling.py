@@ -18,7 +18,8 @@ from .neighbours import sides
 
 #: Distance over which a neuron goes from swollen to shrunken.
 _PATCH_NM = 300.0
-#: A boundary moves by at most so many standard deviations, and by this share of the half-width of the neuron that loses.
+#: A boundary moves by so many standard deviations, and by this share of the half-width of the neuron that loses, at
+#: most.
 _MOST_SIGMAS, _SHARE_OF_WIDTH = 3.0, 0.5
 #: Where thin background ends beyond its last voxel's centre, in halves of a voxel.
 _GAP_END = 0.8
@@ -220,7 +221,7 @@ class _Boundaries:
 
 
 def _neighbours(dense: np.ndarray, pitch: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Flat index of a neighbour of another label for every voxel, -1 without; nm from the voxel's centre to it, halved."""
+    """Flat index of a neighbour of another label for every voxel, -1 without; half the distance to it in nm."""
     across, half = np.full(dense.shape, -1, dtype=np.intp), np.zeros(dense.shape, dtype=np.float32)
     flat = np.arange(dense.size).reshape(dense.shape)
     for axis in range(dense.ndim):
@@ -243,4 +244,3 @@ def _widest_near(depth: np.ndarray, dense: np.ndarray, pitch: np.ndarray, reach_
             np.maximum(widest[below], before[above] * same, out=widest[below])
             np.maximum(widest[above], before[below] * same, out=widest[above])
     return widest
-
