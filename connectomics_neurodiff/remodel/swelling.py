@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
+import edt
 import numpy as np
 from scipy import ndimage
 
@@ -161,8 +162,10 @@ class _Boundaries:
         Of every voxel: number of the nearest boundary voxel, and nm to the boundary itself.
     here, across : numpy.ndarray
         Flat index of every boundary voxel, and of its neighbour of another label.
-    gap : numpy.ndarray
-        nm from every boundary to the end of the thin background around it, 0 where neurons touch.
+    gap, gap_across : numpy.ndarray
+        nm from every boundary to the end of the thin background on its own side, and on the other one; 0 without.
+    empty : numpy.ndarray
+        Per voxel: nm from the nearest neuron's end, below 0 in neurons.
     width : numpy.ndarray
         Per voxel, flat: half-width in nm of the neuron there, with its share of thin background.
     """
@@ -174,6 +177,8 @@ class _Boundaries:
     here: np.ndarray
     across: np.ndarray
     gap: np.ndarray
+    gap_across: np.ndarray
+    empty: np.ndarray
     width: np.ndarray
 
     @classmethod
@@ -188,18 +193,23 @@ class _Boundaries:
         here = np.flatnonzero(across >= 0)
         if not here.size:
             none = np.zeros(0, dtype=np.intp)
-            return cls(label, dense, np.zeros(shape, np.intp), np.full(shape, np.inf), none, none, none, none)
+            return cls(
+                label, dense, np.zeros(shape, np.intp), np.full(shape, np.inf), none, none, none, none, none, none
+            )
         distance, feature = ndimage.distance_transform_edt(across.reshape(shape) < 0, pitch, return_indices=True)
         number = np.zeros(label.size, dtype=np.intp)
         number[here] = np.arange(len(here))
         nearest = number[np.ravel_multi_index(tuple(feature), shape)]
         distance += half[here][nearest]
         gap = np.zeros(len(here))
+        empty = edt.edt(seen == 0, anisotropy=tuple(pitch), black_border=False, parallel=1) - pitch.min() / 2
+        # The farthest voxel of the gap says how wide it is, but only where the neuron's middle is not nearer.
         np.maximum.at(gap, nearest[thin], distance[thin])
         # The gap ends between its last voxel and the next one.
         gap += np.where(gap > 0, _GAP_END * half[here], 0)
+        gap = np.maximum(gap, np.where(thin, empty, 0).ravel()[here])
         width = _widest_near(distance, dense, pitch, reach_nm).ravel()
-        return cls(label, dense, nearest, distance, here, across[here], gap, width)
+        return cls(label, dense, nearest, distance, here, across[here], gap, gap[number[across[here]]], empty, width)
 
     def moved(self, pressure: _Pressure, first: int) -> np.ndarray:
         """The slab, which starts at section `first`, after its boundaries have moved."""
@@ -212,11 +222,16 @@ class _Boundaries:
         own, other = dense[self.here], dense[self.across]
         shift = pressure.displacement(own, other, fields)
         most_in, most_out = (
-            _SHARE_OF_WIDTH * np.maximum(self.width[at] - self.gap, 0) for at in (self.here, self.across)
+            _SHARE_OF_WIDTH * np.maximum(self.width[at] - gap, 0)
+            for at, gap in ((self.here, self.gap), (self.across, self.gap_across))
         )
         shift = np.clip(shift, -most_out, most_in)[self.nearest]
-        made = np.where(self.distance < shift, other[self.nearest], self.dense)
-        made[np.abs(self.distance - shift) < self.gap[self.nearest]] = 0
+        yields = self.distance < shift
+        made = np.where(yields, other[self.nearest], self.dense)
+        made[yields & (shift - self.distance < self.gap_across[self.nearest])] = 0
+        # Of a neuron that loses, its part of the gap moves into it; one that gains grows into its part of the gap.
+        made[~yields & (shift > 0) & (self.distance - shift < self.gap[self.nearest])] = 0
+        made[(shift < 0) & (self.label.reshape(made.shape) == 0) & (self.empty >= -shift)] = 0
         return np.where(shift == 0, self.label.reshape(made.shape), made).reshape(self.label.shape)
 
 
@@ -236,11 +251,11 @@ def _neighbours(dense: np.ndarray, pitch: np.ndarray) -> tuple[np.ndarray, np.nd
 def _widest_near(depth: np.ndarray, dense: np.ndarray, pitch: np.ndarray, reach_nm: float) -> np.ndarray:
     """Largest depth of the same label within about `reach_nm`, going from voxel to voxel along the axes."""
     widest = depth.astype(np.float32)
-    sides = [sides(dense.ndim, axis) for axis in range(dense.ndim)]
-    alike = [(dense[below] == dense[above]).astype(np.float32) for below, above in sides]
+    pairs = [sides(dense.ndim, axis) for axis in range(dense.ndim)]
+    alike = [(dense[below] == dense[above]).astype(np.float32) for below, above in pairs]
     for _ in range(int(np.ceil(reach_nm / pitch.min()))):
         before = widest.copy()
-        for (below, above), same in zip(sides, alike, strict=True):
+        for (below, above), same in zip(pairs, alike, strict=True):
             np.maximum(widest[below], before[above] * same, out=widest[below])
             np.maximum(widest[above], before[below] * same, out=widest[above])
     return widest
