@@ -77,9 +77,12 @@ def swell_compact(
     noise = DisplacementField.random(compact.shape, size, rng, sigma_nm=1.0, spacing_nm=_PATCH_NM)
     pressure = _Pressure(noise, rng.uniform(0, 2 * np.pi, count), spread_nm, np.ones(count))
     allowed = pieces_of(compact).counts(count)
+    moved, torn = np.empty_like(compact), np.ones(count, dtype=bool)
     for _ in range(_MAX_PASSES):
-        moved = np.empty_like(compact)
         for into, seen in _slabs(compact.shape[0], size, pressure.most_nm):
+            # Other boundaries than those of torn labels stay as they are.
+            if not torn[compact[seen]].any():
+                continue
             part = _Boundaries.of(compact[seen], size, pressure.most_nm / _SHARE_OF_WIDTH).moved(pressure, seen.start)
             moved[into] = part[into.start - seen.start : into.stop - seen.start]
         pieces = pieces_of(moved)
