@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import cc3d
+import h5py
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -311,6 +314,18 @@ def test_all_together_pass_the_gate_and_are_deterministic(shape, voxel) -> None:
     assert report["labels_lost"] == report["labels_torn"] == report["mito_in_several_neurons"] == 0
     assert report["labels_left_out"] == len(np.setdiff1d(label[label > 0], first.label)) > 0
     assert report["labels_new"] == len(np.setdiff1d(first.label, label)) > 0
+
+
+@pytest.mark.parametrize(("name", "box"), [("vnc_sstem", (8, 260, 300)), ("fib_medulla", (40, 90, 100))])
+def test_real_volumes(real_data: Path, name: str, box: tuple[int, int, int]) -> None:
+    crop = tuple(slice(0, n) for n in box)
+    with h5py.File(real_data / f"{name}_train.h5") as file:
+        label, mito, voxel = file["label"][crop], file["mito"][crop], file.attrs["resolution_nm"]
+    label = cc3d.connected_components(label, connectivity=26)
+    new = remodel(label, mito, voxel, rng_for(0), **EVERYTHING)
+    assert_valid(new)
+    report = quality_report(label, mito, new, voxel)
+    assert report["labels_lost"] == report["labels_torn"] == report["mito_in_several_neurons"] == 0
 
 
 @pytest.mark.parametrize("name", EVERYTHING)
