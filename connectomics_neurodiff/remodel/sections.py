@@ -17,8 +17,6 @@ from .inside import keep_inside
 _JUMPS = 0.1
 #: A shift fades out towards the frame over so many times its length: there, space is compressed by a quarter at most.
 _FADE = 4
-#: Halvings of all shifts before they are given up, should a label vanish.
-_HALVINGS = 4
 
 
 def section_shifts(
@@ -101,9 +99,9 @@ def misalign(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Shift labels, membranes and mitochondria together.
 
-    What a jump tears from a neurite too thin to overlap itself gets a label of its own. Should a label vanish, all
-    shifts are halved, at most four times before they are given up. Where mitochondria of two neurons come to touch, the
-    smaller ones lose the voxels that do.
+    What a jump tears from a neurite too thin to overlap itself gets a label of its own. Should a label vanish among the
+    rows that are left out, all shifts are halved. Where mitochondria of two neurons come to touch, the smaller one
+    loses the voxels that do.
 
     Parameters
     ----------
@@ -121,11 +119,12 @@ def misalign(
     """
     before = pieces_of(compact)
     allowed = before.counts(int(compact.max()) + 1)
-    for halving in range(_HALVINGS):
-        used = np.rint(shifts / 2**halving).astype(int)
-        moved = shift_sections(compact, used)
+    moved = shift_sections(compact, shifts)
+    pieces = pieces_of(moved)
+    while ((allowed > 0) & (pieces.counts(len(allowed)) == 0)).any():
+        # Without shifts none vanishes.
+        shifts = np.trunc(shifts / 2).astype(int)
+        moved = shift_sections(compact, shifts)
         pieces = pieces_of(moved)
-        if not ((allowed > 0) & (pieces.counts(len(allowed)) == 0)).any():
-            label, walls = tell_apart(moved, pieces, allowed), shift_sections(membrane, used)
-            return label, walls, keep_inside(shift_sections(mito, used), label, walls)
-    return compact, membrane, mito
+    label, walls = tell_apart(moved, pieces, allowed), shift_sections(membrane, shifts)
+    return label, walls, keep_inside(shift_sections(mito, shifts), label, walls)

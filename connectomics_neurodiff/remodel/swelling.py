@@ -26,8 +26,7 @@ _MOST_SIGMAS, _SHARE_OF_WIDTH = 3.0, 0.5
 _GAP_END = 0.8
 #: Sections that are worked on together where work goes in 3D.
 _SLAB = 64
-#: Passes before the volume is left as it was; a torn label moves half as far in the next one, then not at all.
-_MAX_PASSES = 6
+#: A torn label moves so much less in the next pass, then not at all.
 _CALM = 0.5
 
 
@@ -78,7 +77,8 @@ def swell_compact(
     pressure = _Pressure(noise, rng.uniform(0, 2 * np.pi, count), spread_nm, np.ones(count))
     allowed = pieces_of(compact).counts(count)
     moved, torn = np.empty_like(compact), np.ones(count, dtype=bool)
-    for _ in range(_MAX_PASSES):
+    # This ends: boundaries that do not move tear no label, so every pass calms at least one more.
+    while torn.any():
         for into, seen in _slabs(compact.shape[0], size, pressure.most_nm):
             # Other boundaries than those of torn labels stay as they are.
             if not torn[compact[seen]].any():
@@ -87,11 +87,9 @@ def swell_compact(
             moved[into] = part[into.start - seen.start : into.stop - seen.start]
         pieces = pieces_of(moved)
         torn = torn_labels(pieces, allowed)
-        if not torn.any():
-            mend(moved, pieces, allowed)
-            return moved
         pressure.calm[torn] = np.where(pressure.calm[torn] == 1, _CALM, 0)
-    return compact
+    mend(moved, pieces, allowed)
+    return moved
 
 
 def _slabs(depth: int, size: ZYX, most_nm: float) -> Iterator[tuple[slice, slice]]:
