@@ -56,7 +56,7 @@ from connectomics_neurodiff.volume import grow_phantom, open_volume
 DIVERSITY: dict[str, dict[str, Any]] = {
     "none": {},
     "membrane_spread": {"membrane_spread": 0.5},
-    "neuron_spread": {"neuron_spread_nm": 8.0},
+    "neuron_spread": {"neuron_spread_nm": 12.0},
     "rearrange": {"rearrange": True},
     "grown": {"grown_fraction": 0.5},
     "sections": {"section_jump_nm": 24.0, "section_drift_nm": 3.0},
