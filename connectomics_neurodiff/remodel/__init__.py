@@ -19,9 +19,8 @@ from .inside import keep_inside
 from .library import Signature, SignatureLibrary, gather_libraries
 from .placement import place_mitochondria
 from .quality import PAIRED, MaskLimits, mask_gate, quality_report
-from .rearranging import join_crops
 from .remodel import RemodelledMask, remodel
-from .sections import misalign, section_shifts, shift_sections
+from .sections import section_shifts, shift_sections
 from .swelling import swell
 
 __all__ = [
@@ -36,10 +35,8 @@ __all__ = [
     "gather_libraries",
     "grow_neurites",
     "jacobian_minimum",
-    "join_crops",
     "keep_inside",
     "mask_gate",
-    "misalign",
     "place_mitochondria",
     "quality_report",
     "remodel",

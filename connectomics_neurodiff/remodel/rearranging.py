@@ -41,7 +41,7 @@ class Rearrangement:
     mito : numpy.ndarray
         (z, y, x) uint8.
     left_out : numpy.ndarray
-        Labels of the source that neither crop shows under their number.
+        Labels of the source that are not in `label`.
     """
 
     label: np.ndarray
@@ -56,10 +56,9 @@ def join_crops(
 
     The two crops overlap in a band across the volume. The seam is the surface in it that parts its two faces at the
     least cost: .2 per nm^2 where it runs between neurons in both crops, .4 where it does in one, and the other's end at
-    that one's membrane, 4 where it cuts through neurons of both.
-    It is the minimum cut [Boykov and Kolmogorov 2003, Computing geodesics and minimal surfaces via graph cuts] of a
-    graph whose nodes are, within blocks of 100 nm, the voxels that belong to the same label in either crop. The idea of
-    rearranging is MRDA's (MICCAI 2022).
+    that one's membrane, 4 where it cuts through neurons of both. It is the minimum cut [Boykov and Kolmogorov 2003,
+    Computing geodesics and minimal surfaces via graph cuts] of a graph whose nodes are, within blocks of 100 nm, the
+    voxels that belong to the same label in either crop. The idea of rearranging is MRDA's (MICCAI 2022).
 
     The second crop's labels get numbers of their own. Of a label that is cut into several pieces the largest keeps the
     number and the others get new ones; pieces nowhere deeper than 20 nm go to what surrounds them.
