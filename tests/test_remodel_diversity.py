@@ -19,9 +19,7 @@ from connectomics_neurodiff.errors import ShapeMismatch, ValueRangeError
 from connectomics_neurodiff.remodel import (
     MaskLimits,
     grow_neurites,
-    join_crops,
     mask_gate,
-    misalign,
     quality_report,
     rearranging,
     remodel,
@@ -29,6 +27,8 @@ from connectomics_neurodiff.remodel import (
     shift_sections,
     swell,
 )
+from connectomics_neurodiff.remodel.rearranging import join_crops
+from connectomics_neurodiff.remodel.sections import misalign
 from connectomics_neurodiff.remodel.swelling import _Pressure
 from connectomics_neurodiff.seeding import rng_for
 
