@@ -150,7 +150,7 @@ def test_misaligned_labels_stay_in_their_sections_and_whole(seed: int, jump: flo
     assert set(pieces(moved).values()) == {1}
     assert set(np.unique(label)) <= set(np.unique(moved))
     for before, after in zip(label, moved, strict=True):
-        old = after <= label.max()
+        old = (after > 0) & (after <= label.max())
         assert set(np.unique(after[old])) <= set(np.unique(before))
     assert not (inside & walls).any()
     found, count = ndimage.label(inside, CUBE)
@@ -167,6 +167,12 @@ def test_a_torn_neurite_gets_a_second_label() -> None:
     assert (moved[3:, 40:43, 50:53] == moved[3, 41, 51]).all()
     assert {moved[0, 41, 45], moved[3, 41, 51]} == {2, 3}
     assert (moved > 1).sum() == (label == 2).sum()
+    # Where the upper part is all membrane, it is background.
+    membrane = np.zeros(label.shape, np.uint8)
+    membrane[3:, 39:44, 43:48] = 1
+    moved, walls, _ = misalign(label, membrane, nothing, np.array([[0, 0]] * 3 + [[0, 6]] * 3))
+    assert set(np.unique(moved)) == {0, 1, 2}
+    assert walls[moved == 0].all()
 
 
 # Rearranged tissue

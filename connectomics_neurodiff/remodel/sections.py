@@ -99,9 +99,9 @@ def misalign(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Shift labels, membranes and mitochondria together.
 
-    What a jump tears from a neurite too thin to overlap itself gets a label of its own. Should a label vanish among the
-    rows that are left out, all shifts are halved. Where mitochondria of two neurons come to touch, the smaller one
-    loses the voxels that do.
+    What a jump tears from a neurite too thin to overlap itself gets a label of its own, or becomes background if all of
+    it is membrane. Should a label vanish among the rows that are left out, all shifts are halved. Where mitochondria of
+    two neurons come to touch, the smaller one loses the voxels that do.
 
     Parameters
     ----------
@@ -127,4 +127,7 @@ def misalign(
         moved = shift_sections(compact, shifts)
         pieces = pieces_of(moved)
     label, walls = tell_apart(moved, pieces, allowed), shift_sections(membrane, shifts)
+    inside = np.bincount(label[walls == 0], minlength=int(label.max()) + 1)
+    specks = (inside == 0) & (np.arange(len(inside)) >= len(allowed))
+    label = np.where(specks[label], np.uint32(0), label)
     return label, walls, keep_inside(shift_sections(mito, shifts), label, walls)
