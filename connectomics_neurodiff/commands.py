@@ -252,6 +252,12 @@ def remodel(options: argparse.Namespace) -> None:
             place_mitochondria=place,
             library=library,
             membrane_thickness_nm=options.membrane_nm,
+            rearrange=options.rearrange,
+            neuron_spread_nm=options.neuron_spread,
+            grown_fraction=options.grown_fraction,
+            grown_radius_nm=options.grown_radius,
+            section_jump_nm=options.section_jump,
+            section_drift_nm=options.section_drift,
         )
         arrays = {"label": mask.label, "membrane": mask.membrane, "mito": mask.mito}
         write_volume(output, arrays, volume.voxel_nm, {"seed": options.seed, "copy": copy})

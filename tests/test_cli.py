@@ -114,6 +114,18 @@ def test_remodel_then_sample_gives_a_pair(cells: Path, denoiser: Path, tmp_path:
     assert pair.read_bytes() == (tmp_path / "ddpm.h5").read_bytes()
 
 
+def test_remodel_with_more_diversity(cells: Path, tmp_path: Path) -> None:
+    plain, varied, out = tmp_path / "plain.h5", tmp_path / "varied.h5", str(tmp_path / "out.h5")
+    done("remodel", str(cells), str(plain))
+    flags = ["--rearrange", "--neuron-spread", "8", "--grown-fraction", ".3", "--grown-radius", "40"]
+    done("remodel", str(cells), str(varied), *flags, "--section-jump", "20", "--section-drift", "5")
+    with h5py.File(plain) as first, h5py.File(varied) as second:
+        assert np.setdiff1d(second["label"][:], first["label"][:]).size
+        assert not (second["mito"][:] & second["membrane"][:]).any()
+    refused("[0, 0.9]", "remodel", str(cells), out, "--grown-fraction", "1")
+    refused("drift of sections", "remodel", str(cells), out, "--section-drift", "-1")
+
+
 def test_a_killed_sample_goes_on_and_leaves_nothing_behind(cells: Path, denoiser: Path, tmp_path: Path) -> None:
     masks, whole, killed = tmp_path / "masks.h5", tmp_path / "whole.h5", tmp_path / "killed.h5"
     done("remodel", str(cells), str(masks))

@@ -6,6 +6,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import h5py
 import numpy as np
 import pytest
 from test_remodel import VOXEL, tissue
@@ -23,6 +24,7 @@ from connectomics_neurodiff.remodel import (
     remodel,
 )
 from connectomics_neurodiff.seeding import rng_for
+from connectomics_neurodiff.volume import grow_phantom
 
 
 @pytest.fixture(scope="module")
@@ -171,3 +173,25 @@ def test_after_the_last_attempt_there_is_one_error(tmp_path: Path, monkeypatch: 
         masks_of(tmp_path, "NEURODIFF.REMODEL.ATTEMPTS", "3")
     assert len({report["mito_overlap"] + report["label_overlap"] for report in tried}) == 3
     assert not list((tmp_path / "out" / "masks").glob("*.h5"))
+
+
+def test_the_stage_hands_on_the_keys_of_diversity(tmp_path: Path) -> None:
+    """One by one, against the function."""
+    keys = {"REARRANGE": True, "NEURON_SPREAD_NM": 6.0, "GROWN_FRACTION": 0.2, "GROWN_RADIUS_NM": 20.0}
+    keys |= {"SECTION_JUMP_NM": 12.0, "SECTION_DRIFT_NM": 6.0}
+    loose = ["MEMBRANE_FRACTION", "PROFILE_CHANGE", "MITO_FRACTION"]
+    overrides = [str(part) for name, value in keys.items() for part in (f"NEURODIFF.REMODEL.{name}", value)]
+    overrides += [part for name in loose for part in (f"NEURODIFF.REMODEL.LIMITS.{name}", "9.0")]
+    folder = masks_of(tmp_path, "NEURODIFF.REMODEL.MITOCHONDRIA", "False", *overrides)
+    phantom = grow_phantom((12, 64, 80), (29.0, 6.0, 6.0), 0)
+    options = {name.lower(): value for name, value in keys.items()}
+    expected = remodel(
+        phantom.array("label"), phantom.mito_array, phantom.voxel_nm, rng_for(0, "remodel", 0),
+        place_mitochondria=False, **options,
+    )  # fmt: skip
+    with h5py.File(folder / "copy_000.h5") as file:
+        assert np.array_equal(file["label"][:], expected.label)
+        assert np.array_equal(file["membrane"][:], expected.membrane)
+    report = json.loads((folder / "copy_000.quality.json").read_text())
+    assert report["labels_new"] > 0
+    assert report["labels_lost"] == report["labels_torn"] == 0

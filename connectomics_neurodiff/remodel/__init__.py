@@ -2,7 +2,8 @@
 
 Read :mod:`.remodel` first: it is the whole way. :mod:`.field` and :mod:`.elastic` move the neurons, :mod:`.library`
 measures real mitochondria, :mod:`.room`, :mod:`.chain` and :mod:`.placement` put them into the moved neurons,
-:mod:`.quality` measures the result.
+:mod:`.quality` measures the result. More diversity, where it is asked for: :mod:`.rearranging` joins tissue of two
+places, :mod:`.swelling` moves the boundaries of neurons, :mod:`.growing` adds neurites, :mod:`.sections` misaligns.
 """
 
 from __future__ import annotations
@@ -13,11 +14,14 @@ from typing import Any
 
 from .elastic import Deformation, elastic_deform
 from .field import DisplacementField, jacobian_minimum
+from .growing import grow_neurites
 from .inside import keep_inside
 from .library import Signature, SignatureLibrary, gather_libraries
 from .placement import place_mitochondria
 from .quality import PAIRED, MaskLimits, mask_gate, quality_report
 from .remodel import RemodelledMask, remodel
+from .sections import section_shifts, shift_sections
+from .swelling import swell
 
 __all__ = [
     "PAIRED",
@@ -29,12 +33,16 @@ __all__ = [
     "SignatureLibrary",
     "elastic_deform",
     "gather_libraries",
+    "grow_neurites",
     "jacobian_minimum",
     "keep_inside",
     "mask_gate",
     "place_mitochondria",
     "quality_report",
     "remodel",
+    "section_shifts",
+    "shift_sections",
+    "swell",
 ]
 
 

@@ -178,11 +178,12 @@ def quality_report(
         ``mito_section_iou`` (overlap of adjacent sections); ``mito_fraction``, ``mito_count``, ``mito_mean_z_nm``
         (height), ``mito_profile_median_nm2``. Of both together: ``profile_change`` (mean change of the logarithm of
         the profiles' areas: first Wasserstein distance), ``mito_height_p`` (p of the two-sample Kolmogorov-Smirnov test
-        of the mitochondria's heights); ``label_overlap`` (share
+        of the mitochondria's heights); ``labels_left_out`` (by rearranging); ``labels_new`` (ids that the source does
+        not have); ``label_overlap`` (share
         of voxels whose label did not change: the lower, the more diverse); ``mito_overlap`` (Dice);
-        ``min_jacobian``, > 0 in a sound mask. 0 in a sound mask: ``labels_lost``; ``labels_torn`` (more 26-connected
-        pieces than in the source); ``mito_outside_neuron_voxels``; ``mito_on_membrane_voxels``;
-        ``mito_in_several_neurons`` (objects).
+        ``min_jacobian``, > 0 in a sound mask. 0 in a sound mask: ``labels_lost`` (without those left out);
+        ``labels_torn`` (more 26-connected pieces than in the source, or a new id with more than one);
+        ``mito_outside_neuron_voxels``; ``mito_on_membrane_voxels``; ``mito_in_several_neurons`` (objects).
 
     Raises
     ------
@@ -210,11 +211,13 @@ def quality_report(
         **{f"source_{name}": value for name, value in source.numbers(heights[1], profiles[1]).items()},
         "profile_change": _mean_change(*profiles),
         "mito_height_p": _likeness(*heights),
-        "labels_lost": float(len(before.keys() - after.keys())),
-        "labels_torn": float(sum(after.get(name, 0) > pieces for name, pieces in before.items())),
+        "labels_lost": float(len(before.keys() - after.keys() - set(remodelled.left_out))),
+        "labels_torn": float(sum(pieces > before.get(name, 1) for name, pieces in after.items())),
         "mito_outside_neuron_voxels": float((made.mito & (new == 0)).sum()),
         "mito_on_membrane_voxels": float((made.mito & made.membrane).sum()),
         "mito_in_several_neurons": float(_shared_components(made.mito, new)),
+        "labels_left_out": float(len((before.keys() - after.keys()) & set(remodelled.left_out))),
+        "labels_new": float(len(after.keys() - before.keys())),
         "label_overlap": float((ids[compact] == new_ids[new]).mean()),
         "mito_overlap": 2 * int((made.mito & source.mito).sum()) / marked if marked else 0.0,
         "min_jacobian": float(remodelled.min_jacobian),

@@ -9,12 +9,18 @@ import numpy as np
 
 from ..conditions import membrane_from_labels
 from ..geometry import ZYX, voxel_size
+from ..seeding import rng_for
+from .apart import with_new_ids
 from .checks import binary_mask, compact_labels, positive
 from .elastic import deform_compact
 from .field import DisplacementField
+from .growing import grow_compact
 from .inside import keep_inside
 from .library import SignatureLibrary
 from .placement import place_in
+from .rearranging import join_crops
+from .sections import misalign, section_shifts
+from .swelling import swell_compact
 
 #: Distance over which the membrane's thickness changes.
 _PATCH_NM = 300.0
@@ -36,12 +42,15 @@ class RemodelledMask:
         one neuron.
     min_jacobian : float
         Smallest Jacobian determinant of the deformation; 1 if there was none.
+    left_out : tuple of int
+        Ids of the source that are not in the mask because rearranging chose other tissue; not lost by mistake.
     """
 
     label: np.ndarray
     membrane: np.ndarray
     mito: np.ndarray
     min_jacobian: float = 1.0
+    left_out: tuple[int, ...] = ()
 
 
 def remodel(
@@ -61,8 +70,18 @@ def remodel(
     membrane_spread: float = 0.0,
     candidate_fraction: float = 0.10,
     margin_nm: float = 10.0,
+    rearrange: bool = False,
+    neuron_spread_nm: float = 0.0,
+    grown_fraction: float = 0.0,
+    grown_radius_nm: float = 60.0,
+    section_jump_nm: float = 0.0,
+    section_drift_nm: float = 0.0,
 ) -> RemodelledMask:
     """Make a new mask: deform the neurons, take their membranes, and place mitochondria anew.
+
+    In full, and as far as the arguments ask for it: tissue is rearranged, then deformed; neurons shrink and swell;
+    neurites grow in empty space; membranes are taken, mitochondria placed; sections are misaligned. Each step has
+    random numbers of its own, which do not depend on what the others do.
 
     Parameters
     ----------
@@ -88,6 +107,17 @@ def remodel(
         See :func:`.elastic_deform`, :func:`.membrane_from_labels` and :func:`.place_mitochondria`.
     membrane_spread : float
         Share, in [0, 1), by which the membrane is thicker in some places and thinner in others; 0: the same everywhere.
+    rearrange : bool
+        Replace about half of the volume by tissue from another place in it (:func:`.join_crops`). Its labels get ids
+        that were not in use; ids of the source may be left out.
+    neuron_spread_nm : float
+        Standard deviation of how far boundaries of neurons move (:func:`.swell`); 0: not at all.
+    grown_fraction, grown_radius_nm : float
+        Share, in [0, 0.9], of the empty space that grown neurites fill, and their mean radius (:func:`.grow_neurites`).
+        They get ids that were not in use.
+    section_jump_nm, section_drift_nm : float
+        Standard deviations of jumps of sections and of their drift (:func:`.section_shifts`); 0: none. What a jump
+        tears off a thin neurite gets an id that was not in use.
 
     Raises
     ------
@@ -101,37 +131,58 @@ def remodel(
     source = binary_mask(np.zeros(compact.shape) if mito is None else mito, compact.shape, "mitochondria")
     source *= compact > 0
     # Two streams, so that what is placed does not depend on how many numbers the deformation drew.
-    deform_rng, place_rng = (np.random.default_rng(int(seed)) for seed in rng.integers(2**63, size=2))
+    seed, place_seed = (int(seed) for seed in rng.integers(2**63, size=2))
+    to_place = _what_to_place(compact, source, size, library, mito_fraction) if place_mitochondria else None
+    left_out: tuple[int, ...] = ()
+    if rearrange:
+        joined = join_crops(compact, source, size, rng_for(seed, "rearrange"))
+        compact, source, left_out = joined.label, joined.mito, tuple(ids[joined.left_out].tolist())
     moved, field, minimum = compact, None, 1.0
     if elastic:
         moved, field, minimum = deform_compact(
             compact,
             size,
-            deform_rng,
+            np.random.default_rng(seed),
             sigma_nm=elastic_sigma_nm,
             spacing_nm=elastic_spacing_nm,
             min_jacobian=min_jacobian,
+        )
+    del compact
+    if neuron_spread_nm:
+        moved = swell_compact(moved, size, rng_for(seed, "swell"), spread_nm=neuron_spread_nm)
+    if grown_fraction:
+        moved = grow_compact(
+            moved,
+            size,
+            rng_for(seed, "grow"),
+            fraction=grown_fraction,
+            radius_nm=grown_radius_nm,
+            clearance_nm=membrane_thickness_nm,
         )
     membrane = membrane_from_labels(moved, size, membrane_thickness_nm)
     if membrane_spread:
         spread_rng = np.random.default_rng(int(rng.integers(2**63)))
         membrane = _varied(membrane, moved, size, membrane_thickness_nm, membrane_spread, spread_rng)
-    if not place_mitochondria:
-        carried = field.warp(source) if field else source
-        return RemodelledMask(ids[moved], membrane, keep_inside(carried, moved, membrane), minimum)
-    shapes, fraction = _what_to_place(compact, source, size, library, mito_fraction)
-    del compact
-    new = place_in(
-        moved,
-        membrane,
-        size,
-        shapes,
-        place_rng,
-        mito_fraction=fraction,
-        candidate_fraction=candidate_fraction,
-        margin_nm=margin_nm,
-    )
-    return RemodelledMask(ids[moved], membrane, new, minimum)
+    if to_place is None:
+        new = keep_inside(field.warp(source) if field else source, moved, membrane)
+    else:
+        shapes, fraction = to_place
+        new = place_in(
+            moved,
+            membrane,
+            size,
+            shapes,
+            np.random.default_rng(place_seed),
+            mito_fraction=fraction,
+            candidate_fraction=candidate_fraction,
+            margin_nm=margin_nm,
+        )
+    if section_jump_nm or section_drift_nm:
+        shifts = section_shifts(
+            len(moved), size, rng_for(seed, "sections"), jump_nm=section_jump_nm, drift_nm=section_drift_nm
+        )
+        moved, membrane, new = misalign(moved, membrane, new, shifts)
+    return RemodelledMask(with_new_ids(ids, moved)[moved], membrane, new, minimum, left_out)
 
 
 def _varied(
