@@ -212,6 +212,7 @@ def view(options: argparse.Namespace) -> None:
 
 def remodel(options: argparse.Namespace) -> None:
     """``neurodiff remodel``"""
+    from .conditions import MOST_THICKNESS_NM
     from .progress import progress
     from .remodel import gather_libraries
     from .remodel import remodel as remodel_masks
@@ -220,8 +221,10 @@ def remodel(options: argparse.Namespace) -> None:
 
     if options.copies < 1:
         raise ValueRangeError(f"--copies must be at least 1. Got {options.copies}.")
-    if not 0 < options.membrane_nm < float("inf"):
-        raise ValueRangeError(f"--membrane-nm must be a number > 0. Got {options.membrane_nm}.")
+    if not 0 < options.membrane_nm <= MOST_THICKNESS_NM:
+        raise ValueRangeError(
+            f"--membrane-nm must be a number in (0, {MOST_THICKNESS_NM:g}]. Got {options.membrane_nm:g}."
+        )
     first = Path(options.output)
     outputs = [first] + [first.with_name(f"{first.stem}_{i:03d}{first.suffix}") for i in range(1, options.copies)]
     for output in outputs:

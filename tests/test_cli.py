@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import signal
 import subprocess
 import sys
 import time
@@ -96,6 +97,38 @@ def test_info_is_json(cells: Path) -> None:
     assert found["shape"] == [8, 48, 60]
     assert found["voxel_nm"] == [29, 6, 6]
     assert found["labels"] > 1
+
+
+def test_one_section_is_remodelled(cells: Path, tmp_path: Path) -> None:
+    with h5py.File(cells) as source, h5py.File(tmp_path / "flat.h5", "w") as file:
+        file["label"], file["mito"] = source["label"][3:4], source["mito"][3:4]
+        file.attrs["resolution_nm"] = source.attrs["resolution_nm"]
+        before = file["label"][:]
+    done("remodel", str(tmp_path / "flat.h5"), str(tmp_path / "masks.h5"))
+    with h5py.File(tmp_path / "masks.h5") as file:
+        assert file["label"].shape == before.shape
+        assert set(np.unique(file["label"])) == set(np.unique(before))
+        assert (file["label"][:] != before).any()
+        assert not file["mito"][:][file["membrane"][:] > 0].any()
+
+
+def test_interrupted_remodel_says_what_stays(cells: Path, tmp_path: Path) -> None:
+    command = ["remodel", str(cells), str(tmp_path / "m.h5"), "--copies", "400"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "connectomics_neurodiff", *command], stderr=subprocess.PIPE, text=True
+    )
+    end = time.monotonic() + 60
+    while not (tmp_path / "m_002.h5").exists():
+        assert process.poll() is None
+        assert time.monotonic() < end
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in errors
+    assert errors.splitlines()[-1].startswith("neurodiff: interrupted; masks that were finished stay")
+    assert not list(tmp_path.glob(".*"))
+    refused("--force", *command)
 
 
 def test_remodel_then_sample_gives_a_pair(cells: Path, denoiser: Path, tmp_path: Path) -> None:
@@ -372,7 +405,8 @@ def test_bad_volumes_are_refused(cells: Path, denoiser: Path, tmp_path: Path) ->
         file["label"] = np.zeros((4, 20, 28), np.uint32)
         file.attrs["resolution_nm"] = (29, 6, 6)
     refused("background only", "remodel", str(tmp_path / "empty.h5"), str(tmp_path / "o4.h5"))
-    refused("--membrane-nm", "remodel", str(cells), str(tmp_path / "o4.h5"), "--membrane-nm", "nan")
+    for width in ("nan", "0", "25000"):
+        refused("--membrane-nm must be a number in (0, 200]", "remodel", str(cells), out, "--membrane-nm", width)
     with h5py.File(tmp_path / "flat.h5", "w") as file:
         file["label"] = np.ones((20, 28), np.uint32)
     assert json.loads(done("info", str(tmp_path / "flat.h5")))["labels"] is None

@@ -400,6 +400,8 @@ def test_neurons_too_thin_for_any_template_stay_empty(library: SignatureLibrary)
         ({"mito_fraction": 1.1}, ValueRangeError),
         ({"margin_nm": -1.0}, ValueRangeError),
         ({"membrane_thickness_nm": 0.0}, ValueRangeError),
+        ({"membrane_thickness_nm": 201.0}, ValueRangeError),
+        ({"membrane_thickness_nm": 150.0, "membrane_spread": 0.5}, ValueRangeError),
         ({"membrane_spread": 1.0}, ValueRangeError),
         ({"elastic_sigma_nm": -1.0}, ValueRangeError),
         ({"min_jacobian": 0.0}, ValueRangeError),

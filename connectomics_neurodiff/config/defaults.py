@@ -180,7 +180,7 @@ def _add_data(node: CfgNode) -> None:
 
 
 def _add_remodel(node: CfgNode) -> None:
-    # Width of the membrane mask in nm, > 0. [published] 3 px of 6 nm; 25 nm fits experts' best.
+    # Width of the membrane mask in nm, > 0, at most 200. [published] 3 px of 6 nm; 25 nm fits experts' best.
     node.MEMBRANE_NM = 25.0
     node.REMODEL = CfgNode()
     # Remodelled copies of the training volume, >= 1. [paper] as many synthetic voxels as real ones.

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..conditions import membrane_from_labels
+from ..conditions import MOST_THICKNESS_NM, membrane_from_labels
 from ..geometry import ZYX, voxel_size
 from .checks import binary_mask, compact_labels, positive
 from .elastic import deform_compact
@@ -64,6 +64,8 @@ def remodel(
 ) -> RemodelledMask:
     """Make a new mask: deform the neurons, take their membranes, and place mitochondria anew.
 
+    A volume of one section is deformed within its plane, and its mitochondria are one section high.
+
     Parameters
     ----------
     label : numpy.ndarray
@@ -98,6 +100,8 @@ def remodel(
     size = voxel_size(voxel_nm)
     positive("The membrane's thickness in nm", membrane_thickness_nm)
     positive("The spread of the membrane's thickness", membrane_spread, below=_MOST_SPREAD, zero=True)
+    thickest = membrane_thickness_nm * (1 + membrane_spread)
+    positive("The membrane's thickness in nm, its spread included,", thickest, below=MOST_THICKNESS_NM)
     source = binary_mask(np.zeros(compact.shape) if mito is None else mito, compact.shape, "mitochondria")
     source *= compact > 0
     # Two streams, so that what is placed does not depend on how many numbers the deformation drew.
