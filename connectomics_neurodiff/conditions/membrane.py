@@ -167,6 +167,8 @@ def _meets_another(section: np.ndarray, spacing: np.ndarray) -> np.ndarray:
 
 
 def _numbered_from_one(label: np.ndarray) -> np.ndarray:
+    if label.max() < 2**32 - 1:
+        return label.astype(np.uint32) + np.uint32(1)
     import fastremap
 
     ids, _ = fastremap.renumber(np.ascontiguousarray(label), start=1, preserve_zero=True)

@@ -8,6 +8,7 @@ from functools import cached_property
 from typing import Any
 
 import cc3d
+import fastremap
 import numpy as np
 from scipy import ndimage
 
@@ -66,9 +67,10 @@ class _Pieces:
 
 def _pieces_of(compact: np.ndarray) -> _Pieces:
     components, count = cc3d.connected_components(compact, connectivity=26, return_N=True)
-    labels = np.zeros(count + 1, dtype=np.uint32)
-    labels[components] = compact
-    return _Pieces(components, labels.astype(np.int64))
+    labels = np.zeros(count + 1, dtype=np.int64)
+    for piece, label in fastremap.component_map(components, compact).items():
+        labels[int(piece)] = label
+    return _Pieces(components, labels)
 
 
 def _fragments(pieces: _Pieces, allowed: np.ndarray) -> np.ndarray:

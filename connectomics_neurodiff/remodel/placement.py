@@ -101,6 +101,11 @@ class _Templates:
         """Depth that the centre of the smallest template needs."""
         return 0.8 * float((self.least_scale * self.minor).min()) / 2
 
+    @property
+    def most_depth_nm(self) -> float:
+        """Depth that the centre of no section of any template exceeds in its need."""
+        return _SCALE_JITTER[1] * max(float(s.axes[:, 1].max()) for s in self.signatures) / 2
+
     def choose(
         self, host_major_nm: float, depth_nm: float, goal: _Goal, rng: np.random.Generator
     ) -> tuple[int, float] | None:
@@ -136,7 +141,7 @@ def _anchor(
         return None
     for flat in deep[rng.integers(len(deep), size=8)]:
         z, y, x = (int(v) for v in np.unravel_index(flat, room.label.shape))
-        if room.depth[z, y, x] >= least_nm and not room.blocked[z, y, x]:
+        if room.depth[z, y, x] >= least_nm:
             return z, y, x
     return None
 
@@ -329,8 +334,8 @@ def place_in(
         return np.zeros(compact.shape, dtype=np.uint8)
     if not len(library):
         raise ValueRangeError("Mitochondria are wanted, but the signature library has none. Got an empty library.")
-    room = Room.of(compact, membrane, (size.z, size.y, size.x), margin_nm)
     templates = _Templates.of(library, len(compact), size)
+    room = Room.of(compact, membrane, (size.z, size.y, size.x), margin_nm, templates.most_depth_nm)
     groups = CandidateGroups(room, candidate_fraction, templates.least_depth_nm)
     _fill(room, groups, templates, mito_fraction * compact.size, rng)
     return room.mito

@@ -102,8 +102,8 @@ def remodel(
     positive("The spread of the membrane's thickness", membrane_spread, below=_MOST_SPREAD, zero=True)
     thickest = membrane_thickness_nm * (1 + membrane_spread)
     positive("The membrane's thickness in nm, its spread included,", thickest, below=MOST_THICKNESS_NM)
-    source = binary_mask(np.zeros(compact.shape) if mito is None else mito, compact.shape, "mitochondria")
-    source *= compact > 0
+    source = np.zeros(compact.shape, np.uint8) if mito is None else binary_mask(mito, compact.shape, "mitochondria")
+    source[compact == 0] = 0
     # Two streams, so that what is placed does not depend on how many numbers the deformation drew.
     deform_rng, place_rng = (np.random.default_rng(int(seed)) for seed in rng.integers(2**63, size=2))
     moved, field, minimum = compact, None, 1.0
@@ -122,7 +122,7 @@ def remodel(
         membrane = _varied(membrane, moved, size, membrane_thickness_nm, membrane_spread, spread_rng)
     if not place_mitochondria:
         carried = field.warp(source) if field else source
-        return RemodelledMask(ids[moved], membrane, keep_inside(carried, moved, membrane), minimum)
+        return RemodelledMask(_renamed(moved, ids), membrane, keep_inside(carried, moved, membrane), minimum)
     shapes, fraction = _what_to_place(compact, source, size, library, mito_fraction)
     del compact
     new = place_in(
@@ -135,7 +135,15 @@ def remodel(
         candidate_fraction=candidate_fraction,
         margin_nm=margin_nm,
     )
-    return RemodelledMask(ids[moved], membrane, new, minimum)
+    return RemodelledMask(_renamed(moved, ids), membrane, new, minimum)
+
+
+def _renamed(compact: np.ndarray, ids: np.ndarray) -> np.ndarray:
+    """``ids[compact]``, without the index of 8 bytes per voxel that numpy makes of the whole."""
+    label = np.empty(compact.shape, ids.dtype)
+    for section, renamed in zip(compact, label, strict=True):
+        ids.take(section, out=renamed, mode="clip")
+    return label
 
 
 def _varied(
@@ -165,5 +173,5 @@ def _what_to_place(
         return shapes, mito_fraction
     if source.any():
         # A volume whose mitochondria are all specks has no shapes to place: membranes alone, as without any.
-        return shapes, float(source.mean()) if len(shapes) or library is not None else 0.0
+        return shapes, np.count_nonzero(source) / source.size if len(shapes) or library is not None else 0.0
     return shapes, shapes.mito_fraction
