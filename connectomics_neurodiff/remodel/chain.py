@@ -153,42 +153,36 @@ def _hoped_for(room: Room, template: Signature, pose: Pose) -> range:
     return range(int(inside[0]), int(inside[-1]) + 1)
 
 
-def _section(room: Room, template: Signature, pose: Pose, z: int, previous: _Section | None) -> _Section | None:
-    """Place the chain's section at z next to the previous one; None where the template or the room ends."""
-    height = _height(template, pose, z, room.voxel_nm[0])
-    half = template.pitch_z_nm / 2
-    if not 0 <= z < room.label.shape[0] or not -half <= height <= template.z_extent_nm - half:
-        return None
-    contour, centroid, minor = template.at(height)
-    if previous is None:
-        wanted = np.array(pose.anchor[1:]) * np.array(room.voxel_nm[1:])
-    else:
-        _, before, _ = template.at(_height(template, pose, previous.z, room.voxel_nm[0]))
-        wanted = previous.centre + pose.transform(centroid - before)
-    centre = _settle(room, pose, z, wanted, pose.scale * minor / 2)
-    if centre is None:
-        return None
-    shape = pose.transform(contour)
-    fit = _fit(room, pose, z, shape, centre)
-    return _Section(z, shape, centre, pose.scale * minor, fit) if fit else None
-
-
-def _lead(room: Room, template: Signature, pose: Pose, least: int) -> list[_Section]:
+def _lead(room: Room, template: Signature, pose: Pose, hoped_for: range, least: int) -> list[_Section]:
     """Lead the chain from its anchor upwards and downwards as far as template and neuron allow.
 
     Empty if fewer than `least` sections find room; given up as soon as that is certain.
     """
-    start = _section(room, template, pose, pose.anchor[0], None)
+    contours, centroids, minors = template.at(_height(template, pose, np.array(hoped_for), room.voxel_nm[0]))
+    contours, drift, minors = pose.transform(contours), pose.transform(centroids), pose.scale * minors
+
+    def section(z: int, previous: _Section | None) -> _Section | None:
+        """The chain's section at z next to the previous one; None where the template or the room ends."""
+        if z not in hoped_for:
+            return None
+        i = z - hoped_for.start
+        if previous is None:
+            wanted = np.array(pose.anchor[1:]) * np.array(room.voxel_nm[1:])
+        else:
+            wanted = previous.centre + drift[i] - drift[previous.z - hoped_for.start]
+        centre = _settle(room, pose, z, wanted, minors[i] / 2)
+        fit = 0.0 if centre is None else _fit(room, pose, z, contours[i], centre)
+        return _Section(z, contours[i], centre, minors[i], fit) if centre is not None and fit else None
+
+    start = section(pose.anchor[0], None)
     if start is None:
         return []
     chain = [start]
-    hoped_for = _hoped_for(room, template, pose)
     for step, beyond in ((1, pose.anchor[0] - hoped_for.start), (-1, 0)):
-        last: _Section | None = start
+        last = section(start.z + step, start)
         while last is not None:
-            last = _section(room, template, pose, last.z + step, last)
-            if last is not None:
-                chain.append(last)
+            chain.append(last)
+            last = section(last.z + step, last)
         if len(chain) + beyond < least:
             return []
     return sorted(chain, key=lambda s: s.z)
@@ -277,8 +271,9 @@ def grow_chain(
     tuple of (numpy.ndarray, tuple of slice) or None
         Bool mask and its box: one 6-connected object inside the free space of the neuron; None if none fits.
     """
-    least = int(np.ceil(least_complete * len(_hoped_for(room, template, pose))))
-    chain = _lead(room, template, pose, least)
+    hoped_for = _hoped_for(room, template, pose)
+    least = ceil(least_complete * len(hoped_for))
+    chain = _lead(room, template, pose, hoped_for, least)
     if not chain:
         return None
     pitch = np.array(room.voxel_nm[1:])

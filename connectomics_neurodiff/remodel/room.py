@@ -160,13 +160,19 @@ class Room:
         self.mito[box][mask] = 1
         near = self._grown(box, (1, 1, 1))
         self.depth[near][ndimage.binary_dilation(self.mito[near], _CUBE)] = 0
-        reach = [int(np.ceil(self.need_nm / v)) for v in self.voxel_nm]
-        if is_anisotropic(self.voxel_nm):
-            reach[0] = 0
-        around = self._grown(box, reach)
+        around = self._grown(box, self._reach(self.need_nm))
+        # Within another neuron a membrane is always nearer; and what is nowhere deeper than that is lowered no further.
+        same = self.label[around] == self.label[box][mask][0]
+        deepest = float(self.depth[around].max(where=same, initial=0))
+        around = self._grown(box, self._reach(min(self.need_nm, deepest)))
         gap = depth_map((self.mito[around] == 0).view(np.uint8), self.voxel_nm)
         gap[gap <= self.margin_nm] = 0
         np.minimum(self.depth[around], gap, out=self.depth[around])
+
+    def _reach(self, distance_nm: float) -> list[int]:
+        """Voxels per axis within a distance, as :func:`depth_map` measures it."""
+        reach = [int(np.ceil(distance_nm / v)) for v in self.voxel_nm]
+        return [0, *reach[1:]] if is_anisotropic(self.voxel_nm) else reach
 
     def _grown(self, box: tuple[slice, ...], by: Sequence[int]) -> tuple[slice, ...]:
         return tuple(
