@@ -136,6 +136,14 @@ def _add_synthesis_commands(commands: Any) -> None:
     remodel.add_argument(
         "--copies", type=int, default=1, metavar="N", help="N masks: OUT.h5, OUT_001.h5, OUT_002.h5, ... (default: 1)"
     )
+    remodel.add_argument(
+        "--workers",
+        type=int,
+        default=0,
+        metavar="N",
+        help="copies made at a time, each in a process of its own; any number gives the same bytes "
+        "(default: 0, as many as cores and memory allow)",
+    )
     _add_seed(remodel)
     remodel.add_argument("--no-mito", action="store_true", help="leave the mitochondria where they are")
     remodel.add_argument("--no-elastic", action="store_true", help="leave the membranes where they are")

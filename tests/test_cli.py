@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import pickle
-import signal
 import subprocess
 import sys
 import time
@@ -110,25 +109,6 @@ def test_one_section_is_remodelled(cells: Path, tmp_path: Path) -> None:
         assert set(np.unique(file["label"])) == set(np.unique(before))
         assert (file["label"][:] != before).any()
         assert not file["mito"][:][file["membrane"][:] > 0].any()
-
-
-def test_interrupted_remodel_says_what_stays(cells: Path, tmp_path: Path) -> None:
-    command = ["remodel", str(cells), str(tmp_path / "m.h5"), "--copies", "400"]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "connectomics_neurodiff", *command], stderr=subprocess.PIPE, text=True
-    )
-    end = time.monotonic() + 60
-    while not (tmp_path / "m_002.h5").exists():
-        assert process.poll() is None
-        assert time.monotonic() < end
-        time.sleep(0.02)
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert "Traceback" not in errors
-    assert errors.splitlines()[-1].startswith("neurodiff: interrupted; masks that were finished stay")
-    assert not list(tmp_path.glob(".*"))
-    refused("--force", *command)
 
 
 def test_remodel_then_sample_gives_a_pair(cells: Path, denoiser: Path, tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 
 Read :mod:`.remodel` first: it is the whole way. :mod:`.field` and :mod:`.elastic` move the neurons, :mod:`.library`
 measures real mitochondria, :mod:`.room`, :mod:`.chain` and :mod:`.placement` put them into the moved neurons,
-:mod:`.quality` measures the result.
+:mod:`.quality` measures the result. :mod:`.copies` makes several at a time.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import sys
 from types import ModuleType
 from typing import Any
 
+from .copies import in_processes, workers_that_fit
 from .elastic import Deformation, elastic_deform
 from .field import DisplacementField, jacobian_minimum
 from .inside import keep_inside
@@ -29,12 +30,14 @@ __all__ = [
     "SignatureLibrary",
     "elastic_deform",
     "gather_libraries",
+    "in_processes",
     "jacobian_minimum",
     "keep_inside",
     "mask_gate",
     "place_mitochondria",
     "quality_report",
     "remodel",
+    "workers_that_fit",
 ]
 
 
