@@ -144,6 +144,14 @@ def _add_synthesis_commands(commands: Any) -> None:
         help="copies made at a time, each in a process of its own; any number gives the same bytes "
         "(default: 0, as many as cores and memory allow)",
     )
+    remodel.add_argument(
+        "--block-sections",
+        type=int,
+        default=0,
+        metavar="N",
+        help="work from disk to disk in blocks of N sections, best a multiple of 8 (default: 0, the whole volume at "
+        "once if memory holds it, else the largest blocks that fit)",
+    )
     _add_seed(remodel)
     remodel.add_argument("--no-mito", action="store_true", help="leave the mitochondria where they are")
     remodel.add_argument("--no-elastic", action="store_true", help="leave the membranes where they are")

@@ -217,11 +217,13 @@ def remodel(options: argparse.Namespace) -> None:
 
     from .conditions import MOST_THICKNESS_NM
     from .progress import progress
-    from .remodel import gather_libraries, in_processes, workers_that_fit
+    from .remodel import fits_in_memory, gather_libraries, in_processes, workers_that_fit
     from .volume import check_training_volume, open_volume
 
     if options.copies < 1:
         raise ValueRangeError(f"--copies must be at least 1. Got {options.copies}.")
+    if options.block_sections < 0:
+        raise ValueRangeError(f"--block-sections must be at least 0. Got {options.block_sections}.")
     if options.workers < 0:
         raise ValueRangeError(f"--workers must be at least 0. Got {options.workers}.")
     if not 0 < options.membrane_nm <= MOST_THICKNESS_NM:
@@ -240,6 +242,9 @@ def remodel(options: argparse.Namespace) -> None:
         _require_unused(options.save_library, *options.library, force=options.force)
     lazy = open_volume(options.volume, voxel_nm=_voxel_size(options))
     check_training_volume(lazy, needs=("label",))
+    if options.block_sections or not fits_in_memory(lazy.shape):
+        _remodel_in_blocks(options, lazy, outputs)
+        return
     volume = lazy.load()
     label, mito = volume.array("label"), volume.mito_array
     place = not options.no_mito
@@ -253,6 +258,33 @@ def remodel(options: argparse.Namespace) -> None:
     job = partial(_remodel_copy, options, lazy if workers > 1 else volume, library)
     for _ in progress(in_processes(job, list(enumerate(outputs)), workers), label="remodel", total=len(outputs)):
         pass
+
+
+def _remodel_in_blocks(options: argparse.Namespace, volume: Volume, outputs: Sequence[Path]) -> None:
+    """``neurodiff remodel`` of a volume that does not fit into memory, or that is to be made in blocks."""
+    from .remodel import SignatureLibrary, remodel_blockwise, sections_that_fit
+    from .seeding import rng_for
+
+    if options.save_library:
+        raise ConfigError("--save-library measures a whole volume in memory; it does not go with blocks. Crop it.")
+    assert volume.label is not None
+    sections = options.block_sections or sections_that_fit(volume.shape, volume.voxel_nm, options.membrane_nm)
+    print(f"neurodiff: masks are made in blocks of {sections} of {volume.shape[0]} sections", file=sys.stderr)
+    files = [SignatureLibrary.load(path) for path in options.library]
+    for copy, output in enumerate(outputs):
+        remodel_blockwise(
+            output,
+            volume.label,
+            volume.mito,
+            volume.voxel_nm,
+            rng_for(options.seed, "remodel", copy),
+            sections=sections,
+            elastic=not options.no_elastic,
+            place_mitochondria=not options.no_mito,
+            library=files[0].merged(*files[1:]) if files else None,
+            membrane_thickness_nm=options.membrane_nm,
+            attributes={"seed": options.seed, "copy": copy},
+        )
 
 
 def _remodel_copy(

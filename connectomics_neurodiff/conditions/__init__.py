@@ -1,7 +1,7 @@
 """Room 2: labels (and mitochondria) -> membrane -> the condition the diffusion model paints onto."""
 
 from .encoding import NULL_CONDITION, check_masks, encode_condition
-from .membrane import MOST_THICKNESS_NM, BackgroundMask, membrane_from_labels, with_background
+from .membrane import MOST_THICKNESS_NM, BackgroundMask, membrane_from_labels, membrane_halo, with_background
 
 __all__ = [
     "MOST_THICKNESS_NM",
@@ -10,5 +10,6 @@ __all__ = [
     "check_masks",
     "encode_condition",
     "membrane_from_labels",
+    "membrane_halo",
     "with_background",
 ]

@@ -120,6 +120,18 @@ def membrane_from_labels(
     return membrane
 
 
+def membrane_halo(voxel_nm: Sequence[float], thickness_nm: float = 25.0, max_gap_nm: float = 80.0) -> int:
+    """Sections on either side of a block that the membranes within it depend on (:func:`membrane_from_labels`).
+
+    Opening looks one gap far, labels grow half a gap, by steps along the axes, and a membrane reaches half its
+    thickness.
+    """
+    z = voxel_size(voxel_nm).z
+    if is_anisotropic(voxel_nm):
+        return 0
+    return int(np.ceil((2 * max_gap_nm + max((thickness_nm + z) / 2, z)) / z)) + 2
+
+
 def _check(label: np.ndarray, thickness_nm: float, max_gap_nm: float) -> None:
     if label.ndim != 3:
         raise VolumeFormatError(f"A label volume must have three axes (z, y, x). Got shape {label.shape}.")

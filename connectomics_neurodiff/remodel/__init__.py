@@ -2,7 +2,8 @@
 
 Read :mod:`.remodel` first: it is the whole way. :mod:`.field` and :mod:`.elastic` move the neurons, :mod:`.library`
 measures real mitochondria, :mod:`.room`, :mod:`.chain` and :mod:`.placement` put them into the moved neurons,
-:mod:`.quality` measures the result. :mod:`.copies` makes several at a time.
+:mod:`.quality` measures the result. :mod:`.copies` makes several at a time, :mod:`.blockwise` masks of
+volumes larger than memory.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import sys
 from types import ModuleType
 from typing import Any
 
+from .blockwise import fits_in_memory, remodel_blockwise, sections_that_fit
 from .copies import in_processes, workers_that_fit
 from .elastic import Deformation, elastic_deform
 from .field import DisplacementField, jacobian_minimum
@@ -29,6 +31,7 @@ __all__ = [
     "Signature",
     "SignatureLibrary",
     "elastic_deform",
+    "fits_in_memory",
     "gather_libraries",
     "in_processes",
     "jacobian_minimum",
@@ -37,6 +40,8 @@ __all__ = [
     "place_mitochondria",
     "quality_report",
     "remodel",
+    "remodel_blockwise",
+    "sections_that_fit",
     "workers_that_fit",
 ]
 

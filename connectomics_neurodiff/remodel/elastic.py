@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Protocol
 
 import cc3d
 import fastremap
@@ -18,7 +18,7 @@ from .field import DisplacementField
 #: Share of a neuron that may break off and be given to its surroundings; more counts as torn and calms the field there.
 _MAX_BROKEN = 0.05
 #: Attempts before the field is given up; from the second on the field is switched off around what is torn.
-_MAX_ATTEMPTS = 6
+MAX_ATTEMPTS = 6
 _CALM = 0.5
 
 
@@ -41,8 +41,18 @@ class Deformation:
     min_jacobian: float
 
 
+class PieceTable(Protocol):
+    """Pieces of labels: `labels[i]` and `sizes[i]` belong to piece i > 0."""
+
+    @property
+    def labels(self) -> np.ndarray: ...
+
+    @property
+    def sizes(self) -> np.ndarray: ...
+
+
 @dataclass(frozen=True, eq=False)
-class _Pieces:
+class Pieces:
     """26-connected pieces of labels: `labels[i]`, `sizes[i]`, `boxes[i]` belong to piece i of `components`, i > 0."""
 
     components: np.ndarray
@@ -65,15 +75,15 @@ class _Pieces:
         return np.bincount(self.labels[1:], minlength=labels)
 
 
-def _pieces_of(compact: np.ndarray) -> _Pieces:
+def pieces_of(compact: np.ndarray) -> Pieces:
     components, count = cc3d.connected_components(compact, connectivity=26, return_N=True)
     labels = np.zeros(count + 1, dtype=np.int64)
     for piece, label in fastremap.component_map(components, compact).items():
         labels[int(piece)] = label
-    return _Pieces(components, labels)
+    return Pieces(components, labels)
 
 
-def _fragments(pieces: _Pieces, allowed: np.ndarray) -> np.ndarray:
+def fragments(pieces: PieceTable, allowed: np.ndarray) -> np.ndarray:
     """Numbers of the pieces to give away: of each label all but its `allowed` largest."""
     order = np.lexsort((-pieces.sizes[1:], pieces.labels[1:])) + 1
     labels = pieces.labels[order]
@@ -97,13 +107,17 @@ def mend_fragments(compact: np.ndarray, allowed: np.ndarray) -> np.ndarray:
         Copy in which every other piece carries the commonest label among the voxels that touch it, 0 included.
     """
     mended = compact.copy()
-    _mend(mended, _pieces_of(compact), allowed)
+    mend(mended, pieces_of(compact), allowed)
     return mended
 
 
-def _mend(compact: np.ndarray, pieces: _Pieces, allowed: np.ndarray) -> None:
+def mend(compact: np.ndarray, pieces: Pieces, allowed: np.ndarray) -> None:
     """:func:`mend_fragments` in place, given the pieces."""
-    gone = _fragments(pieces, allowed)
+    give_away(compact, pieces, fragments(pieces, allowed))
+
+
+def give_away(compact: np.ndarray, pieces: Pieces, gone: np.ndarray) -> None:
+    """Give the pieces of those numbers to the commonest label among the voxels that touch each of them, in place."""
     is_gone = np.zeros(len(pieces.labels), dtype=bool)
     is_gone[gone] = True
     boxes = pieces.boxes
@@ -119,20 +133,30 @@ def _mend(compact: np.ndarray, pieces: _Pieces, allowed: np.ndarray) -> None:
         compact[box][fragment] = around.argmax() if around.size else 0
 
 
-def _torn_boxes(before: np.ndarray, pieces: _Pieces, allowed: np.ndarray) -> list[tuple[slice, ...]]:
-    """Boxes around labels that vanished and around large parts that broke off."""
-    here = pieces.counts(len(allowed))
-    lost = np.flatnonzero((allowed > 0) & (here == 0))
-    sources = ndimage.find_objects(before) if lost.size else []
-    boxes = [sources[label - 1] for label in lost]
-    gone = _fragments(pieces, allowed)
+def torn_labels(pieces: PieceTable, allowed: np.ndarray) -> np.ndarray:
+    """Which labels vanished or lost a large part, (n + 1,) bool; `allowed` as in :func:`mend_fragments`."""
+    gone = fragments(pieces, allowed)
     broken = np.bincount(pieces.labels[gone], weights=pieces.sizes[gone], minlength=len(allowed))
     total = np.bincount(pieces.labels[1:], weights=pieces.sizes[1:], minlength=len(allowed))
-    torn = broken > _MAX_BROKEN * total
-    if torn.any():
-        found = pieces.boxes
-        boxes += [found[i] for i in gone if torn[pieces.labels[i]]]
-    return boxes
+    return np.asarray(((allowed > 0) & (total == 0)) | (broken > _MAX_BROKEN * total))
+
+
+def _torn_boxes(before: np.ndarray, pieces: Pieces, allowed: np.ndarray) -> list[tuple[slice, ...]]:
+    """Boxes around labels that vanished and around large parts that broke off."""
+    torn = torn_labels(pieces, allowed)
+    if not torn.any():
+        return []
+    lost = np.flatnonzero(torn & (pieces.counts(len(allowed)) == 0))
+    sources = ndimage.find_objects(before) if lost.size else []
+    boxes, found = [sources[label - 1] for label in lost], pieces.boxes
+    return boxes + [found[i] for i in fragments(pieces, allowed) if torn[pieces.labels[i]]]
+
+
+def calmed(field: DisplacementField, boxes: Sequence[tuple[slice, ...]], attempt: int) -> DisplacementField:
+    """Field halved around places that it tore in the first attempt (0), and switched off in later ones."""
+    for box in boxes:
+        field = field.damped(box, _CALM if attempt == 0 else 0.0)
+    return field
 
 
 def elastic_deform(
@@ -192,16 +216,15 @@ def deform_compact(
     positive("The elastic amplitude in nm", sigma_nm, zero=True)
     positive("The spacing of the elastic grid in nm", spacing_nm)
     drawn = DisplacementField.random(compact.shape, voxel_nm, rng, sigma_nm=sigma_nm, spacing_nm=spacing_nm)
-    allowed = _pieces_of(compact).counts(int(compact.max()) + 1)
+    allowed = pieces_of(compact).counts(int(compact.max()) + 1)
     field = drawn
-    for attempt in range(_MAX_ATTEMPTS):
+    for attempt in range(MAX_ATTEMPTS):
         field, minimum = field.without_folds(min_jacobian)
         warped = field.warp(compact)
-        pieces = _pieces_of(warped)
+        pieces = pieces_of(warped)
         boxes = _torn_boxes(compact, pieces, allowed)
         if not boxes:
-            _mend(warped, pieces, allowed)
+            mend(warped, pieces, allowed)
             return warped, field, minimum
-        for box in boxes:
-            field = field.damped(box, _CALM if attempt == 0 else 0.0)
+        field = calmed(field, boxes, attempt)
     return compact, field.scaled(0.0), 1.0

@@ -198,6 +198,8 @@ def _section_of(template: Signature, scale: float, up: bool, room: Room, rng: np
     on_face, which, at = rng.random(3)
     if template.is_low or on_face < 2 * whole / (depth + whole):
         low = cut_low and (not cut_high or which < 0.5)
+        if not room.faces[0 if low else 1]:
+            return None
         wanted = below if low else depth - 1 - above
     elif below + above <= depth - 1:
         wanted = below + at * (depth - 1 - above - below)
@@ -394,8 +396,9 @@ def place_in(
     mito_fraction: float,
     candidate_fraction: float,
     margin_nm: float,
+    faces: tuple[bool, bool] = (True, True),
 ) -> np.ndarray:
-    """:func:`place_mitochondria` in labels 0..n (uint32) with a membrane mask of uint8."""
+    """:func:`place_mitochondria` in labels 0..n (uint32) with a uint8 membrane mask; `faces`: see :class:`.Room`."""
     size = voxel_size(voxel_nm)
     positive("The share of mitochondria", mito_fraction, below=1.0, zero=True)
     positive("The share of candidate neurons", candidate_fraction, below=1.0)
@@ -405,7 +408,7 @@ def place_in(
     if not len(library):
         raise ValueRangeError("Mitochondria are wanted, but the signature library has none. Got an empty library.")
     templates = _Templates.of(library, len(compact), size)
-    room = Room.of(compact, membrane, (size.z, size.y, size.x), margin_nm, templates.most_depth_nm)
+    room = Room.of(compact, membrane, (size.z, size.y, size.x), margin_nm, templates.most_depth_nm, faces)
     groups = CandidateGroups(room, candidate_fraction, float(templates.needs(templates.least_scale).min()))
     voxels = mito_fraction * compact.size
     _fill(room, groups, templates, _plan(library, voxels, size), voxels, rng)

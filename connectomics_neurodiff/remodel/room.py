@@ -116,6 +116,8 @@ class Room:
         Distance that stays free, one voxel at least.
     need_nm : float
         Nobody asks for more depth than this: a new mitochondrion leaves the depth map beyond it as it is.
+    faces : tuple of bool
+        Whether the first and the last section are where the tissue was cut. Where it goes on they stay free.
     mito : numpy.ndarray
         (z, y, x) uint8: mitochondria placed so far.
     """
@@ -125,6 +127,7 @@ class Room:
     voxel_nm: tuple[float, float, float]
     margin_nm: float
     need_nm: float = _NEED_NM
+    faces: tuple[bool, bool] = (True, True)
     mito: np.ndarray = field(init=False)
 
     def __post_init__(self) -> None:
@@ -138,6 +141,7 @@ class Room:
         voxel_nm: tuple[float, float, float],
         margin_nm: float,
         need_nm: float = _NEED_NM,
+        faces: tuple[bool, bool] = (True, True),
     ) -> Room:
         """Empty room: every neuron without its membrane, eroded by `margin_nm` and by one pixel at least."""
         flat = is_anisotropic(voxel_nm) or label.shape[0] == 1
@@ -149,7 +153,10 @@ class Room:
                 deep[_eroded(section, voxel_nm[1:], margin) == 0] = 0
         else:
             depth[depth <= margin] = 0
-        return cls(label, depth, voxel_nm, margin, max(need_nm, margin))
+        for is_face, section in zip(faces, (0, -1), strict=True):
+            if not is_face:
+                depth[section] = 0
+        return cls(label, depth, voxel_nm, margin, max(need_nm, margin), faces)
 
     def free(self, label: int, box: tuple[slice, ...]) -> np.ndarray:
         """Where a mitochondrion of that neuron may lie, as a bool mask of the box."""
