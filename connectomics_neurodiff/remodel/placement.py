@@ -33,9 +33,10 @@ _MIN_SCALE, _LAST_SCALE = 0.6, 0.35
 _TOLERANCE = 0.04
 #: Places tried for a template in a neuron before another neuron and template are drawn.
 _PLACES = 6
-#: Neurons tried for one mitochondrion of the plan; the largest that was drawn is kept, the first that is large enough
-#: ends the search, and what is smaller than the last share of its volume is not placed.
-_TRIES, _ENOUGH, _TOO_SMALL = 24, 0.85, 0.35
+#: Neurons tried for one mitochondrion of the plan, and in a row without a larger one than before. The largest that was
+#: drawn is kept, the first that is large enough ends the search; what is smaller than the last share of the volume
+#: wanted is not placed.
+_TRIES, _IN_VAIN, _ENOUGH, _TOO_SMALL = 24, 8, 0.8, 0.35
 #: What could not be placed is added to what is still planned, up to this factor.
 _STRETCH = (0.7, 1.5)
 #: Voxels drawn to find one that is deep enough.
@@ -269,13 +270,14 @@ def _place(
     """Place one mitochondrion of about that volume, and at most the second one; returns its voxels, 0 if none fits."""
     candidates = groups.largest(1)
     best: tuple[np.ndarray, tuple[slice, ...]] | None = None
-    largest = 0
+    largest = in_vain = 0
     for _ in range(_TRIES if candidates else 0):
         made = _draw(room, _drawn_from(candidates, rng), choice, rng)
         voxels = 0 if made is None else int(np.count_nonzero(made[0]))
+        in_vain += 1
         if largest < voxels <= most:
-            best, largest = made, voxels
-        if largest >= _ENOUGH * volume:
+            best, largest, in_vain = made, voxels, 0
+        if largest >= _ENOUGH * volume or in_vain == _IN_VAIN:
             break
     if best is None or largest < _TOO_SMALL * volume:
         return 0
