@@ -89,6 +89,16 @@ def test_placed_mitochondria_are_valid_and_end_before_every_face(shape, voxel, t
     assert (tmp_path / "again.h5").read_bytes() == (tmp_path / "m.h5").read_bytes()
 
 
+def test_blocks_shallower_than_mitochondria_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    label, mito = tissue((40, 60, 70), VOXEL)
+    library = SignatureLibrary.from_masks(label, mito, VOXEL)
+    options = {"library": library, "elastic": False, "mito_fraction": 0.01}
+    for sections, warned in ((40, False), (8, True)):
+        caplog.clear()
+        streamed(tmp_path / f"{sections}.h5", label, None, VOXEL, 0, sections, **options)
+        assert ("nm deep and mitochondria up to" in caplog.text) == warned
+
+
 def test_a_block_s_mitochondria_do_not_depend_on_other_blocks(tmp_path: Path) -> None:
     label, mito = tissue((24, 90, 110), VOXEL)
     options = {"library": SignatureLibrary.from_masks(label, mito, VOXEL), "mito_fraction": 0.02, "elastic": False}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,6 +27,11 @@ from .inside import keep_inside
 from .library import SignatureLibrary
 from .pieces import PieceFinder, VolumePieces, components_of, touching
 from .placement import place_in
+
+logger = logging.getLogger("connectomics_neurodiff")
+
+#: A block is to be this many times as deep as the tallest mitochondrion is high.
+_LEAST_DEPTHS = 3
 
 
 def fits_in_memory(shape: Sequence[int]) -> bool:
@@ -156,6 +162,8 @@ def remodel_blockwise(
     source = _Source(label, mito, size, [range(z, min(z + sections, depth)) for z in range(0, depth, sections)])
     seeds = [int(seed) for seed in rng.integers(2**63, size=2)]
     before, shapes, share = _survey(source, library if place_mitochondria else None, place_mitochondria)
+    if place_mitochondria and len(source.blocks) > 1:
+        _warn_of_shallow_blocks(sections * size.z, shapes)
     field, minimum, gone = None, 1.0, np.zeros(0, dtype=np.int64)
     of_block: list[np.ndarray] = []
     if elastic:
@@ -198,6 +206,18 @@ def remodel_blockwise(
                 faces=(block.start == 0, block.stop == depth),
             )
     return minimum
+
+
+def _warn_of_shallow_blocks(depth_nm: float, shapes: SignatureLibrary) -> None:
+    """Warn where a large part of the mitochondria will meet a face between blocks."""
+    tallest = max((signature.z_extent_nm for signature in shapes.signatures), default=0.0)
+    if depth_nm < _LEAST_DEPTHS * tallest:
+        logger.warning(
+            "Blocks are %.0f nm deep and mitochondria up to %.0f nm high: many will be cut short, and there will be "
+            "more of them than in the source. Give deeper blocks, or shapes of a whole volume (--library).",
+            depth_nm,
+            tallest,
+        )
 
 
 def _survey(
