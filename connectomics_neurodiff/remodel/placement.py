@@ -33,10 +33,10 @@ _MIN_SCALE, _LAST_SCALE = 0.6, 0.35
 _TOLERANCE = 0.04
 #: Places tried for a template in a neuron before another neuron and template are drawn.
 _PLACES = 6
-#: Neurons tried for one mitochondrion of the plan, and in a row without a larger one than before. The largest that was
-#: drawn is kept, the first that is large enough ends the search; what is smaller than the last share of the volume
-#: wanted is not placed.
-_TRIES, _IN_VAIN, _ENOUGH, _TOO_SMALL = 24, 8, 0.8, 0.35
+#: Neurons tried for one mitochondrion of the plan; the largest that was drawn is kept, the first that is large enough
+#: ends the search, and what is smaller than the last share of its volume is not placed. With .8, or an end after eight
+#: tries in vain, the phantom's largest one was placed less often, and up to 41 stood for 30.
+_TRIES, _ENOUGH, _TOO_SMALL = 24, 0.85, 0.35
 #: What could not be placed is added to what is still planned, up to this factor.
 _STRETCH = (0.7, 1.5)
 #: Voxels drawn to find one that is deep enough.
@@ -270,14 +270,13 @@ def _place(
     """Place one mitochondrion of about that volume, and at most the second one; returns its voxels, 0 if none fits."""
     candidates = groups.largest(1)
     best: tuple[np.ndarray, tuple[slice, ...]] | None = None
-    largest = in_vain = 0
+    largest = 0
     for _ in range(_TRIES if candidates else 0):
         made = _draw(room, _drawn_from(candidates, rng), choice, rng)
         voxels = 0 if made is None else int(np.count_nonzero(made[0]))
-        in_vain += 1
         if largest < voxels <= most:
-            best, largest, in_vain = made, voxels, 0
-        if largest >= _ENOUGH * volume or in_vain == _IN_VAIN:
+            best, largest = made, voxels
+        if largest >= _ENOUGH * volume:
             break
     if best is None or largest < _TOO_SMALL * volume:
         return 0
@@ -332,18 +331,18 @@ def place_mitochondria(
 ) -> np.ndarray:
     """Place mitochondria of a library in a labelled volume.
 
-    The candidates are the top `candidate_fraction` of neurons by volume (at least one) that are wide enough. A neuron
-    is drawn, an ellipse is fitted to its cross-section at a random place, a template is drawn by its axis-length ratio
-    to that ellipse, aligned with it, led through the sections, refined, and kept if it is valid
-    (:func:`.grow_chain`). A template that a face of its own volume cut has that end on a face here, too, as often as
-    real ones do. Each template makes up its own share of the volume, so that small ones, which fit
-    everywhere, do not displace large ones. This goes on until the volume wanted is met within 4 %
-    (a small volume may end further off: the smallest template is what it is).
+    As many mitochondria are planned as make up the volume wanted in the library's tissue, of the sizes that it has,
+    largest first. For each one neurons are drawn from the candidates, the top `candidate_fraction` by volume (at least
+    one) that are wide enough: an ellipse is fitted to the neuron's cross-section at a random place that is deep enough,
+    a template is drawn by its likeness to what is wanted, once scaled, and by its axis-length ratio to that ellipse,
+    aligned with it, led through the sections, refined, and kept if it is valid (:func:`.grow_chain`). The largest of
+    the tries is placed. What it lacks is added to those still planned. A template that a face of its own volume cut
+    has that end on a face here, too, as often as real ones do.
 
-    When one attempt per candidate (15 at least) fails in a row, less complete templates are taken, then shares are
-    dropped and templates drawn smaller, down to .6, then to .35; then the next `candidate_fraction` of neurons joins,
-    and so on: real tissue's share of mitochondria comes before the top 10 %. When all neurons have joined and still
-    refuse, placement ends below the volume wanted.
+    Where the plan did not make up the volume within 4 %, more are placed, down to .6 of a template's size, then to .35;
+    when one attempt per candidate (15 at least) fails in a row, the next `candidate_fraction` of neurons joins, and so
+    on: real tissue's share of mitochondria comes before the top 10 %. When all neurons have joined and still refuse,
+    placement ends below the volume wanted.
 
     Published differently: one template per neuron, drawn anew on each section, up to 20 % of it outside the neuron.
 
