@@ -134,7 +134,23 @@ def _add_synthesis_commands(commands: Any) -> None:
     remodel.add_argument("volume", metavar="VOLUME.h5", help="needs labels; mitochondria are optional")
     _add_output(remodel)
     remodel.add_argument(
-        "--copies", type=int, default=1, help="more than one: OUT_000.h5, OUT_001.h5, ... (default: 1)"
+        "--copies", type=int, default=1, metavar="N", help="N masks: OUT.h5, OUT_001.h5, OUT_002.h5, ... (default: 1)"
+    )
+    remodel.add_argument(
+        "--workers",
+        type=int,
+        default=0,
+        metavar="N",
+        help="copies made at a time, each in a process of its own; any number gives the same bytes "
+        "(default: 0, as many as cores and memory allow)",
+    )
+    remodel.add_argument(
+        "--block-sections",
+        type=int,
+        default=0,
+        metavar="N",
+        help="work from disk to disk in blocks of N sections, best a multiple of 8 (default: 0, the whole volume at "
+        "once if memory holds it, else the largest blocks that fit)",
     )
     _add_seed(remodel)
     remodel.add_argument("--no-mito", action="store_true", help="leave the mitochondria where they are")
@@ -149,7 +165,9 @@ def _add_synthesis_commands(commands: Any) -> None:
     remodel.add_argument(
         "--save-library", metavar="FILE.npz", help="write the shapes that are placed, for other volumes"
     )
-    remodel.add_argument("--membrane-nm", type=float, default=25.0, help="membrane width in nm (default: 25)")
+    remodel.add_argument(
+        "--membrane-nm", type=float, default=25.0, help="membrane width in nm, at most 200 (default: 25)"
+    )
     remodel.add_argument("--rearrange", action="store_true", help="join with tissue from another place of VOLUME")
     for flag, kind, meaning in (
         ("--neuron-spread", "NM", "neurons shrink and swell: how far boundaries move"),
@@ -293,7 +311,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         return _refuse(error)
     except KeyboardInterrupt:
-        print("neurodiff: interrupted; the same command goes on where it stopped", file=sys.stderr)
+        print(f"neurodiff: interrupted; {_AFTER_INTERRUPTION.get(options.command, _NOTHING_KEPT)}", file=sys.stderr)
         return 130
     except BrokenPipeError:
         _drop_stdout()
@@ -311,6 +329,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
+#: What an interrupted command leaves; all others leave nothing.
+_AFTER_INTERRUPTION = {
+    "run": "the same command goes on where it stopped",
+    "sample": "the same command goes on where it stopped",
+    "remodel": "masks that were finished stay, the same command with --force makes all of them anew",
+}
+_NOTHING_KEPT = "nothing was written, the same command starts anew"
 #: What the operating system refuses for reasons that lie with files and disks, not with this package.
 _USERS_ERRNOS = (
     errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ENOTDIR,

@@ -13,6 +13,7 @@ from .errors import ConfigError, MissingInput, OutputExists, ValueRangeError
 from .provenance import require_writable
 
 if TYPE_CHECKING:
+    from .remodel import SignatureLibrary
     from .volume import ArrayLike, Volume
 
 
@@ -212,16 +213,23 @@ def view(options: argparse.Namespace) -> None:
 
 def remodel(options: argparse.Namespace) -> None:
     """``neurodiff remodel``"""
+    from functools import partial
+
+    from .conditions import MOST_THICKNESS_NM
     from .progress import progress
-    from .remodel import gather_libraries
-    from .remodel import remodel as remodel_masks
-    from .seeding import rng_for
-    from .volume import check_training_volume, open_volume, write_volume
+    from .remodel import fits_in_memory, gather_libraries, in_processes, workers_that_fit
+    from .volume import check_training_volume, open_volume
 
     if options.copies < 1:
         raise ValueRangeError(f"--copies must be at least 1. Got {options.copies}.")
-    if not 0 < options.membrane_nm < float("inf"):
-        raise ValueRangeError(f"--membrane-nm must be a number > 0. Got {options.membrane_nm}.")
+    if options.block_sections < 0:
+        raise ValueRangeError(f"--block-sections must be at least 0. Got {options.block_sections}.")
+    if options.workers < 0:
+        raise ValueRangeError(f"--workers must be at least 0. Got {options.workers}.")
+    if not 0 < options.membrane_nm <= MOST_THICKNESS_NM:
+        raise ValueRangeError(
+            f"--membrane-nm must be a number in (0, {MOST_THICKNESS_NM:g}]. Got {options.membrane_nm:g}."
+        )
     first = Path(options.output)
     outputs = [first] + [first.with_name(f"{first.stem}_{i:03d}{first.suffix}") for i in range(1, options.copies)]
     for output in outputs:
@@ -232,9 +240,12 @@ def remodel(options: argparse.Namespace) -> None:
         if not options.save_library.endswith(".npz"):
             raise ValueRangeError(f"--save-library writes a file whose name ends in .npz. Got {options.save_library}.")
         _require_unused(options.save_library, *options.library, force=options.force)
-    volume = open_volume(options.volume, voxel_nm=_voxel_size(options))
-    check_training_volume(volume, needs=("label",))
-    volume = volume.load()
+    lazy = open_volume(options.volume, voxel_nm=_voxel_size(options))
+    check_training_volume(lazy, needs=("label",))
+    if options.block_sections or not fits_in_memory(lazy.shape):
+        _remodel_in_blocks(options, lazy, outputs)
+        return
+    volume = lazy.load()
     label, mito = volume.array("label"), volume.mito_array
     place = not options.no_mito
     library = gather_libraries(label, mito, volume.voxel_nm, options.library) if place or options.save_library else None
@@ -242,25 +253,70 @@ def remodel(options: argparse.Namespace) -> None:
         if library is None:
             raise ValueRangeError("--save-library needs a volume with mitochondria. Got one without.")
         library.save(options.save_library)
-    for copy, output in enumerate(progress(outputs, label="remodel")):
-        mask = remodel_masks(
-            label,
-            mito,
+    workers = workers_that_fit(label.size, len(outputs), options.workers)
+    # A process of its own reads the volume itself: it is not sent through a pipe.
+    job = partial(_remodel_copy, options, lazy if workers > 1 else volume, library)
+    for _ in progress(in_processes(job, list(enumerate(outputs)), workers), label="remodel", total=len(outputs)):
+        pass
+
+
+def _remodel_in_blocks(options: argparse.Namespace, volume: Volume, outputs: Sequence[Path]) -> None:
+    """``neurodiff remodel`` of a volume that does not fit into memory, or that is to be made in blocks."""
+    from .remodel import SignatureLibrary, remodel_blockwise, sections_that_fit
+    from .seeding import rng_for
+
+    if options.save_library:
+        raise ConfigError("--save-library measures a whole volume in memory; it does not go with blocks. Crop it.")
+    for flag in ("rearrange", "neuron_spread", "grown_fraction", "section_jump", "section_drift"):
+        if getattr(options, flag):
+            raise ConfigError(f"--{flag.replace('_', '-')} needs the whole volume in memory: it does not go with blocks.")
+    assert volume.label is not None
+    sections = options.block_sections or sections_that_fit(volume.shape, volume.voxel_nm, options.membrane_nm)
+    print(f"neurodiff: masks are made in blocks of {sections} of {volume.shape[0]} sections", file=sys.stderr)
+    files = [SignatureLibrary.load(path) for path in options.library]
+    for copy, output in enumerate(outputs):
+        remodel_blockwise(
+            output,
+            volume.label,
+            volume.mito,
             volume.voxel_nm,
             rng_for(options.seed, "remodel", copy),
+            sections=sections,
             elastic=not options.no_elastic,
-            place_mitochondria=place,
-            library=library,
+            place_mitochondria=not options.no_mito,
+            library=files[0].merged(*files[1:]) if files else None,
             membrane_thickness_nm=options.membrane_nm,
-            rearrange=options.rearrange,
-            neuron_spread_nm=options.neuron_spread,
-            grown_fraction=options.grown_fraction,
-            grown_radius_nm=options.grown_radius,
-            section_jump_nm=options.section_jump,
-            section_drift_nm=options.section_drift,
+            attributes={"seed": options.seed, "copy": copy},
         )
-        arrays = {"label": mask.label, "membrane": mask.membrane, "mito": mask.mito}
-        write_volume(output, arrays, volume.voxel_nm, {"seed": options.seed, "copy": copy})
+
+
+def _remodel_copy(
+    options: argparse.Namespace, volume: Volume, library: SignatureLibrary | None, copy: tuple[int, Path]
+) -> None:
+    """Make one of the masks of ``neurodiff remodel``, by its number and file."""
+    from .remodel import remodel as remodel_masks
+    from .seeding import rng_for
+    from .volume import write_volume
+
+    number, output = copy
+    mask = remodel_masks(
+        volume.array("label"),
+        volume.mito_array,
+        volume.voxel_nm,
+        rng_for(options.seed, "remodel", number),
+        elastic=not options.no_elastic,
+        place_mitochondria=not options.no_mito,
+        library=library,
+        membrane_thickness_nm=options.membrane_nm,
+        rearrange=options.rearrange,
+        neuron_spread_nm=options.neuron_spread,
+        grown_fraction=options.grown_fraction,
+        grown_radius_nm=options.grown_radius,
+        section_jump_nm=options.section_jump,
+        section_drift_nm=options.section_drift,
+    )
+    arrays = {"label": mask.label, "membrane": mask.membrane, "mito": mask.mito}
+    write_volume(output, arrays, volume.voxel_nm, {"seed": options.seed, "copy": number})
 
 
 def sample(options: argparse.Namespace) -> None:

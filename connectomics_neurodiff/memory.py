@@ -55,11 +55,16 @@ def kept_memory(voxels: int = 0) -> Iterator[None]:
 
 
 def available_bytes(device: torch.device) -> int:
-    """Memory that a network may still take on a device; on the CPU within the limit of its control group, if any."""
+    """Memory that a network may still take on a device."""
     if device.type == "cuda":
         import torch
 
         return int(torch.cuda.mem_get_info(device)[0])
+    return available_main_bytes()
+
+
+def available_main_bytes() -> int:
+    """Main memory that this process may still take, within the limit of its control group, if any."""
     import psutil
 
     available = int(psutil.virtual_memory().available)

@@ -98,6 +98,19 @@ def test_info_is_json(cells: Path) -> None:
     assert found["labels"] > 1
 
 
+def test_one_section_is_remodelled(cells: Path, tmp_path: Path) -> None:
+    with h5py.File(cells) as source, h5py.File(tmp_path / "flat.h5", "w") as file:
+        file["label"], file["mito"] = source["label"][3:4], source["mito"][3:4]
+        file.attrs["resolution_nm"] = source.attrs["resolution_nm"]
+        before = file["label"][:]
+    done("remodel", str(tmp_path / "flat.h5"), str(tmp_path / "masks.h5"))
+    with h5py.File(tmp_path / "masks.h5") as file:
+        assert file["label"].shape == before.shape
+        assert set(np.unique(file["label"])) == set(np.unique(before))
+        assert (file["label"][:] != before).any()
+        assert not file["mito"][:][file["membrane"][:] > 0].any()
+
+
 def test_remodel_then_sample_gives_a_pair(cells: Path, denoiser: Path, tmp_path: Path) -> None:
     masks, pair = tmp_path / "masks.h5", tmp_path / "pair.h5"
     done("remodel", str(cells), str(masks), "--copies", "2", "--seed", "1")
@@ -368,6 +381,9 @@ def test_bad_volumes_are_refused(cells: Path, denoiser: Path, tmp_path: Path) ->
         file.attrs["resolution_nm"] = (29, 6, 6)
     refused("integer", "remodel", str(tmp_path / "float.h5"), str(tmp_path / "o2.h5"))
     refused("shape", "evaluate", str(tmp_path / "bare.h5"), "--truth", str(cells))
+    blocks = ["remodel", str(cells), str(tmp_path / "o4.h5"), "--block-sections", "4"]
+    refused("--rearrange needs the whole volume", *blocks, "--rearrange")
+    refused("--section-drift needs the whole volume", *blocks, "--section-drift", "3")
     sample = ["sample", out, str(tmp_path / "o3.h5"), "--checkpoint", str(denoiser)]
     for steps in ("0", "251"):
         refused("1 to 250 steps", *sample, "--steps", steps)
@@ -376,7 +392,8 @@ def test_bad_volumes_are_refused(cells: Path, denoiser: Path, tmp_path: Path) ->
         file["label"] = np.zeros((4, 20, 28), np.uint32)
         file.attrs["resolution_nm"] = (29, 6, 6)
     refused("background only", "remodel", str(tmp_path / "empty.h5"), str(tmp_path / "o4.h5"))
-    refused("--membrane-nm", "remodel", str(cells), str(tmp_path / "o4.h5"), "--membrane-nm", "nan")
+    for width in ("nan", "0", "25000"):
+        refused("--membrane-nm must be a number in (0, 200]", "remodel", str(cells), out, "--membrane-nm", width)
     with h5py.File(tmp_path / "flat.h5", "w") as file:
         file["label"] = np.ones((20, 28), np.uint32)
     assert json.loads(done("info", str(tmp_path / "flat.h5")))["labels"] is None

@@ -159,6 +159,7 @@ def test_input_is_left_alone() -> None:
         (np.zeros(SHAPE), {}, LabelTypeError),
         (np.zeros(SHAPE, int), {"thickness_nm": 0}, ValueRangeError),
         (np.zeros(SHAPE, int), {"thickness_nm": np.nan}, ValueRangeError),
+        (np.zeros(SHAPE, int), {"thickness_nm": 201.0}, ValueRangeError),
         (np.zeros(SHAPE, int), {"max_gap_nm": -1}, ValueRangeError),
         (np.zeros(SHAPE, int), {"voxel_nm": (1, 2)}, ValueRangeError),
     ],

@@ -100,12 +100,12 @@ def test_signature_of_a_known_mitochondrion() -> None:
 
 def test_interpolated_sections_lie_between_the_measured_ones() -> None:
     (signature,) = SignatureLibrary.from_masks(*spindle(), VOXEL).signatures
-    contour, centroid, minor = signature.at(1.5 * 29)
+    (contour, below, above), (centroid, *_), (minor, *_) = signature.at(np.array([1.5 * 29, -10, 1e6]))
     assert contour == pytest.approx((signature.contours[1] + signature.contours[2]) / 2, abs=1e-4)
     assert centroid == pytest.approx((signature.centroids[1] + signature.centroids[2]) / 2, abs=1e-4)
     assert minor == pytest.approx(signature.axes[1:3, 1].mean(), abs=1e-3)
-    assert np.array_equal(signature.at(-10)[0], signature.contours[0])
-    assert np.array_equal(signature.at(1e6)[0], signature.contours[-1])
+    assert np.array_equal(below, signature.contours[0])
+    assert np.array_equal(above, signature.contours[-1])
 
 
 @pytest.mark.parametrize(("sections", "below", "above"), [(slice(5, 12), True, False), (slice(0, 6), False, True)])

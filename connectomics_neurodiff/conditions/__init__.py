@@ -1,13 +1,15 @@
 """Room 2: labels (and mitochondria) -> membrane -> the condition the diffusion model paints onto."""
 
 from .encoding import NULL_CONDITION, check_masks, encode_condition
-from .membrane import BackgroundMask, membrane_from_labels, with_background
+from .membrane import MOST_THICKNESS_NM, BackgroundMask, membrane_from_labels, membrane_halo, with_background
 
 __all__ = [
+    "MOST_THICKNESS_NM",
     "NULL_CONDITION",
     "BackgroundMask",
     "check_masks",
     "encode_condition",
     "membrane_from_labels",
+    "membrane_halo",
     "with_background",
 ]

@@ -12,6 +12,8 @@ from ..volume import ArrayLike, LazyArray
 
 #: Background up to this width is taken for membrane: leaves 99 % of a nerve cord's glia alone (below).
 MAX_GAP_NM = 80.0
+#: No membrane, synapse or gap between neurons is drawn wider; a value beyond is a mistake, mostly of the unit.
+MOST_THICKNESS_NM = 200.0
 
 
 def with_background(membrane: np.ndarray, label: np.ndarray) -> np.ndarray:
@@ -88,8 +90,8 @@ def membrane_from_labels(
     voxel_nm : sequence of 3 floats
         Voxel size in nm, (z, y, x).
     thickness_nm : float
-        Thickness of a membrane between touching neurons, both sides together, in nm, > 0. 25 nm, two bilayers and a
-        narrow cleft, are 4 pixels of 6 nm, as wide as the membranes of the published remodelling.
+        Thickness of a membrane between touching neurons, both sides together, in nm, in (0, 200]. 25 nm, two bilayers
+        and a narrow cleft, are 4 pixels of 6 nm, as wide as the membranes of the published remodelling.
     max_gap_nm : float
         Background up to this width is taken for membrane, in nm, >= 0. 80 nm leaves 99 % of the glia that experts drew
         in a larval Drosophila nerve cord [Gerhard et al., figshare 10.6084/m9.figshare.856713] alone.
@@ -120,13 +122,28 @@ def membrane_from_labels(
     return membrane
 
 
+def membrane_halo(voxel_nm: Sequence[float], thickness_nm: float = 25.0, max_gap_nm: float = 80.0) -> int:
+    """Sections on either side of a block that the membranes within it depend on (:func:`membrane_from_labels`).
+
+    Opening looks one gap far, labels grow half a gap, by steps along the axes, and a membrane reaches half its
+    thickness.
+    """
+    z = voxel_size(voxel_nm).z
+    if is_anisotropic(voxel_nm):
+        return 0
+    return int(np.ceil((2 * max_gap_nm + max((thickness_nm + z) / 2, z)) / z)) + 2
+
+
 def _check(label: np.ndarray, thickness_nm: float, max_gap_nm: float) -> None:
     if label.ndim != 3:
         raise VolumeFormatError(f"A label volume must have three axes (z, y, x). Got shape {label.shape}.")
     if label.dtype.kind not in "uib":
         raise LabelTypeError(f"A label volume must be made of integers (0 = background). Got {label.dtype}.")
-    if not (np.isfinite(thickness_nm) and thickness_nm > 0 and np.isfinite(max_gap_nm) and max_gap_nm >= 0):
-        raise ValueRangeError(f"thickness_nm must be > 0 and max_gap_nm >= 0. Got {thickness_nm} and {max_gap_nm}.")
+    if not (0 < thickness_nm <= MOST_THICKNESS_NM and np.isfinite(max_gap_nm) and max_gap_nm >= 0):
+        raise ValueRangeError(
+            f"thickness_nm must lie in (0, {MOST_THICKNESS_NM:g}] and max_gap_nm be >= 0. "
+            f"Got {thickness_nm} and {max_gap_nm}."
+        )
 
 
 def _membrane(label: np.ndarray, voxel: np.ndarray, reach: np.ndarray, max_gap_nm: float) -> np.ndarray:
@@ -164,6 +181,8 @@ def _meets_another(section: np.ndarray, spacing: np.ndarray) -> np.ndarray:
 
 
 def _numbered_from_one(label: np.ndarray) -> np.ndarray:
+    if label.max() < 2**32 - 1:
+        return label.astype(np.uint32) + np.uint32(1)
     import fastremap
 
     ids, _ = fastremap.renumber(np.ascontiguousarray(label), start=1, preserve_zero=True)

@@ -37,7 +37,8 @@ def _add_system(cfg: CfgNode) -> None:
     cfg.SYSTEM = CfgNode()
     # GPUs per machine. 0: CPU only. -1: all there are, CPU if there is none. [ours]
     cfg.SYSTEM.NUM_GPUS = -1
-    # Data-loading processes per device. 0: load in the training process, best below four cores. [pytc]
+    # Data-loading processes per device, and processes that remodel copies of the masks, as far as memory allows. 0: no
+    # other process than the training one, best below four cores. [pytc]
     cfg.SYSTEM.NUM_CPUS = 0
     # CPU threads of the numerical libraries. 0: all cores. The last bits of a result depend on it. [ours]
     cfg.SYSTEM.NUM_THREADS = 0
@@ -180,7 +181,7 @@ def _add_data(node: CfgNode) -> None:
 
 
 def _add_remodel(node: CfgNode) -> None:
-    # Width of the membrane mask in nm, > 0. [published] 3 px of 6 nm; 25 nm fits experts' best.
+    # Width of the membrane mask in nm, > 0, at most 200. [published] 3 px of 6 nm; 25 nm fits experts' best.
     node.MEMBRANE_NM = 25.0
     node.REMODEL = CfgNode()
     # Remodelled copies of the training volume, >= 1. [paper] as many synthetic voxels as real ones.

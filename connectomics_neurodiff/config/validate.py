@@ -74,10 +74,11 @@ def _validate_numbers(cfg: CfgNode) -> None:
     _require_numbers(cfg, ["NEURODIFF.REMODEL.GROWN_FRACTION"], 0, 0.9)
     _require_numbers(cfg, ["SOLVER.EMA_DECAY", "NEURODIFF.DIFFUSION.EMA_DECAY", "SOLVER.MOMENTUM"], 0, 0.999999)
     positive = (
-        "SOLVER.BASE_LR SOLVER.EPS NEURODIFF.DIFFUSION.LEARNING_RATE NEURODIFF.MEMBRANE_NM "
+        "SOLVER.BASE_LR SOLVER.EPS NEURODIFF.DIFFUSION.LEARNING_RATE "
         "NEURODIFF.REMODEL.SPACING_NM NEURODIFF.REMODEL.CANDIDATE_FRACTION NEURODIFF.REMODEL.GROWN_RADIUS_NM"
     )
     _require_numbers(cfg, positive.split(), 1e-12)
+    _require_numbers(cfg, ["NEURODIFF.MEMBRANE_NM"], 1e-12, 200)
     betas = cfg.SOLVER.BETAS
     fit = len(betas) == 2 and all(isinstance(b, int | float) and 0 <= b < 1 for b in betas)
     _require(fit, "SOLVER.BETAS", "two numbers in [0, 1)", betas)

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import logging
+from functools import partial
+from pathlib import Path
 from typing import Any
 
+from yacs.config import CfgNode
+
 from ..errors import UserError
-from ..provenance import hash_of_file, write_json
+from ..provenance import Provenance, hash_of_file, write_json
 from ..remodel import (
     MaskLimits,
     RemodelledMask,
     SignatureLibrary,
     gather_libraries,
+    in_processes,
     mask_gate,
     quality_report,
     remodel,
+    workers_that_fit,
 )
 from ..seeding import rng_for
 from ..volume import Volume, write_volume
@@ -33,21 +39,31 @@ def make_masks(run: Run) -> None:
     libraries = library_paths(run.cfg)
     if libraries:
         parents["library"] = hash_of_file(libraries[0])
-    train: Volume | None = None
-    library: SignatureLibrary | None = None
+    missing: dict[int, tuple[Path, Provenance]] = {}
     for copy in range(node.COPIES):
         provenance = run.provenance("masks", settings | {"COPY": copy}, **parents)
         target = run.folder / "masks" / f"copy_{copy:03d}.h5"
-        if run.is_done(target, provenance):
-            continue
-        if train is None:
-            train = run.parts["train"].load()
-            library = _library(run, train)
-        mask, report = _passing_mask(run, train, library, copy)
-        arrays = {"label": mask.label, "membrane": mask.membrane, "mito": mask.mito}
-        write_volume(target, arrays, train.voxel_nm, {"seed": run.cfg.NEURODIFF.SEED, "copy": copy})
-        write_json(target.with_suffix(".quality.json"), report)
-        run.finish(target, provenance)
+        if not run.is_done(target, provenance):
+            missing[copy] = target, provenance
+    if not missing:
+        return
+    train = run.parts["train"].load()
+    workers = workers_that_fit(train.array("label").size, len(missing), run.cfg.SYSTEM.NUM_CPUS or 1)
+    job = partial(_make_copy, run.cfg, run.folder, train, _library(run, train))
+    for copy, rejections in in_processes(job, list(missing), workers):
+        for attempt, reason in enumerate(rejections, start=1):
+            logger.warning("Remodelled mask %d, attempt %d, is rejected: %s", copy, attempt, reason)
+        run.finish(*missing[copy])
+
+
+def _make_copy(cfg: CfgNode, folder: Path, train: Volume, library: SignatureLibrary | None, copy: int) -> list[str]:
+    """Write one mask and its report; returns why those before it were rejected."""
+    mask, report, rejections = _passing_mask(cfg, train, library, copy)
+    target = folder / "masks" / f"copy_{copy:03d}.h5"
+    arrays = {"label": mask.label, "membrane": mask.membrane, "mito": mask.mito}
+    write_volume(target, arrays, train.voxel_nm, {"seed": cfg.NEURODIFF.SEED, "copy": copy})
+    write_json(target.with_suffix(".quality.json"), report)
+    return rejections
 
 
 def _library(run: Run, train: Volume) -> SignatureLibrary | None:
@@ -58,18 +74,21 @@ def _library(run: Run, train: Volume) -> SignatureLibrary | None:
 
 
 def _passing_mask(
-    run: Run, train: Volume, library: SignatureLibrary | None, copy: int
-) -> tuple[RemodelledMask, dict[str, Any]]:
-    """First mask that passes the gate, and its report; each attempt has random numbers of its own."""
-    node, membrane_nm = run.cfg.NEURODIFF.REMODEL, run.cfg.NEURODIFF.MEMBRANE_NM
+    cfg: CfgNode, train: Volume, library: SignatureLibrary | None, copy: int
+) -> tuple[RemodelledMask, dict[str, Any], list[str]]:
+    """First mask that passes the gate, its report, and why those before it did not.
+
+    Each attempt has random numbers of its own.
+    """
+    node, membrane_nm = cfg.NEURODIFF.REMODEL, cfg.NEURODIFF.MEMBRANE_NM
     limits = MaskLimits(**{name.lower(): value for name, value in node.LIMITS.items()})
-    reason = ""
+    rejections: list[str] = []
     for attempt in range(node.ATTEMPTS):
         mask = remodel(
             train.array("label"),
             train.mito_array,
             train.voxel_nm,
-            rng_for(run.cfg.NEURODIFF.SEED, "remodel", copy, *([attempt] if attempt else [])),
+            rng_for(cfg.NEURODIFF.SEED, "remodel", copy, *([attempt] if attempt else [])),
             elastic=node.ELASTIC,
             place_mitochondria=node.MITOCHONDRIA,
             library=library,
@@ -90,9 +109,9 @@ def _passing_mask(
         report = quality_report(train.array("label"), source_mito, mask, train.voxel_nm, membrane_nm)
         reason = mask_gate(report, limits)
         if not reason:
-            return mask, {"attempt": attempt, "limits": dict(node.LIMITS), **report}
-        logger.warning("Remodelled mask %d, attempt %d, is rejected: %s", copy, attempt + 1, reason)
+            return mask, {"attempt": attempt, "limits": dict(node.LIMITS), **report}, rejections
+        rejections.append(reason)
     raise UserError(
-        f"No remodelled mask passed in {node.ATTEMPTS} attempts (NEURODIFF.REMODEL.ATTEMPTS). {reason} "
+        f"No remodelled mask passed in {node.ATTEMPTS} attempts (NEURODIFF.REMODEL.ATTEMPTS). {rejections[-1]} "
         "See NEURODIFF.REMODEL.LIMITS."
     )

@@ -4,6 +4,7 @@ Read :mod:`.remodel` first: it is the whole way. :mod:`.field` and :mod:`.elasti
 measures real mitochondria, :mod:`.room`, :mod:`.chain` and :mod:`.placement` put them into the moved neurons,
 :mod:`.quality` measures the result. More diversity, where it is asked for: :mod:`.rearranging` joins tissue of two
 places, :mod:`.swelling` moves the boundaries of neurons, :mod:`.growing` adds neurites, :mod:`.sections` misaligns.
+:mod:`.copies` makes several masks at a time, :mod:`.blockwise` masks of volumes larger than memory.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ import sys
 from types import ModuleType
 from typing import Any
 
+from .blockwise import fits_in_memory, remodel_blockwise, sections_that_fit
+from .copies import in_processes, workers_that_fit
 from .elastic import Deformation, elastic_deform
 from .field import DisplacementField, jacobian_minimum
 from .growing import grow_neurites
@@ -32,17 +35,22 @@ __all__ = [
     "Signature",
     "SignatureLibrary",
     "elastic_deform",
+    "fits_in_memory",
     "gather_libraries",
     "grow_neurites",
+    "in_processes",
     "jacobian_minimum",
     "keep_inside",
     "mask_gate",
     "place_mitochondria",
     "quality_report",
     "remodel",
+    "remodel_blockwise",
     "section_shifts",
+    "sections_that_fit",
     "shift_sections",
     "swell",
+    "workers_that_fit",
 ]
 
 

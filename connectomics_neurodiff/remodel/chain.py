@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from math import ceil, floor
+from typing import Any
 
 import cc3d
 import cv2
@@ -55,13 +59,14 @@ class Pose:
     up: bool
     scale: float
 
+    @cached_property
+    def _matrix(self) -> np.ndarray:
+        c, s, flip = np.cos(self.turn), np.sin(self.turn), -1.0 if self.mirror else 1.0
+        return self.scale * np.array([[flip * c, -flip * s], [s, c]])
+
     def transform(self, points_nm: np.ndarray) -> np.ndarray:
         """Mirror, turn and scale (..., 2) vectors (y, x)."""
-        y, x = points_nm[..., 0], points_nm[..., 1]
-        if self.mirror:
-            y = -y
-        c, s = np.cos(self.turn), np.sin(self.turn)
-        return self.scale * np.stack([s * x + c * y, c * x - s * y], axis=-1)
+        return points_nm @ self._matrix
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,88 +90,101 @@ def _polygon(shape: tuple[int, int], points_nm: np.ndarray, origin: np.ndarray, 
 
 def _window(points_nm: np.ndarray, pitch: np.ndarray, frame: tuple[int, ...]) -> tuple[slice, slice] | None:
     """Pixels that cover the points, or None if that is outside the frame."""
-    low = np.maximum(np.floor(points_nm.min(axis=0) / pitch).astype(int) - 1, 0)
-    high = np.minimum(np.ceil(points_nm.max(axis=0) / pitch).astype(int) + 2, frame)
-    if (high <= low).any():
-        return None
-    return slice(int(low[0]), int(high[0])), slice(int(low[1]), int(high[1]))
+    lows, highs = (points_nm.min(axis=0) / pitch).tolist(), (points_nm.max(axis=0) / pitch).tolist()
+    return _inside([floor(v) - 1 for v in lows], [ceil(v) + 2 for v in highs], frame)
+
+
+def _inside(low: Sequence[int], high: Sequence[int], frame: Sequence[int]) -> tuple[slice, slice] | None:
+    """Window from `low` up to `high` as far as it lies in the frame, or None if it does not."""
+    y, x = (slice(max(a, 0), min(b, n)) for a, b, n in zip(low, high, frame, strict=True))
+    return (y, x) if y.stop > y.start and x.stop > x.start else None
 
 
 def _settle(room: Room, pose: Pose, z: int, wanted: np.ndarray, need_nm: float) -> np.ndarray | None:
     """Nearest place to `wanted` in section z that is `need_nm` deep, or the best compromise around it."""
-    pitch = np.array(room.voxel_nm[1:])
-    reach = np.maximum(np.ceil(0.75 * need_nm / pitch).astype(int), 1)
-    at = np.rint(wanted / pitch).astype(int)
-    low, high = np.maximum(at - reach, 0), np.minimum(at + reach + 1, room.label.shape[1:])
-    if (high <= low).any():
+    pitch = room.voxel_nm[1:]
+    reach = [max(ceil(0.75 * need_nm / p), 1) for p in pitch]
+    at = [round(w / p) for w, p in zip(wanted.tolist(), pitch, strict=True)]
+    window = _inside(
+        [a - r for a, r in zip(at, reach, strict=True)],
+        [a + r + 1 for a, r in zip(at, reach, strict=True)],
+        room.label.shape[1:],
+    )
+    if window is None:
         return None
-    box = (slice(z, z + 1), slice(int(low[0]), int(high[0])), slice(int(low[1]), int(high[1])))
-    free = room.free(pose.label, box)[0]
+    depth = room.depth[z][window]
+    free = (room.label[z][window] == pose.label) & (depth > 0)
     if not free.any():
         return None
-    y, x = np.ogrid[box[1], box[2]]
-    away = np.hypot(y * pitch[0] - wanted[0], x * pitch[1] - wanted[1])
+    y, x = (np.arange(part.start, part.stop) * p - w for part, p, w in zip(window, pitch, wanted, strict=True))
+    away = np.sqrt((y * y)[:, None] + x * x)
     # A place deep enough and near beats a deeper one far off: chains stay continuous.
-    score = np.where(free, np.minimum(room.depth[box][0], need_nm) - 0.3 * away, -np.inf)
-    best = np.unravel_index(int(score.argmax()), score.shape)
-    return (low + np.array(best)) * pitch
+    score = np.where(free, np.minimum(depth, need_nm) - 0.3 * away, -np.inf)
+    row, column = divmod(int(score.argmax()), score.shape[1])
+    return np.array([(window[0].start + row) * pitch[0], (window[1].start + column) * pitch[1]])
 
 
 def _fit(room: Room, pose: Pose, z: int, contour: np.ndarray, centre: np.ndarray) -> float:
     """Largest of the allowed sizes at which enough of the section lies in free space; 0 if none does."""
     pitch = np.array(room.voxel_nm[1:])
+    window = _window(centre + contour, pitch, room.label.shape[1:])
+    if window is None:
+        return 0.0
+    origin = np.array([window[0].start, window[1].start])
+    free = room.free(pose.label, (slice(z, z + 1), *window))[0].view(np.uint8)
     for size in _SHRINKS:
-        points = centre + size * contour
-        window = _window(points, pitch, room.label.shape[1:])
-        if window is None:
-            return 0.0
-        origin = np.array([window[0].start, window[1].start])
-        shape = (window[0].stop - window[0].start, window[1].stop - window[1].start)
-        drawn = _polygon(shape, points, origin, pitch)
-        free = room.free(pose.label, (slice(z, z + 1), *window))[0]
-        if (drawn.astype(bool) & free).sum() >= (1 - MAX_OUTSIDE) * drawn.sum():
+        drawn = _polygon(free.shape, centre + size * contour, origin, pitch)
+        if cv2.countNonZero(drawn & free) >= (1 - MAX_OUTSIDE) * cv2.countNonZero(drawn):
             return size
     return 0.0
 
 
-def _height(template: Signature, pose: Pose, z: int, pitch_z: float) -> float:
+def _height(template: Signature, pose: Pose, z: Any, pitch_z: float) -> Any:
     """Height in the template, above its first section, that section z of the volume shows."""
     rise = (z - pose.anchor[0]) * pitch_z / pose.scale
     return template.widest * template.pitch_z_nm + (rise if pose.up else -rise)
 
 
-def _section(room: Room, template: Signature, pose: Pose, z: int, previous: _Section | None) -> _Section | None:
-    """Place the chain's section at z next to the previous one; None where the template or the room ends."""
-    height = _height(template, pose, z, room.voxel_nm[0])
+def _hoped_for(room: Room, template: Signature, pose: Pose) -> range:
+    """The volume's sections that the whole template would occupy; the anchor's is among them."""
     half = template.pitch_z_nm / 2
-    if not 0 <= z < room.label.shape[0] or not -half <= height <= template.z_extent_nm - half:
-        return None
-    contour, centroid, minor = template.at(height)
-    if previous is None:
-        wanted = np.array(pose.anchor[1:]) * np.array(room.voxel_nm[1:])
-    else:
-        _, before, _ = template.at(_height(template, pose, previous.z, room.voxel_nm[0]))
-        wanted = previous.centre + pose.transform(centroid - before)
-    centre = _settle(room, pose, z, wanted, pose.scale * minor / 2)
-    if centre is None:
-        return None
-    shape = pose.transform(contour)
-    fit = _fit(room, pose, z, shape, centre)
-    return _Section(z, shape, centre, pose.scale * minor, fit) if fit else None
+    heights = _height(template, pose, np.arange(room.label.shape[0]), room.voxel_nm[0])
+    inside = np.flatnonzero((heights >= -half) & (heights <= template.z_extent_nm - half))
+    return range(int(inside[0]), int(inside[-1]) + 1)
 
 
-def _lead(room: Room, template: Signature, pose: Pose) -> list[_Section]:
-    """Lead the chain from its anchor upwards and downwards as far as template and neuron allow."""
-    start = _section(room, template, pose, pose.anchor[0], None)
+def _lead(room: Room, template: Signature, pose: Pose, hoped_for: range, least: int) -> list[_Section]:
+    """Lead the chain from its anchor upwards and downwards as far as template and neuron allow.
+
+    Empty if fewer than `least` sections find room; given up as soon as that is certain.
+    """
+    contours, centroids, minors = template.at(_height(template, pose, np.array(hoped_for), room.voxel_nm[0]))
+    contours, drift, minors = pose.transform(contours), pose.transform(centroids), pose.scale * minors
+
+    def section(z: int, previous: _Section | None) -> _Section | None:
+        """The chain's section at z next to the previous one; None where the template or the room ends."""
+        if z not in hoped_for:
+            return None
+        i = z - hoped_for.start
+        if previous is None:
+            wanted = np.array(pose.anchor[1:]) * np.array(room.voxel_nm[1:])
+        else:
+            wanted = previous.centre + drift[i] - drift[previous.z - hoped_for.start]
+        centre = _settle(room, pose, z, wanted, minors[i] / 2)
+        fit = 0.0 if centre is None else _fit(room, pose, z, contours[i], centre)
+        return _Section(z, contours[i], centre, minors[i], fit) if centre is not None and fit else None
+
+    start = section(pose.anchor[0], None)
     if start is None:
         return []
     chain = [start]
-    for step in (1, -1):
-        last: _Section | None = start
+    for step, beyond in ((1, pose.anchor[0] - hoped_for.start), (-1, 0)):
+        last = section(start.z + step, start)
         while last is not None:
-            last = _section(room, template, pose, last.z + step, last)
-            if last is not None:
-                chain.append(last)
+            chain.append(last)
+            last = section(last.z + step, last)
+        if len(chain) + beyond < least:
+            return []
     return sorted(chain, key=lambda s: s.z)
 
 
@@ -230,13 +248,6 @@ def _refine(mask: np.ndarray, free: np.ndarray, minors: np.ndarray, room: Room) 
     return cc3d.largest_k(smooth, k=1, connectivity=6, binary_image=True).astype(bool)
 
 
-def _sections_hoped_for(room: Room, template: Signature, pose: Pose) -> int:
-    """Number of the volume's sections that the whole template would occupy."""
-    half = template.pitch_z_nm / 2
-    heights = [_height(template, pose, z, room.voxel_nm[0]) for z in range(room.label.shape[0])]
-    return sum(-half <= height <= template.z_extent_nm - half for height in heights)
-
-
 def grow_chain(
     room: Room, template: Signature, pose: Pose, least_complete: float
 ) -> tuple[np.ndarray, tuple[slice, ...]] | None:
@@ -260,9 +271,10 @@ def grow_chain(
     tuple of (numpy.ndarray, tuple of slice) or None
         Bool mask and its box: one 6-connected object inside the free space of the neuron; None if none fits.
     """
-    chain = _lead(room, template, pose)
-    hoped_for = _sections_hoped_for(room, template, pose)
-    if not chain or len(chain) < least_complete * hoped_for:
+    hoped_for = _hoped_for(room, template, pose)
+    least = ceil(least_complete * len(hoped_for))
+    chain = _lead(room, template, pose, hoped_for, least)
+    if not chain:
         return None
     pitch = np.array(room.voxel_nm[1:])
     centres, fits = _smoothed(chain, room.voxel_nm[0])
@@ -279,5 +291,5 @@ def grow_chain(
     minors = np.array([s.minor_nm for s in chain]) * sizes
     mask = _refine(mask & free, free, minors, room)
     occupied = np.count_nonzero(mask.any(axis=(1, 2)))
-    complete = mask.sum() >= _MIN_KEPT * drawn and occupied >= least_complete * hoped_for
+    complete = mask.sum() >= _MIN_KEPT * drawn and occupied >= least
     return (mask, box) if complete and mask.any() else None

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Protocol
 
 import cc3d
+import fastremap
 import numpy as np
 from scipy import ndimage
 
@@ -17,7 +18,7 @@ from .field import DisplacementField
 #: Share of a neuron that may break off and be given to its surroundings; more counts as torn and calms the field there.
 _MAX_BROKEN = 0.05
 #: Attempts before the field is given up; from the second on the field is switched off around what is torn.
-_MAX_ATTEMPTS = 6
+MAX_ATTEMPTS = 6
 _CALM = 0.5
 
 
@@ -38,6 +39,16 @@ class Deformation:
     label: np.ndarray
     field: DisplacementField
     min_jacobian: float
+
+
+class PieceTable(Protocol):
+    """Pieces of labels: `labels[i]` and `sizes[i]` belong to piece i > 0."""
+
+    @property
+    def labels(self) -> np.ndarray: ...
+
+    @property
+    def sizes(self) -> np.ndarray: ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,12 +77,13 @@ class Pieces:
 
 def pieces_of(compact: np.ndarray) -> Pieces:
     components, count = cc3d.connected_components(compact, connectivity=26, return_N=True)
-    labels = np.zeros(count + 1, dtype=np.uint32)
-    labels[components] = compact
-    return Pieces(components, labels.astype(np.int64))
+    labels = np.zeros(count + 1, dtype=np.int64)
+    for piece, label in fastremap.component_map(components, compact).items():
+        labels[int(piece)] = label
+    return Pieces(components, labels)
 
 
-def fragments(pieces: Pieces, allowed: np.ndarray) -> np.ndarray:
+def fragments(pieces: PieceTable, allowed: np.ndarray) -> np.ndarray:
     """Numbers of the pieces to give away: of each label all but its `allowed` largest."""
     order = np.lexsort((-pieces.sizes[1:], pieces.labels[1:])) + 1
     labels = pieces.labels[order]
@@ -101,7 +113,11 @@ def mend_fragments(compact: np.ndarray, allowed: np.ndarray) -> np.ndarray:
 
 def mend(compact: np.ndarray, pieces: Pieces, allowed: np.ndarray) -> None:
     """:func:`mend_fragments` in place, given the pieces."""
-    gone = fragments(pieces, allowed)
+    give_away(compact, pieces, fragments(pieces, allowed))
+
+
+def give_away(compact: np.ndarray, pieces: Pieces, gone: np.ndarray) -> None:
+    """Give the pieces of those numbers to the commonest label among the voxels that touch each of them, in place."""
     is_gone = np.zeros(len(pieces.labels), dtype=bool)
     is_gone[gone] = True
     boxes = pieces.boxes
@@ -117,7 +133,7 @@ def mend(compact: np.ndarray, pieces: Pieces, allowed: np.ndarray) -> None:
         compact[box][fragment] = around.argmax() if around.size else 0
 
 
-def torn_labels(pieces: Pieces, allowed: np.ndarray) -> np.ndarray:
+def torn_labels(pieces: PieceTable, allowed: np.ndarray) -> np.ndarray:
     """Which labels vanished or lost a large part, (n + 1,) bool; `allowed` as in :func:`mend_fragments`."""
     gone = fragments(pieces, allowed)
     broken = np.bincount(pieces.labels[gone], weights=pieces.sizes[gone], minlength=len(allowed))
@@ -134,6 +150,13 @@ def _torn_boxes(before: np.ndarray, pieces: Pieces, allowed: np.ndarray) -> list
     sources = ndimage.find_objects(before) if lost.size else []
     boxes, found = [sources[label - 1] for label in lost], pieces.boxes
     return boxes + [found[i] for i in fragments(pieces, allowed) if torn[pieces.labels[i]]]
+
+
+def calmed(field: DisplacementField, boxes: Sequence[tuple[slice, ...]], attempt: int) -> DisplacementField:
+    """Field halved around places that it tore in the first attempt (0), and switched off in later ones."""
+    for box in boxes:
+        field = field.damped(box, _CALM if attempt == 0 else 0.0)
+    return field
 
 
 def elastic_deform(
@@ -195,7 +218,7 @@ def deform_compact(
     drawn = DisplacementField.random(compact.shape, voxel_nm, rng, sigma_nm=sigma_nm, spacing_nm=spacing_nm)
     allowed = pieces_of(compact).counts(int(compact.max()) + 1)
     field = drawn
-    for attempt in range(_MAX_ATTEMPTS):
+    for attempt in range(MAX_ATTEMPTS):
         field, minimum = field.without_folds(min_jacobian)
         warped = field.warp(compact)
         pieces = pieces_of(warped)
@@ -203,6 +226,5 @@ def deform_compact(
         if not boxes:
             mend(warped, pieces, allowed)
             return warped, field, minimum
-        for box in boxes:
-            field = field.damped(box, _CALM if attempt == 0 else 0.0)
+        field = calmed(field, boxes, attempt)
     return compact, field.scaled(0.0), 1.0

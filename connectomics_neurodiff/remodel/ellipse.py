@@ -52,7 +52,7 @@ def equivalent_ellipse(mask: np.ndarray, pitch_nm: tuple[float, float]) -> Ellip
     >>> round(ellipse.major_nm / ellipse.minor_nm, 3), round(ellipse.angle, 3), ellipse.centroid_nm
     (3.0, 0.0, (49.0, 39.5))
     """
-    moments = cv2.moments((mask != 0).astype(np.uint8), True)
+    moments = cv2.moments((mask != 0).view(np.uint8), True)
     area = moments["m00"]
     py, px = pitch_nm
     cxx = (moments["mu20"] / area + 1 / 12) * px * px
@@ -97,6 +97,6 @@ def largest_piece(mask: np.ndarray) -> np.ndarray:
 
 def piece_at(mask: np.ndarray, y: int, x: int) -> np.ndarray:
     """The 8-connected piece of a 2D mask that contains pixel (y, x), as uint8 in its bounding box; (y, x) is inside."""
-    filled = (mask != 0).astype(np.uint8)
+    filled = (mask != 0).view(np.uint8)
     _, _, _, (left, top, width, height) = cv2.floodFill(filled, None, (x, y), 2, flags=8)
-    return (filled[top : top + height, left : left + width] == 2).astype(np.uint8)
+    return (filled[top : top + height, left : left + width] == 2).view(np.uint8)

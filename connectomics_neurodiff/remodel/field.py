@@ -180,7 +180,7 @@ class DisplacementField:
         # Reached only by amplitudes hundreds of times the spacing.
         return self.scaled(0.0), 1.0
 
-    def warp(self, volume: np.ndarray) -> np.ndarray:
+    def warp(self, volume: np.ndarray, first: int = 0, sections: range | None = None) -> np.ndarray:
         """Pull a label volume through the field: out(p) is the label with the largest linear weight at p + u(p).
 
         Linear interpolation of every label's indicator, and the largest wins: outlines stay smooth where the nearest
@@ -189,33 +189,47 @@ class DisplacementField:
         Parameters
         ----------
         volume : numpy.ndarray
-            (z, y, x) of the field's shape, integers.
+            (z, y, x) integers; of the field's shape, or some of its sections.
+        first : int
+            Section of the field that the first one of `volume` is.
+        sections : range or None
+            Sections of the field to make. `volume` must hold :attr:`reach` more on either side, as far as there are
+            any. None: those of `volume`.
 
         Returns
         -------
         numpy.ndarray
-            Same shape and dtype; every value occurs in `volume`.
+            (sections, y, x), same dtype; every value occurs in `volume`.
         """
-        out, flat = np.empty((self.shape[0], self.shape[1] * self.shape[2]), volume.dtype), volume.ravel()
+        wanted = range(first, first + len(volume)) if sections is None else sections
+        out, flat = np.empty((len(wanted), self.shape[1] * self.shape[2]), volume.dtype), volume.ravel()
         strides = (self.shape[1] * self.shape[2], self.shape[2], 1)
         axes = [a for a in self.moves if self.shape[a] > 1]
         mixed = _mixed_cells(volume, axes).ravel()
         rows, columns = np.ogrid[: self.shape[1], : self.shape[2]]
-        for z in range(self.shape[0]):
+        for z, section in zip(wanted, out, strict=True):
             displacement = dict(zip(self.moves, self.section(z), strict=True))
-            first = z * strides[0] + rows * strides[1] + columns
+            corner = (z - first) * strides[0] + rows * strides[1] + columns
             fractions = []
             for axis in axes:
                 here = (z, rows, columns)[axis]
                 at = np.clip(displacement[axis] + np.float32(here), 0, self.shape[axis] - 1)
                 below = np.minimum(at.astype(np.int32), self.shape[axis] - 2)
-                first += (below - np.int32(here)) * np.intp(strides[axis])
+                corner += (below - np.int32(here)) * np.intp(strides[axis])
                 fractions.append(np.subtract(at, below, dtype=np.float32).ravel())
-            first = first.ravel()
-            flat.take(first, out=out[z], mode="clip")
-            voting = np.flatnonzero(mixed.take(first, mode="clip"))
-            out[z, voting] = _elect(flat, first[voting], [f[voting] for f in fractions], [strides[a] for a in axes])
-        return out.reshape(self.shape)
+            corner = corner.ravel()
+            flat.take(corner, out=section, mode="clip")
+            voting = np.flatnonzero(mixed.take(corner, mode="clip"))
+            section[voting] = _elect(flat, corner[voting], [f[voting] for f in fractions], [strides[a] for a in axes])
+        return out.reshape(len(wanted), *self.shape[1:])
+
+    @property
+    def reach(self) -> int:
+        """Sections that a label may come from beyond its own, at most."""
+        if 0 not in self.moves:
+            return 0
+        # A spline is nowhere larger than its largest coefficient.
+        return int(np.ceil(np.abs(self.coefficients[0]).max() / self.pitch_nm[0])) + 1
 
 
 def _product(a: np.ndarray, b: np.ndarray) -> np.ndarray:

@@ -94,24 +94,29 @@ class Signature:
         """Index of the section with the largest area."""
         return int(self.areas_nm2.argmax())
 
-    def at(self, height_nm: float) -> tuple[np.ndarray, np.ndarray, float]:
-        """Shape at a height above the first section's centre, interpolated between the two nearest sections.
+    def at(self, heights_nm: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Shapes at heights above the first section's centre, interpolated between the two nearest sections.
+
+        Parameters
+        ----------
+        heights_nm : numpy.ndarray
+            (h,) nm; beyond the ends the end's shape.
 
         Returns
         -------
-        contour : numpy.ndarray
-            (64, 2), nm relative to the centroid.
-        centroid : numpy.ndarray
-            (2,), nm relative to the first section's.
-        minor_nm : float
-            Full minor axis.
+        contours : numpy.ndarray
+            (h, 64, 2), nm relative to the centroid.
+        centroids : numpy.ndarray
+            (h, 2), nm relative to the first section's.
+        minor_nm : numpy.ndarray
+            (h,) full minor axis.
         """
-        f = float(np.clip(height_nm / self.pitch_z_nm, 0, len(self) - 1))
-        i = min(int(f), len(self) - 2) if len(self) > 1 else 0
-        j, w = min(i + 1, len(self) - 1), f - i
-        contour = (1 - w) * self.contours[i] + w * self.contours[j]
-        centroid = (1 - w) * self.centroids[i] + w * self.centroids[j]
-        return contour, centroid, float((1 - w) * self.axes[i, 1] + w * self.axes[j, 1])
+        f = np.clip(np.asarray(heights_nm) / self.pitch_z_nm, 0, len(self) - 1)
+        i = np.minimum(f.astype(int), max(len(self) - 2, 0))
+        j, w = np.minimum(i + 1, len(self) - 1), f - i
+        contours = (1 - w)[:, None, None] * self.contours[i] + w[:, None, None] * self.contours[j]
+        centroids = (1 - w)[:, None] * self.centroids[i] + w[:, None] * self.centroids[j]
+        return contours, centroids, (1 - w) * self.axes[i, 1] + w * self.axes[j, 1]
 
 
 @dataclass(frozen=True, eq=False)

@@ -17,11 +17,15 @@ from .room import Candidate, CandidateGroups, Room
 
 #: Log-scale tolerance of the axis-length ratio. Published: .35 +- .05; here each template brings its own ratio.
 _RATIO_SPREAD = 0.35
+#: Log-scale tolerance of a template's volume and height, once scaled, against those that are wanted.
+_LIKENESS = 0.25
 #: Of a neuron's cross-section, what lies within this distance gives its width and direction.
 _NEAR_NM = 1500.0
 #: Jitter of the orientation, published: +-5 degrees.
 _TURN_JITTER = np.deg2rad(5.0)
 _SCALE_JITTER = (0.92, 1.08)
+#: A template may be drawn up to this size.
+_MAX_SCALE = 1.25
 #: A template may be drawn down to this size, and at last, where nothing else helps, to the second one, but then not
 #: below the volume of the smallest template.
 _MIN_SCALE, _LAST_SCALE = 0.6, 0.35
@@ -29,57 +33,66 @@ _MIN_SCALE, _LAST_SCALE = 0.6, 0.35
 _TOLERANCE = 0.04
 #: Places tried for a template in a neuron before another neuron and template are drawn.
 _PLACES = 6
+#: Neurons tried for one mitochondrion of the plan; the largest that was drawn is kept, the first that is large enough
+#: ends the search, and what is smaller than the last share of its volume is not placed. With .8, or an end after eight
+#: tries in vain, the phantom's largest one was placed less often, and up to 41 stood for 30.
+_TRIES, _ENOUGH, _TOO_SMALL = 24, 0.85, 0.35
+#: What could not be placed is added to what is still planned, up to this factor.
+_STRETCH = (0.7, 1.5)
+#: Voxels drawn to find one that is deep enough.
+_DRAWN = 32
 #: Failures in a row, per candidate and at least, before the demands are lowered.
 _PATIENCE_PER_CANDIDATE, _PATIENCE = 1, 15
-#: Share of a template's sections that must find room: at first, and when the largest neurons take no more.
-_COMPLETE, _LESS_COMPLETE = 0.75, 0.4
+#: Share of a template's sections that must find room.
+_COMPLETE = 0.4
 
 
 @dataclass(frozen=True)
 class _Goal:
-    """What is asked for at present.
+    """What is asked for where the plan alone did not make up the volume.
 
     Attributes
     ----------
-    voxels : float
-        Volume wanted in all.
     groups : int
         Groups of candidates, largest first, that may be used.
-    complete : float
-        Share of a template's sections that must find room.
-    shares : bool
-        Whether every template is to make up its own share of the volume.
     scale : float
         Smallest size at which a template may be drawn.
     """
 
-    voxels: float
     groups: int
-    complete: float
-    shares: bool
     scale: float
 
-    def room_left(self, templates: _Templates) -> float:
-        """Voxels that may still be placed."""
-        return (1 + _TOLERANCE) * self.voxels - float(templates.placed.sum())
 
-    def is_met(self, templates: _Templates) -> bool:
-        """Whether the volume wanted is there."""
-        return float(templates.placed.sum()) >= (1 - _TOLERANCE) * self.voxels
+@dataclass(frozen=True)
+class _Wanted:
+    """One mitochondrion to place: its volume in voxels and its height in nm."""
+
+    volume: float
+    height_nm: float
+
+
+def _plan(library: SignatureLibrary, voxels: float, voxel_nm: Sequence[float]) -> list[_Wanted]:
+    """As many mitochondria as make up so many voxels in the library's tissue, of its sizes, largest first."""
+    ranked = sorted(library.signatures, key=lambda s: -s.volume_nm3)
+    in_voxels = float(np.prod(voxel_nm))
+    count = max(1, round(len(ranked) * voxels * in_voxels / library.mito_nm3))
+    # The quantiles of the library's sizes; the sizes themselves where as many are wanted as it holds.
+    of = ((np.arange(count) + 0.5) * len(ranked) / count).astype(int)
+    return [_Wanted(max(ranked[i].volume_nm3, LEAST_VOLUME_NM3) / in_voxels, ranked[i].z_extent_nm) for i in of]
 
 
 @dataclass(frozen=True, eq=False)
 class _Templates:
     """Templates of a library, and per template: volume in voxels, axes in nm and ratio to the host of its widest
-    section, smallest sensible size, voxels placed so far."""
+    section, height in nm, smallest sensible size."""
 
     signatures: tuple[Signature, ...]
     volume: np.ndarray
     major: np.ndarray
     minor: np.ndarray
     ratio: np.ndarray
+    height: np.ndarray
     least_scale: np.ndarray
-    placed: np.ndarray
 
     @classmethod
     def of(cls, library: SignatureLibrary, depth: int, voxel_nm: Sequence[float]) -> _Templates:
@@ -92,36 +105,61 @@ class _Templates:
             axes[:, 0],
             axes[:, 1],
             np.array([s.host_ratios[i] for s, i in zip(signatures, widest, strict=True)]),
+            np.array([s.z_extent_nm for s in signatures]),
             np.clip(np.cbrt([LEAST_VOLUME_NM3 / s.volume_nm3 for s in signatures]), _LAST_SCALE, _MIN_SCALE),
-            np.zeros(len(signatures)),
         )
+
+    def needs(self, scale: np.ndarray) -> np.ndarray:
+        """Depth in nm that the centre of each template needs at such a scale."""
+        return np.asarray(0.8 * scale * self.minor / 2)
+
+    @property
+    def most_depth_nm(self) -> float:
+        """Depth that the centre of no section of any template exceeds in its need."""
+        return _MAX_SCALE * max(float(s.axes[:, 1].max()) for s in self.signatures) / 2
+
+    def matching(self, wanted: _Wanted) -> _Choice:
+        """Each template scaled to the volume wanted, the likelier the more alike it then is."""
+        scale = np.clip(np.cbrt(wanted.volume / self.volume), self.least_scale, _MAX_SCALE)
+        off = np.log([scale**3 * self.volume / wanted.volume, scale * self.height / wanted.height_nm]) / _LIKENESS
+        unlike = (off**2).sum(axis=0)
+        return _Choice(self, scale, np.exp(-0.5 * (unlike - unlike.min())))
+
+    def filling(self, room_left: float, goal: _Goal, rng: np.random.Generator) -> _Choice:
+        """Each template at a random scale; rather a large one drawn smaller than a crowd of the smallest."""
+        scale = np.minimum(np.cbrt(room_left / self.volume), 1.0) * rng.uniform(*_SCALE_JITTER)
+        scale *= rng.uniform(goal.scale, 1.0)
+        fits = scale >= np.maximum(self.least_scale, goal.scale)
+        return _Choice(self, scale, np.where(fits, self.volume * scale**3, 0))
+
+
+@dataclass(frozen=True, eq=False)
+class _Choice:
+    """Templates to choose from, their scales and weights."""
+
+    templates: _Templates
+    scale: np.ndarray
+    weight: np.ndarray
 
     @property
     def least_depth_nm(self) -> float:
-        """Depth that the centre of the smallest template needs."""
-        return 0.8 * float((self.least_scale * self.minor).min()) / 2
+        """Depth that the least demanding of the likely templates needs; infinite if there is none."""
+        likely = (self.weight > 0) & (self.weight >= 0.05 * self.weight.max())
+        return float(self.templates.needs(self.scale)[likely].min(initial=np.inf))
 
-    def choose(
-        self, host_major_nm: float, depth_nm: float, goal: _Goal, rng: np.random.Generator
-    ) -> tuple[int, float] | None:
+    def choose(self, host_major_nm: float, depth_nm: float, rng: np.random.Generator) -> tuple[Signature, float] | None:
         """Template and its scale for a neuron's cross-section, by the ratio of their axes; None if none fits."""
-        scale = np.minimum(np.cbrt(goal.room_left(self) / self.volume), 1.0) * rng.uniform(*_SCALE_JITTER)
-        if not goal.shares:
-            # Rather a large one drawn smaller than a crowd of the smallest.
-            scale *= rng.uniform(goal.scale, 1.0)
-        fits = (scale >= np.maximum(self.least_scale, goal.scale)) & (0.8 * scale * self.minor / 2 <= depth_nm)
-        if goal.shares:
-            # Small templates fit everywhere: those that have made up their share must not take the place of large ones.
-            fits &= self.placed < goal.voxels * self.volume / self.volume.sum()
+        templates = self.templates
+        fits = (self.weight > 0) & (templates.needs(self.scale) <= depth_nm)
         if not fits.any():
             return None
-        off = np.log(self.major * scale / host_major_nm / self.ratio) / _RATIO_SPREAD
-        # The best of those that fit keeps weight 1 however far all of them are from their ratio.
-        weight = np.where(fits, np.exp(-0.5 * (off**2 - (off[fits] ** 2).min())), 0)
-        if not goal.shares:
-            weight *= self.volume * scale**3
+        off = np.log(templates.major * self.scale / host_major_nm / templates.ratio) / _RATIO_SPREAD
+        # The best of those that fit keeps its weight however far all of them are from their ratio.
+        weight = np.where(fits, self.weight * np.exp(-0.5 * (off**2 - (off[fits] ** 2).min())), 0)
+        if not weight.sum():
+            return None
         chosen = int(rng.choice(len(weight), p=weight / weight.sum()))
-        return chosen, float(scale[chosen])
+        return templates.signatures[chosen], float(self.scale[chosen])
 
 
 def _anchor(
@@ -134,11 +172,12 @@ def _anchor(
         deep = deep[slice(*np.searchsorted(deep, [section * area, (section + 1) * area]))]
     if not deep.size:
         return None
-    for flat in deep[rng.integers(len(deep), size=8)]:
-        z, y, x = (int(v) for v in np.unravel_index(flat, room.label.shape))
-        if room.depth[z, y, x] >= least_nm and not room.blocked[z, y, x]:
-            return z, y, x
-    return None
+    drawn = deep[rng.integers(len(deep), size=_DRAWN)]
+    fit = drawn[room.depth.ravel()[drawn] >= least_nm]
+    if not fit.size:
+        return None
+    z, y, x = (int(v) for v in np.unravel_index(fit[0], room.label.shape))
+    return z, y, x
 
 
 def _section_of(template: Signature, scale: float, up: bool, room: Room, rng: np.random.Generator) -> int | None:
@@ -160,6 +199,8 @@ def _section_of(template: Signature, scale: float, up: bool, room: Room, rng: np
     on_face, which, at = rng.random(3)
     if template.is_low or on_face < 2 * whole / (depth + whole):
         low = cut_low and (not cut_high or which < 0.5)
+        if not room.faces[0 if low else 1]:
+            return None
         wanted = below if low else depth - 1 - above
     elif below + above <= depth - 1:
         wanted = below + at * (depth - 1 - above - below)
@@ -187,57 +228,94 @@ def _depth_near(room: Room, candidate: Candidate, at: tuple[int, int, int], reac
     return float((room.depth[z][near] * (room.label[z][near] == candidate.label)).max())
 
 
-def _try(
-    room: Room,
-    candidate: Candidate,
-    templates: _Templates,
-    goal: _Goal,
-    rng: np.random.Generator,
-) -> bool:
-    """Place one mitochondrion in a neuron, at several places if need be; whether one was placed."""
-    choice, section, up = None, None, bool(rng.integers(2))
+def _draw(
+    room: Room, candidate: Candidate, choice: _Choice, rng: np.random.Generator
+) -> tuple[np.ndarray, tuple[slice, ...]] | None:
+    """One mitochondrion drawn in a neuron, at several places if need be, not yet put there; None if none fits."""
+    chosen, section, up = None, None, bool(rng.integers(2))
     for _ in range(_PLACES):
-        at = _anchor(room, candidate, templates.least_depth_nm, section, rng)
+        at = _anchor(room, candidate, choice.least_depth_nm, section, rng)
         if at is None:
-            return False
+            return None
         host = _cross_section(room, candidate, at)
         # One template for all places: a large one would lose to small ones if it were redrawn at each failure.
-        if choice is None:
+        if chosen is None:
             depth = _depth_near(room, candidate, at, host.minor_nm / 2)
-            choice = templates.choose(host.major_nm, depth, goal, rng)
-            if choice is None:
+            chosen = choice.choose(host.major_nm, depth, rng)
+            if chosen is None:
                 continue
-            section = _section_of(templates.signatures[choice[0]], choice[1], up, room, rng)
+            section = _section_of(*chosen, up, room, rng)
             if section is not None:
                 continue
-        template = templates.signatures[choice[0]]
+        template, scale = chosen
         mirror, around = (bool(b) for b in rng.integers(2, size=2))
         own = float(template.angles[template.widest])
         jitter = rng.uniform(-_TURN_JITTER, _TURN_JITTER)
         turn = host.angle + (own if mirror else -own) + np.pi * around + jitter
-        made = grow_chain(room, template, Pose(candidate.label, at, turn, mirror, up, choice[1]), goal.complete)
-        if made is not None and made[0].sum() <= goal.room_left(templates):
-            room.put(*made)
-            templates.placed[choice[0]] += made[0].sum()
-            return True
-    return False
+        made = grow_chain(room, template, Pose(candidate.label, at, turn, mirror, up, scale), _COMPLETE)
+        if made is not None:
+            return made
+    return None
 
 
-def _fill(room: Room, groups: CandidateGroups, templates: _Templates, wanted: float, rng: np.random.Generator) -> None:
-    """Place mitochondria until the volume wanted is reached or no candidate takes another."""
-    goals = [_Goal(wanted, 1, complete, True, _MIN_SCALE) for complete in (_COMPLETE, _LESS_COMPLETE)]
-    goals += [_Goal(wanted, 1, _LESS_COMPLETE, False, _MIN_SCALE)]
-    goals += [_Goal(wanted, count, _LESS_COMPLETE, False, _LAST_SCALE) for count in range(1, len(groups) + 1)]
+def _drawn_from(candidates: Sequence[Candidate], rng: np.random.Generator) -> Candidate:
+    """A neuron, with odds between uniform (paper) and proportional to volume, which crowds the largest one."""
+    weight = np.sqrt([c.deep.size for c in candidates])
+    return candidates[int(rng.choice(len(candidates), p=weight / weight.sum()))]
+
+
+def _place(
+    room: Room, groups: CandidateGroups, choice: _Choice, volume: float, most: float, rng: np.random.Generator
+) -> int:
+    """Place one mitochondrion of about that volume, and at most the second one; returns its voxels, 0 if none fits."""
+    candidates = groups.largest(1)
+    best: tuple[np.ndarray, tuple[slice, ...]] | None = None
+    largest = 0
+    for _ in range(_TRIES if candidates else 0):
+        made = _draw(room, _drawn_from(candidates, rng), choice, rng)
+        voxels = 0 if made is None else int(np.count_nonzero(made[0]))
+        if largest < voxels <= most:
+            best, largest = made, voxels
+        if largest >= _ENOUGH * volume:
+            break
+    if best is None or largest < _TOO_SMALL * volume:
+        return 0
+    room.put(*best)
+    return largest
+
+
+def _fill(
+    room: Room,
+    groups: CandidateGroups,
+    templates: _Templates,
+    plan: Sequence[_Wanted],
+    wanted: float,
+    rng: np.random.Generator,
+) -> None:
+    """Place the mitochondria of a plan, and others until the volume wanted is reached or no candidate takes another."""
+    placed, planned = 0, sum(each.volume for each in plan)
+    for each in plan:
+        stretch = float(np.clip((wanted - placed) / planned, *_STRETCH))
+        planned -= each.volume
+        volume = stretch * each.volume
+        choice = templates.matching(_Wanted(volume, each.height_nm))
+        placed += _place(room, groups, choice, volume, (1 + _TOLERANCE) * wanted - placed, rng)
+    goals = [_Goal(1, _MIN_SCALE), *(_Goal(count, _LAST_SCALE) for count in range(1, len(groups) + 1))]
     for goal in goals:
         candidates = groups.largest(goal.groups)
-        # Between uniform (paper) and proportional to volume, which crowds the largest neuron.
-        weight = np.sqrt([c.deep.size for c in candidates])
         failures = 0
         while candidates and failures < max(_PATIENCE, _PATIENCE_PER_CANDIDATE * len(candidates)):
-            if goal.is_met(templates):
+            if placed >= (1 - _TOLERANCE) * wanted:
                 return
-            candidate = candidates[int(rng.choice(len(candidates), p=weight / weight.sum()))]
-            failures = 0 if _try(room, candidate, templates, goal, rng) else failures + 1
+            left = (1 + _TOLERANCE) * wanted - placed
+            made = _draw(room, _drawn_from(candidates, rng), templates.filling(left, goal, rng), rng)
+            voxels = 0 if made is None else int(np.count_nonzero(made[0]))
+            if made is None or voxels > left:
+                failures += 1
+                continue
+            room.put(*made)
+            placed += voxels
+            failures = 0
 
 
 def place_mitochondria(
@@ -253,18 +331,18 @@ def place_mitochondria(
 ) -> np.ndarray:
     """Place mitochondria of a library in a labelled volume.
 
-    The candidates are the top `candidate_fraction` of neurons by volume (at least one) that are wide enough. A neuron
-    is drawn, an ellipse is fitted to its cross-section at a random place, a template is drawn by its axis-length ratio
-    to that ellipse, aligned with it, led through the sections, refined, and kept if it is valid
-    (:func:`.grow_chain`). A template that a face of its own volume cut has that end on a face here, too, as often as
-    real ones do. Each template makes up its own share of the volume, so that small ones, which fit
-    everywhere, do not displace large ones. This goes on until the volume wanted is met within 4 %
-    (a small volume may end further off: the smallest template is what it is).
+    As many mitochondria are planned as make up the volume wanted in the library's tissue, of the sizes that it has,
+    largest first. For each one neurons are drawn from the candidates, the top `candidate_fraction` by volume (at least
+    one) that are wide enough: an ellipse is fitted to the neuron's cross-section at a random place that is deep enough,
+    a template is drawn by its likeness to what is wanted, once scaled, and by its axis-length ratio to that ellipse,
+    aligned with it, led through the sections, refined, and kept if it is valid (:func:`.grow_chain`). The largest of
+    the tries is placed. What it lacks is added to those still planned. A template that a face of its own volume cut
+    has that end on a face here, too, as often as real ones do.
 
-    When one attempt per candidate (15 at least) fails in a row, less complete templates are taken, then shares are
-    dropped and templates drawn smaller, down to .6, then to .35; then the next `candidate_fraction` of neurons joins,
-    and so on: real tissue's share of mitochondria comes before the top 10 %. When all neurons have joined and still
-    refuse, placement ends below the volume wanted.
+    Where the plan did not make up the volume within 4 %, more are placed, down to .6 of a template's size, then to .35;
+    when one attempt per candidate (15 at least) fails in a row, the next `candidate_fraction` of neurons joins, and so
+    on: real tissue's share of mitochondria comes before the top 10 %. When all neurons have joined and still refuse,
+    placement ends below the volume wanted.
 
     Published differently: one template per neuron, drawn anew on each section, up to 20 % of it outside the neuron.
 
@@ -319,8 +397,9 @@ def place_in(
     mito_fraction: float,
     candidate_fraction: float,
     margin_nm: float,
+    faces: tuple[bool, bool] = (True, True),
 ) -> np.ndarray:
-    """:func:`place_mitochondria` in labels 0..n (uint32) with a membrane mask of uint8."""
+    """:func:`place_mitochondria` in labels 0..n (uint32) with a uint8 membrane mask; `faces`: see :class:`.Room`."""
     size = voxel_size(voxel_nm)
     positive("The share of mitochondria", mito_fraction, below=1.0, zero=True)
     positive("The share of candidate neurons", candidate_fraction, below=1.0)
@@ -329,8 +408,9 @@ def place_in(
         return np.zeros(compact.shape, dtype=np.uint8)
     if not len(library):
         raise ValueRangeError("Mitochondria are wanted, but the signature library has none. Got an empty library.")
-    room = Room.of(compact, membrane, (size.z, size.y, size.x), margin_nm)
     templates = _Templates.of(library, len(compact), size)
-    groups = CandidateGroups(room, candidate_fraction, templates.least_depth_nm)
-    _fill(room, groups, templates, mito_fraction * compact.size, rng)
+    room = Room.of(compact, membrane, (size.z, size.y, size.x), margin_nm, templates.most_depth_nm, faces)
+    groups = CandidateGroups(room, candidate_fraction, float(templates.needs(templates.least_scale).min()))
+    voxels = mito_fraction * compact.size
+    _fill(room, groups, templates, _plan(library, voxels, size), voxels, rng)
     return room.mito

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..conditions import membrane_from_labels
+from ..conditions import MOST_THICKNESS_NM, membrane_from_labels
 from ..geometry import ZYX, voxel_size
 from ..seeding import rng_for
 from .apart import with_new_ids
@@ -83,6 +83,8 @@ def remodel(
     neurites grow in empty space; membranes are taken, mitochondria placed; sections are misaligned. Each step has
     random numbers of its own, which do not depend on what the others do.
 
+    A volume of one section is deformed within its plane, and its mitochondria are one section high.
+
     Parameters
     ----------
     label : numpy.ndarray
@@ -128,8 +130,10 @@ def remodel(
     size = voxel_size(voxel_nm)
     positive("The membrane's thickness in nm", membrane_thickness_nm)
     positive("The spread of the membrane's thickness", membrane_spread, below=_MOST_SPREAD, zero=True)
-    source = binary_mask(np.zeros(compact.shape) if mito is None else mito, compact.shape, "mitochondria")
-    source *= compact > 0
+    thickest = membrane_thickness_nm * (1 + membrane_spread)
+    positive("The membrane's thickness in nm, its spread included,", thickest, below=MOST_THICKNESS_NM)
+    source = np.zeros(compact.shape, np.uint8) if mito is None else binary_mask(mito, compact.shape, "mitochondria")
+    source[compact == 0] = 0
     # Two streams, so that what is placed does not depend on how many numbers the deformation drew.
     seed, place_seed = (int(seed) for seed in rng.integers(2**63, size=2))
     to_place = _what_to_place(compact, source, size, library, mito_fraction) if place_mitochondria else None
@@ -182,7 +186,15 @@ def remodel(
             len(moved), size, rng_for(seed, "sections"), jump_nm=section_jump_nm, drift_nm=section_drift_nm
         )
         moved, membrane, new = misalign(moved, membrane, new, shifts)
-    return RemodelledMask(with_new_ids(ids, moved)[moved], membrane, new, minimum, left_out)
+    return RemodelledMask(_renamed(moved, with_new_ids(ids, moved)), membrane, new, minimum, left_out)
+
+
+def _renamed(compact: np.ndarray, ids: np.ndarray) -> np.ndarray:
+    """``ids[compact]``, without the index of 8 bytes per voxel that numpy makes of the whole."""
+    label = np.empty(compact.shape, ids.dtype)
+    for section, renamed in zip(compact, label, strict=True):
+        ids.take(section, out=renamed, mode="clip")
+    return label
 
 
 def _varied(
@@ -212,5 +224,5 @@ def _what_to_place(
         return shapes, mito_fraction
     if source.any():
         # A volume whose mitochondria are all specks has no shapes to place: membranes alone, as without any.
-        return shapes, float(source.mean()) if len(shapes) or library is not None else 0.0
+        return shapes, np.count_nonzero(source) / source.size if len(shapes) or library is not None else 0.0
     return shapes, shapes.mito_fraction

@@ -14,8 +14,8 @@ from scipy import ndimage
 from ..geometry import is_anisotropic
 
 _CUBE = np.ones((3, 3, 3), dtype=bool)
-#: Beyond this distance a new mitochondrion leaves the depth map as it is: deeper than any need of a template.
-_UPDATE_NM = 400.0
+#: Deepest need of a template, unless told otherwise.
+_NEED_NM = 400.0
 
 
 def depth_map(inside: np.ndarray, voxel_nm: Sequence[float]) -> np.ndarray:
@@ -108,13 +108,16 @@ class Room:
     label : numpy.ndarray
         (z, y, x) uint32, compact labels 0..n.
     depth : numpy.ndarray
-        (z, y, x) float32: nm to the nearest membrane voxel, other neuron or mitochondrion; 0 within the margin of one.
+        (z, y, x) float32: nm to the nearest membrane voxel, other neuron or mitochondrion; 0 within the margin of one
+        and on the 26 neighbours of a mitochondrion.
     voxel_nm : tuple of float
         Voxel size (z, y, x).
     margin_nm : float
         Distance that stays free, one voxel at least.
-    blocked : numpy.ndarray
-        (z, y, x) bool: mitochondria and their 26 neighbours.
+    need_nm : float
+        Nobody asks for more depth than this: a new mitochondrion leaves the depth map beyond it as it is.
+    faces : tuple of bool
+        Whether the first and the last section are where the tissue was cut. Where it goes on they stay free.
     mito : numpy.ndarray
         (z, y, x) uint8: mitochondria placed so far.
     """
@@ -123,16 +126,22 @@ class Room:
     depth: np.ndarray
     voxel_nm: tuple[float, float, float]
     margin_nm: float
-    blocked: np.ndarray = field(init=False)
+    need_nm: float = _NEED_NM
+    faces: tuple[bool, bool] = (True, True)
     mito: np.ndarray = field(init=False)
 
     def __post_init__(self) -> None:
-        self.blocked = np.zeros(self.label.shape, dtype=bool)
         self.mito = np.zeros(self.label.shape, dtype=np.uint8)
 
     @classmethod
     def of(
-        cls, label: np.ndarray, membrane: np.ndarray, voxel_nm: tuple[float, float, float], margin_nm: float
+        cls,
+        label: np.ndarray,
+        membrane: np.ndarray,
+        voxel_nm: tuple[float, float, float],
+        margin_nm: float,
+        need_nm: float = _NEED_NM,
+        faces: tuple[bool, bool] = (True, True),
     ) -> Room:
         """Empty room: every neuron without its membrane, eroded by `margin_nm` and by one pixel at least."""
         flat = is_anisotropic(voxel_nm) or label.shape[0] == 1
@@ -144,24 +153,33 @@ class Room:
                 deep[_eroded(section, voxel_nm[1:], margin) == 0] = 0
         else:
             depth[depth <= margin] = 0
-        return cls(label, depth, voxel_nm, margin)
+        for is_face, section in zip(faces, (0, -1), strict=True):
+            if not is_face:
+                depth[section] = 0
+        return cls(label, depth, voxel_nm, margin, max(need_nm, margin), faces)
 
     def free(self, label: int, box: tuple[slice, ...]) -> np.ndarray:
         """Where a mitochondrion of that neuron may lie, as a bool mask of the box."""
-        return (self.label[box] == label) & (self.depth[box] > 0) & ~self.blocked[box]
+        return (self.label[box] == label) & (self.depth[box] > 0)
 
     def put(self, mask: np.ndarray, box: tuple[slice, ...]) -> None:
-        """Place a mitochondrion: mark it, block its neighbours, and lower the depth around it."""
+        """Place a mitochondrion: mark it, and lower the depth around it."""
         self.mito[box][mask] = 1
         near = self._grown(box, (1, 1, 1))
-        self.blocked[near] |= ndimage.binary_dilation(self.mito[near] > 0, _CUBE)
-        reach = [int(np.ceil(_UPDATE_NM / v)) for v in self.voxel_nm]
-        if is_anisotropic(self.voxel_nm):
-            reach[0] = 0
-        around = self._grown(box, reach)
-        gap = depth_map((self.mito[around] == 0).astype(np.uint8), self.voxel_nm)
+        self.depth[near][ndimage.binary_dilation(self.mito[near], _CUBE)] = 0
+        around = self._grown(box, self._reach(self.need_nm))
+        # Within another neuron a membrane is always nearer; and what is nowhere deeper than that is lowered no further.
+        same = self.label[around] == self.label[box][mask][0]
+        deepest = float(self.depth[around].max(where=same, initial=0))
+        around = self._grown(box, self._reach(min(self.need_nm, deepest)))
+        gap = depth_map((self.mito[around] == 0).view(np.uint8), self.voxel_nm)
         gap[gap <= self.margin_nm] = 0
         np.minimum(self.depth[around], gap, out=self.depth[around])
+
+    def _reach(self, distance_nm: float) -> list[int]:
+        """Voxels per axis within a distance, as :func:`depth_map` measures it."""
+        reach = [int(np.ceil(distance_nm / v)) for v in self.voxel_nm]
+        return [0, *reach[1:]] if is_anisotropic(self.voxel_nm) else reach
 
     def _grown(self, box: tuple[slice, ...], by: Sequence[int]) -> tuple[slice, ...]:
         return tuple(
@@ -199,13 +217,23 @@ class CandidateGroups:
         """Candidates of the first so many groups, largest first."""
         while len(self._made) < groups:
             start = len(self._made) * self._size
-            made = [self._candidate(int(label)) for label in self._order[start : start + self._size]]
-            self._made.append([candidate for candidate in made if candidate.deep.size])
+            self._made.append(self._candidates(self._order[start : start + self._size]))
         return [candidate for group in self._made[:groups] for candidate in group]
 
-    def _candidate(self, label: int) -> Candidate:
-        box = self._boxes[label]
-        deep = (self._room.label[box] == label) & self._deep[box]
-        z, y, x = np.unravel_index(np.flatnonzero(deep), deep.shape)
-        at = (z + box[0].start, y + box[1].start, x + box[2].start)
-        return Candidate(label, box, np.ravel_multi_index(at, self._room.label.shape))
+    def _candidates(self, labels: np.ndarray) -> list[Candidate]:
+        """Those of a group that have a voxel deep enough; one pass over the volume for all of them."""
+        count = len(labels)
+        rank = np.full(len(self._boxes), count, dtype=np.min_scalar_type(count))
+        rank[labels] = np.arange(count)
+        parts: list[list[np.ndarray]] = [[] for _ in labels]
+        for z, (section, deep) in enumerate(zip(self._room.label, self._deep, strict=True)):
+            at = np.flatnonzero(deep & (rank.take(section, mode="clip") < count))
+            of = rank.take(section.ravel().take(at))
+            ordered = at[np.argsort(of, kind="stable")] + z * section.size
+            ends = np.cumsum(np.bincount(of, minlength=count))
+            for part, low, high in zip(parts, (0, *ends), ends, strict=False):
+                part.append(ordered[low:high])
+        found = (np.concatenate(part) for part in parts)
+        return [
+            Candidate(int(label), self._boxes[label], at) for label, at in zip(labels, found, strict=True) if at.size
+        ]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import h5py
@@ -20,7 +21,7 @@ from .roles import require_finite, require_integers, require_natural
 #: What a file of ours may hold, and how it is stored.
 DATASETS = ("image", "label", "membrane", "mito", "affinity", "reliability")
 #: Sections, rows and columns of a chunk: a training patch of 18 x 160 x 160 touches few of them.
-_CHUNK = (8, 128, 128)
+CHUNK = (8, 128, 128)
 #: Grey values computed in float32 may exceed 1 by this much.
 _TOLERANCE = 1e-5
 
@@ -63,6 +64,23 @@ def write_volume(
     """
     size = voxel_size(voxel_nm)
     _check_names_and_shapes(path, arrays)
+    with new_volume_file(path, size, attributes, overwrite) as file:
+        for name, array in arrays.items():
+            write_dataset(file, name, array)
+
+
+@contextmanager
+def new_volume_file(
+    path: str | os.PathLike[str],
+    voxel_nm: Sequence[float],
+    attributes: Mapping[str, Any] = {},
+    overwrite: bool = True,
+) -> Iterator[h5py.File]:
+    """An open file without datasets, for writing; it appears at `path` when the block succeeds.
+
+    Parameters as for :func:`write_volume`.
+    """
+    size = voxel_size(voxel_nm)
     # Format version and time tracking are fixed so that equal content gives equal bytes.
     with (
         atomic_write(path, overwrite=overwrite) as temporary,
@@ -71,8 +89,15 @@ def write_volume(
         file.attrs["resolution_nm"] = np.array(size)
         for key, value in sorted(attributes.items()):
             file.attrs[key] = json.dumps(value, sort_keys=True) if isinstance(value, Mapping) else value
-        for name, array in arrays.items():
-            write_dataset(file, name, array)
+        yield file
+
+
+def new_dataset(file: h5py.File, name: str, shape: Sequence[int], dtype: np.dtype) -> h5py.Dataset:
+    """An empty dataset of an open file, stored as all of ours are."""
+    chunks = (1,) * (len(shape) - 3) + tuple(min(c, n) for c, n in zip(CHUNK, shape[-3:], strict=True))
+    return file.create_dataset(
+        name, tuple(shape), dtype, chunks=chunks, compression="gzip", compression_opts=4, track_times=False
+    )
 
 
 def write_dataset(file: h5py.File, name: str, array: ArrayLike, *, show: bool = False) -> h5py.Dataset:
@@ -95,11 +120,8 @@ def write_dataset(file: h5py.File, name: str, array: ArrayLike, *, show: bool = 
         As :func:`write_volume`.
     """
     shape = tuple(array.shape)
-    chunks = (1,) * (len(shape) - 3) + tuple(min(c, n) for c, n in zip(_CHUNK, shape[-3:], strict=True))
-    dataset = file.create_dataset(
-        name, shape, _stored_type(name, array), chunks=chunks, compression="gzip", compression_opts=4, track_times=False
-    )
-    steps = list(slabs(shape, _CHUNK[0]))
+    dataset = new_dataset(file, name, shape, _stored_type(name, array))
+    steps = list(slabs(shape, CHUNK[0]))
     for index in progress(steps, label=f"Writing {name}") if show else steps:
         dataset[index] = _stored(name, np.asarray(array[index]), dataset.dtype)
     return dataset
@@ -128,7 +150,7 @@ def _stored_type(name: str, array: ArrayLike) -> np.dtype:
     require_integers(array.dtype, name, name)
     if array.dtype.itemsize < 8:
         return np.dtype(np.uint32)
-    largest = max((int(array[index].max()) for index in slabs(array.shape, _CHUNK[0])), default=0)
+    largest = max((int(array[index].max()) for index in slabs(array.shape, CHUNK[0])), default=0)
     return np.dtype(np.uint32 if largest < 2**32 else np.uint64)
 
 

@@ -1,0 +1,124 @@
+"""Masks in processes of their own: the same bytes for any number, errors and interruptions that end cleanly."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from test_remodel_quality import masks_of
+from tiny import neurodiff
+
+from connectomics_neurodiff.remodel import copies, in_processes, workers_that_fit
+
+
+@pytest.fixture(scope="module")
+def cells(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("cells") / "cells.h5"
+    result = neurodiff("phantom", str(path), "--shape", "8", "60", "72", "--voxel-nm", "29", "6", "6")
+    assert result.returncode == 0, result.stderr
+    return path
+
+
+def test_each_item_gets_its_own_result() -> None:
+    assert dict(in_processes(math.factorial, range(5), 1)) == {0: 1, 1: 1, 2: 2, 3: 6, 4: 24}
+    assert dict(in_processes(math.factorial, range(5), 2)) == {0: 1, 1: 1, 2: 2, 3: 6, 4: 24}
+    assert not multiprocessing.active_children()
+
+
+def test_an_error_in_a_process_is_an_error_here() -> None:
+    with pytest.raises(ValueError, match="negative"):
+        list(in_processes(math.factorial, [-1, 3], 2))
+    assert not multiprocessing.active_children()
+
+
+def test_a_killed_process_is_told() -> None:
+    with pytest.raises(MemoryError, match="one of 2 processes was killed"):
+        list(in_processes(signal.raise_signal, [signal.SIGKILL, signal.SIGKILL], 2))
+
+
+def test_processes_are_as_many_as_cores_copies_and_memory_allow(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(copies, "_cores", lambda: 8)
+    monkeypatch.setattr(copies, "available_main_bytes", lambda: 10 << 30)
+    assert workers_that_fit(1000, 20) == 8
+    assert workers_that_fit(1000, 3) == 3
+    assert workers_that_fit(1000, 20, 12) == 12
+    each = copies.BYTES_PER_VOXEL * 10**8 + copies.BYTES_PER_PROCESS
+    assert workers_that_fit(10**8, 20) == (10 << 30) // each
+    assert workers_that_fit(10**10, 20) == 1
+    assert not caplog.records
+    with caplog.at_level(logging.WARNING):
+        assert workers_that_fit(10**8, 20, 12) == (10 << 30) // each
+    assert "2 of 12 processes" in caplog.text
+
+
+def test_bytes_do_not_depend_on_processes_or_threads(cells: Path, tmp_path: Path) -> None:
+    program = [sys.executable, "-m", "connectomics_neurodiff", "remodel", str(cells)]
+    for workers, threads in ((1, 1), (2, 2)):
+        output = [str(tmp_path / f"{workers}.h5"), "--copies", "3", "--workers", str(workers)]
+        environment = os.environ | {"OMP_NUM_THREADS": str(threads), "OPENBLAS_NUM_THREADS": str(threads)}
+        subprocess.run([*program, *output], env=environment, check=True, capture_output=True)
+    made = [[(tmp_path / f"{n}{end}.h5").read_bytes() for end in ("", "_001", "_002")] for n in (1, 2)]
+    assert made[0] == made[1]
+    assert len(set(made[0])) == 3
+
+
+def test_the_stage_makes_the_same_masks_in_several_processes(tmp_path: Path) -> None:
+    made = []
+    for workers in ("0", "2"):
+        (tmp_path / workers).mkdir()
+        options = ["NEURODIFF.REMODEL.COPIES", "2", "SYSTEM.NUM_CPUS", workers]
+        folder = masks_of(tmp_path / workers, *options)
+        made.append([(folder / f"copy_00{i}.h5").read_bytes() for i in (0, 1)])
+    assert made[0] == made[1]
+
+
+def alive_in_group(group: int) -> list[int]:
+    """Processes of a process group that have not ended."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError):
+            if os.getpgid(process.pid) == group and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process.pid)
+    return found
+
+
+def test_an_interruption_leaves_whole_files_and_no_process(cells: Path, tmp_path: Path) -> None:
+    command = ["remodel", str(cells), str(tmp_path / "m.h5"), "--copies", "400", "--workers", "2"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "connectomics_neurodiff", *command],
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    end = time.monotonic() + 60
+    while not (tmp_path / "m_002.h5").exists():
+        assert process.poll() is None
+        assert time.monotonic() < end
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGINT)  # as Ctrl-C does
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in errors
+    assert errors.splitlines()[-1].startswith("neurodiff: interrupted; masks that were finished stay")
+    assert not list(tmp_path.glob(".*"))
+    while alive_in_group(process.pid):
+        assert time.monotonic() < end + 30
+        time.sleep(0.1)
+
+
+def test_a_negative_number_of_workers_is_refused(cells: Path, tmp_path: Path) -> None:
+    result = neurodiff("remodel", str(cells), str(tmp_path / "m.h5"), "--workers", "-1")
+    assert result.returncode == 2
+    assert "--workers must be at least 0" in result.stderr
