@@ -269,7 +269,7 @@ def _remodel_in_blocks(options: argparse.Namespace, volume: Volume, outputs: Seq
         raise ConfigError("--save-library measures a whole volume in memory; it does not go with blocks. Crop it.")
     for flag in ("rearrange", "neuron_spread", "grown_fraction", "section_jump", "section_drift"):
         if getattr(options, flag):
-            raise ConfigError(f"--{flag.replace('_', '-')} needs the whole volume in memory: it does not go with blocks.")
+            raise ConfigError(f"--{flag.replace('_', '-')} needs the whole volume in memory, not blocks of it.")
     assert volume.label is not None
     sections = options.block_sections or sections_that_fit(volume.shape, volume.voxel_nm, options.membrane_nm)
     print(f"neurodiff: masks are made in blocks of {sections} of {volume.shape[0]} sections", file=sys.stderr)
