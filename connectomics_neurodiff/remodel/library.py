@@ -292,6 +292,8 @@ def gather_libraries(
 ) -> SignatureLibrary | None:
     """Library of a volume's own mitochondria, if it has any, and of the files at `paths`; None without either.
 
+    A volume whose mitochondria are all specks has no shapes either.
+
     Raises
     ------
     LabelTypeError, ShapeMismatch, ValueRangeError, MissingInput, VolumeFormatError
@@ -299,7 +301,8 @@ def gather_libraries(
     """
     own = [] if mito is None or not np.any(mito) else [SignatureLibrary.from_masks(label, mito, voxel_nm)]
     libraries = [*own, *(SignatureLibrary.load(path) for path in paths)]
-    return libraries[0].merged(*libraries[1:]) if libraries else None
+    gathered = libraries[0].merged(*libraries[1:]) if libraries else None
+    return gathered if paths or (gathered is not None and len(gathered)) else None
 
 
 _TAILS = {
