@@ -95,7 +95,9 @@ def new_volume_file(
             file.attrs[key] = json.dumps(value, sort_keys=True) if isinstance(value, Mapping) else value
         yield file
         file.flush()
-        os.ftruncate(file.id.get_vfd_handle(), file.id.get_filesize())
+        if hasattr(os, "posix_fallocate"):
+            # What was reserved and not needed goes back.
+            os.ftruncate(file.id.get_vfd_handle(), file.id.get_filesize())
 
 
 def reserve_space(file: h5py.File, size: int) -> None:
