@@ -16,6 +16,8 @@ from typing import Any, NoReturn
 from ._version import __version__
 from .errors import UserError, did_you_mean
 
+#: HDF5 and torch take seeds of 63 bits.
+_MOST_SEED = 2**63 - 1
 CONFIG_HELP = "KEY VALUE pairs that replace settings, e.g. SOLVER.BASE_LR 2e-4"
 
 
@@ -46,8 +48,8 @@ def _one_line(message: object) -> str:
 
 def _seed(text: str) -> int:
     """A seed from the command line."""
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"a seed is a whole number >= 0. Got '{text}'")
+    if not text.isdecimal() or int(text) > _MOST_SEED:
+        raise argparse.ArgumentTypeError(f"a seed is a whole number >= 0, at most {_MOST_SEED}. Got '{text}'")
     return int(text)
 
 
@@ -141,8 +143,8 @@ def _add_synthesis_commands(commands: Any) -> None:
         type=int,
         default=0,
         metavar="N",
-        help="copies made at a time, each in a process of its own; any number gives the same bytes "
-        "(default: 0, as many as cores and memory allow)",
+        help="copies made at a time, each in a process of its own; any number gives the same bytes; in "
+        "blocks one after another (default: 0, as many as cores and memory allow)",
     )
     remodel.add_argument(
         "--block-sections",

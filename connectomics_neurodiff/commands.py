@@ -272,7 +272,11 @@ def _remodel_in_blocks(options: argparse.Namespace, volume: Volume, outputs: Seq
             raise ConfigError(f"--{flag.replace('_', '-')} needs the whole volume in memory, not blocks of it.")
     assert volume.label is not None
     sections = options.block_sections or sections_that_fit(volume.shape, volume.voxel_nm, options.membrane_nm)
-    print(f"neurodiff: masks are made in blocks of {sections} of {volume.shape[0]} sections", file=sys.stderr)
+    sections = min(sections, volume.shape[0])
+    print(
+        f"neurodiff: masks are made one after another, in blocks of {sections} of {volume.shape[0]} sections",
+        file=sys.stderr,
+    )
     files = [SignatureLibrary.load(path) for path in options.library]
     for copy, output in enumerate(outputs):
         remodel_blockwise(

@@ -277,6 +277,7 @@ def test_a_dry_run_says_what_would_be_done(tmp_path: Path) -> None:
         ("Did you mean 'waterz'", ["segment", "a.h5", "b.h5", "--method", "watrez"]),
         ("Did you mean '--seed'", ["remodel", "a.h5", "b.h5", "--sed", "1"]),
         ("a seed is a whole number >= 0", ["phantom", "a.h5", "--seed", "-1"]),
+        ("at most 9223372036854775807", ["remodel", "a.h5", "b.h5", "--seed", str(2**63)]),
         ("required: OUT.h5", ["phantom"]),
         ("Got '.txt'", ["phantom", "a.txt"]),
         ("not enough memory", ["phantom", "a.h5", "--shape", "100000", "100000", "100000"]),

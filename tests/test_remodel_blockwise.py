@@ -18,7 +18,7 @@ from test_remodel import IN_ORDER, ISOTROPIC, VOXEL, assert_valid, tissue
 from tiny import neurodiff
 
 from connectomics_neurodiff.conditions import membrane_from_labels, membrane_halo
-from connectomics_neurodiff.errors import ShapeMismatch, UserError, ValueRangeError
+from connectomics_neurodiff.errors import LabelTypeError, ShapeMismatch, UserError, ValueRangeError
 from connectomics_neurodiff.remodel import (
     RemodelledMask,
     SignatureLibrary,
@@ -185,6 +185,10 @@ def test_blocks_are_as_large_as_memory_allows(monkeypatch: pytest.MonkeyPatch) -
         ({"mito": np.zeros((4, 5, 7), np.uint8)}, ShapeMismatch),
         ({"label": np.ones((5, 6), np.uint8)}, ShapeMismatch),
         ({"elastic_spacing_nm": 0.0}, ValueRangeError),
+        ({"membrane_thickness_nm": np.nan}, ValueRangeError),
+        ({"label": np.ones((0, 5, 6), np.uint8)}, ShapeMismatch),
+        ({"label": np.full((4, 5, 6), 1.5)}, LabelTypeError),
+        ({"label": np.full((4, 5, 6), -1)}, LabelTypeError),
         ({"library": SignatureLibrary((), 0.0, 0.0), "mito_fraction": 0.1}, ValueRangeError),
     ],
 )
@@ -208,7 +212,7 @@ def test_the_command_makes_blocks_when_asked_and_when_memory_is_short(tmp_path: 
         file.attrs["resolution_nm"] = VOXEL
     asked = neurodiff("remodel", str(tmp_path / "cells.h5"), str(tmp_path / "a.h5"), "--block-sections", "8")
     assert asked.returncode == 0, asked.stderr
-    assert "masks are made in blocks of 8 of 16 sections" in asked.stderr
+    assert "masks are made one after another, in blocks of 8 of 16 sections" in asked.stderr
     code = (
         "import sys; from connectomics_neurodiff.cli import main; "
         "from connectomics_neurodiff.remodel import blockwise as b; "
@@ -218,7 +222,7 @@ def test_the_command_makes_blocks_when_asked_and_when_memory_is_short(tmp_path: 
     command = [sys.executable, "-c", code, "remodel", str(tmp_path / "cells.h5"), str(tmp_path / "b.h5")]
     short = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert short.returncode == 0, short.stderr
-    assert "masks are made in blocks of 8 of 16 sections" in short.stderr
+    assert "masks are made one after another, in blocks of 8 of 16 sections" in short.stderr
     assert (tmp_path / "a.h5").read_bytes() == (tmp_path / "b.h5").read_bytes()
     refused = neurodiff("remodel", str(tmp_path / "cells.h5"), str(tmp_path / "c.h5"), "--block-sections", "-8")
     assert refused.returncode == 2

@@ -122,3 +122,67 @@ def test_a_negative_number_of_workers_is_refused(cells: Path, tmp_path: Path) ->
     result = neurodiff("remodel", str(cells), str(tmp_path / "m.h5"), "--workers", "-1")
     assert result.returncode == 2
     assert "--workers must be at least 0" in result.stderr
+
+
+SLEEPERS = """
+import sys, time
+from connectomics_neurodiff.remodel import in_processes
+if __name__ == "__main__":
+    try:
+        for _ in in_processes(time.sleep, [0.01, 60, 61, 62, 63, 64], 2):
+            print("under way", flush=True)
+    except KeyboardInterrupt:
+        sys.exit(130)
+"""
+
+
+def sleepers(folder: Path) -> subprocess.Popen[str]:
+    """A program, in a group of its own, whose jobs would take minutes."""
+    (folder / "sleepers.py").write_text(SLEEPERS)
+    return subprocess.Popen(
+        [sys.executable, str(folder / "sleepers.py")],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+
+
+def assert_all_end(group: int) -> None:
+    end = time.monotonic() + 15
+    while alive_in_group(group):
+        assert time.monotonic() < end
+        time.sleep(0.1)
+
+
+def test_an_interruption_does_not_wait_for_jobs_that_are_next(tmp_path: Path) -> None:
+    process = sleepers(tmp_path)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "under way\n"
+    os.killpg(process.pid, signal.SIGINT)
+    _, errors = process.communicate(timeout=30)
+    assert (process.returncode, errors) == (130, "")
+    assert_all_end(process.pid)
+
+
+def test_processes_end_with_the_one_that_started_them(tmp_path: Path) -> None:
+    process = sleepers(tmp_path)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "under way\n"
+    process.kill()
+    process.communicate(timeout=30)
+    assert_all_end(process.pid)
+
+
+def test_an_interruption_at_the_start_is_answered_by_one_process(tmp_path: Path) -> None:
+    process = sleepers(tmp_path)
+    end = time.monotonic() + 30
+    while len(alive_in_group(process.pid)) < 4:  # with the tracker of resources
+        assert time.monotonic() < end
+        time.sleep(0.01)
+    time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGINT)
+    _, errors = process.communicate(timeout=30)
+    assert (process.returncode, errors) == (130, "")
+    assert_all_end(process.pid)

@@ -29,7 +29,7 @@ from connectomics_neurodiff.remodel import (
 )
 from connectomics_neurodiff.remodel.rearranging import join_crops
 from connectomics_neurodiff.remodel.sections import misalign
-from connectomics_neurodiff.remodel.swelling import _Pressure
+from connectomics_neurodiff.remodel.swelling import _Pressure, _widest_near
 from connectomics_neurodiff.seeding import rng_for
 
 CUBE = np.ones((3, 3, 3))
@@ -139,7 +139,7 @@ def test_a_section_moves_as_a_whole_and_fades_out_at_the_frame() -> None:
         shift_sections(volume, np.zeros((3, 2), int))
 
 
-@given(seed=st.integers(0, 1000), jump=st.sampled_from([10.0, 60.0, 1e6]))
+@given(seed=st.integers(0, 1000), jump=st.sampled_from([10.0, 60.0, 1e5]))
 @settings(max_examples=8, deadline=None)
 def test_misaligned_labels_stay_in_their_sections_and_whole(seed: int, jump: float) -> None:
     label = cells((8, 50, 70), 60, seed)
@@ -388,7 +388,10 @@ def test_ids_up_to_the_largest_number_are_kept_apart() -> None:
         {"neuron_spread_nm": np.nan},
         {"grown_fraction": 0.95},
         {"grown_fraction": 0.5, "grown_radius_nm": 0.0},
+        {"grown_fraction": 0.5, "grown_radius_nm": 0.45 * VOXEL[2]},
+        {"neuron_spread_nm": 1e6},
         {"section_jump_nm": -1.0},
+        {"section_jump_nm": 1e300},
         {"section_drift_nm": np.inf},
     ],
 )
@@ -396,3 +399,15 @@ def test_bad_input_is_refused_in_one_line(change: dict[str, float]) -> None:
     with pytest.raises(ValueRangeError) as caught:
         remodel(*tissue((3, 40, 50)), VOXEL, rng_for(0), **change)
     assert "\n" not in str(caught.value)
+
+
+def test_width_of_a_neuron_is_found_however_far_to_look() -> None:
+    rng = np.random.default_rng(0)
+    label = rng.integers(0, 3, (7, 9)).repeat(3, axis=1)
+    depth = rng.random(label.shape)
+    pieces_by_face = cc3d.connected_components(label + 1, connectivity=4)
+    expected = np.zeros(label.shape, np.float32)
+    for piece in np.unique(pieces_by_face):
+        expected[pieces_by_face == piece] = depth[pieces_by_face == piece].max()
+    # So far that one step per pixel would never end.
+    assert np.array_equal(_widest_near(depth, label, np.array([6.0, 6.0]), 1e12), expected)

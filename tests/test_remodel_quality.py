@@ -142,6 +142,15 @@ def test_libraries_of_files_join_the_volume_s_own(tmp_path: Path) -> None:
     assert gather_libraries(label, 0 * mito, VOXEL, []) is None
 
 
+def test_a_volume_whose_mitochondria_are_specks_gets_membranes_alone(caplog: pytest.LogCaptureFixture) -> None:
+    label, mito = tissue()
+    speck = np.zeros_like(mito)
+    speck[tuple(np.argwhere(mito)[0])] = 1
+    library = gather_libraries(label, speck, VOXEL, [])
+    assert "masks will have none" in caplog.text
+    assert not remodel(label, speck, VOXEL, rng_for(0), library=library).mito.any()
+
+
 def masks_of(folder: Path, *overrides: str) -> Path:
     """Folder of the masks that the pipeline makes of a small phantom."""
     options = [

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import multiprocessing
 import pickle
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -232,6 +234,36 @@ def test_full_disk_is_reported_and_leaves_nothing(
     with pytest.raises(NotEnoughSpace):
         write_volume(tmp_path / "a.h5", arrays, VOXEL)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_disk_that_fills_up_leaves_no_file_and_no_crash(tmp_path: Path) -> None:
+    # Limits in every phase of the file's growth: HDF5 itself crashes on some and keeps half of the data on others.
+    code = """
+import os, resource, sys
+import numpy as np
+from connectomics_neurodiff.errors import NotEnoughSpace
+from connectomics_neurodiff.volume import write_volume
+label = np.random.default_rng(0).integers(0, 9, (24, 64, 72)).astype(np.uint32)
+for limit in (400, 5_000, 20_000, 40_000, 60_000):
+    if not os.fork():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+        try:
+            write_volume(sys.argv[1], {"label": label, "mito": label > 4}, (40, 8, 8))
+        except NotEnoughSpace:
+            sys.exit(7)
+        sys.exit(0)
+    print(os.waitstatus_to_exitcode(os.wait()[1]))
+"""
+    made = subprocess.run([sys.executable, "-c", code, str(tmp_path / "a.h5")], capture_output=True, text=True)
+    assert (made.stdout.split(), made.stderr) == (["7"] * 5, "")
+    assert not list(tmp_path.iterdir())
+
+
+def test_space_that_was_asked_for_is_given_back(tmp_path: Path, arrays: dict[str, np.ndarray]) -> None:
+    write_volume(tmp_path / "a.h5", arrays, VOXEL)
+    assert (tmp_path / "a.h5").stat().st_size < 100_000
+    with h5py.File(tmp_path / "a.h5") as file:
+        assert all(np.array_equal(file[name].shape, array.shape) for name, array in arrays.items())
 
 
 def test_scaling_inverts() -> None:

@@ -104,8 +104,8 @@ def _passing_mask(
             section_jump_nm=node.SECTION_JUMP_NM,
             section_drift_nm=node.SECTION_DRIFT_NM,
         )
-        # Mitochondria that only move along are the source's own, less what is clipped.
-        source_mito = train.mito_array if node.MITOCHONDRIA else None
+        # Mitochondria that only move along are the source's own, less what is clipped; without shapes none are placed.
+        source_mito = train.mito_array if library is not None else None
         report = quality_report(train.array("label"), source_mito, mask, train.voxel_nm, membrane_nm)
         reason = mask_gate(report, limits)
         if not reason:

@@ -11,15 +11,15 @@ from typing import Any
 import h5py
 import numpy as np
 
-from ..conditions import membrane_from_labels, membrane_halo
+from ..conditions import MOST_THICKNESS_NM, membrane_from_labels, membrane_halo
 from ..errors import ShapeMismatch, ValueRangeError
 from ..geometry import ZYX, voxel_size
 from ..memory import available_main_bytes
 from ..progress import progress
 from ..seeding import rng_for
 from ..volume import ArrayLike
-from ..volume.writing import CHUNK, new_dataset, new_volume_file
-from .checks import binary_mask, compact_labels, positive
+from ..volume.writing import CHUNK, new_dataset, new_volume_file, reserve_space
+from .checks import binary_mask, compact_labels, positive, unsigned_labels
 from .copies import BYTES_PER_PROCESS, BYTES_PER_VOXEL
 from .elastic import MAX_ATTEMPTS, Pieces, calmed, fragments, give_away, torn_labels
 from .field import DisplacementField
@@ -69,7 +69,7 @@ class _Source:
 
     def labels(self, first: int, stop: int) -> np.ndarray:
         """Sections of the label, uint64."""
-        return np.ascontiguousarray(self.label[max(first, 0) : stop], dtype=np.uint64)
+        return unsigned_labels(self.label[max(first, 0) : stop]).astype(np.uint64, copy=False)
 
     def mitochondria(self, first: int, stop: int) -> np.ndarray:
         """Sections of the mitochondria inside neurons, uint8; zero where none were annotated."""
@@ -151,13 +151,14 @@ def remodel_blockwise(
     """
     if sections < 1:
         raise ValueRangeError(f"A block has at least 1 section. Got {sections}.")
-    if len(label.shape) != 3 or (mito is not None and tuple(mito.shape) != tuple(label.shape)):
+    if len(label.shape) != 3 or 0 in label.shape or (mito is not None and tuple(mito.shape) != tuple(label.shape)):
         raise ShapeMismatch(
-            f"Label and mitochondria must have one shape (z, y, x). Got {tuple(label.shape)} and "
+            f"Label and mitochondria must have one shape (z, y, x), no axis empty. Got {tuple(label.shape)} and "
             f"{None if mito is None else tuple(mito.shape)}."
         )
     positive("The elastic amplitude in nm", elastic_sigma_nm, zero=True)
     positive("The spacing of the elastic grid in nm", elastic_spacing_nm)
+    positive("The membrane's thickness in nm", membrane_thickness_nm, below=MOST_THICKNESS_NM)
     size, depth = voxel_size(voxel_nm), label.shape[0]
     source = _Source(label, mito, size, [range(z, min(z + sections, depth)) for z in range(0, depth, sections)])
     seeds = [int(seed) for seed in rng.integers(2**63, size=2)]
@@ -182,19 +183,19 @@ def remodel_blockwise(
             moved = source.moved(block, field)
             if gone.size:
                 _mend_block(moved, of_block[i], gone)
-            label_out[block.start : block.stop] = moved
+            _store(label_out, block, moved)
         halo = membrane_halo(size, membrane_thickness_nm)
         for block in progress(source.blocks, label="membranes"):
             first = max(block.start - halo, 0)
             near = membrane_from_labels(label_out[first : block.stop + halo], size, membrane_thickness_nm)
-            membrane_out[block.start : block.stop] = near[block.start - first :][: len(block)]
+            _store(membrane_out, block, near[block.start - first :][: len(block)])
         if not place_mitochondria:
             _carry(source, field, label_out, membrane_out, mito_out)
             return minimum
         share = share if mito_fraction is None else mito_fraction
         for i, block in enumerate(progress(source.blocks, label="mitochondria")):
             compact, _ = compact_labels(label_out[block.start : block.stop])
-            mito_out[block.start : block.stop] = place_in(
+            placed = place_in(
                 compact,
                 membrane_out[block.start : block.stop],
                 size,
@@ -205,7 +206,14 @@ def remodel_blockwise(
                 margin_nm=margin_nm,
                 faces=(block.start == 0, block.stop == depth),
             )
+            _store(mito_out, block, placed)
     return minimum
+
+
+def _store(dataset: h5py.Dataset, block: range, sections: np.ndarray) -> None:
+    """Write the sections of a block."""
+    reserve_space(dataset.file, sections.size * dataset.dtype.itemsize)
+    dataset[block.start : block.stop] = sections
 
 
 def _warn_of_shallow_blocks(depth_nm: float, shapes: SignatureLibrary) -> None:
@@ -304,4 +312,4 @@ def _carry(
         if block.start:
             last = block.start - 1
             kept[0][touching(mito[last], label[last], kept[0], host[0])] = 0
-        mito[part] = kept
+        _store(mito, block, kept)

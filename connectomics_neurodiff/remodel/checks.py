@@ -7,6 +7,9 @@ import numpy as np
 
 from ..errors import LabelTypeError, ShapeMismatch, ValueRangeError
 
+#: No length in tissue is set larger; a value beyond is a mistake, mostly of the unit.
+MOST_NM = 1e5
+
 
 def compact_labels(label: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Validate a label volume and renumber it 0..n, so that tables can be indexed by label.
@@ -30,6 +33,26 @@ def compact_labels(label: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     ShapeMismatch
         If there are not three axes of at least one voxel.
     """
+    compact, table = fastremap.renumber(unsigned_labels(label), in_place=False)
+    ids = np.zeros(int(max(table.values(), default=0)) + 1, dtype=np.uint64)
+    for name, index in table.items():
+        ids[int(index)] = name
+    return compact.astype(np.uint32, copy=False), ids
+
+
+def unsigned_labels(label: np.ndarray) -> np.ndarray:
+    """Validate a label volume.
+
+    Returns
+    -------
+    numpy.ndarray
+        (z, y, x) unsigned, C-ordered, the same values.
+
+    Raises
+    ------
+    LabelTypeError, ShapeMismatch
+        As :func:`compact_labels`.
+    """
     label = np.asarray(label)
     if label.ndim != 3 or label.size == 0:
         raise ShapeMismatch(f"A label volume has three non-empty axes (z, y, x). Got shape {label.shape}.")
@@ -37,12 +60,7 @@ def compact_labels(label: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         raise LabelTypeError(f"A label volume is made of non-negative integers. Got dtype {label.dtype}.")
     if np.issubdtype(label.dtype, np.signedinteger) and label.min() < 0:
         raise LabelTypeError(f"A label volume is made of non-negative integers. Got {label.min()}.")
-    unsigned = np.ascontiguousarray(label).view(np.dtype(f"u{label.dtype.itemsize}"))
-    compact, table = fastremap.renumber(unsigned, in_place=False)
-    ids = np.zeros(int(max(table.values(), default=0)) + 1, dtype=np.uint64)
-    for name, index in table.items():
-        ids[int(index)] = name
-    return compact.astype(np.uint32, copy=False), ids
+    return np.ascontiguousarray(label).view(np.dtype(f"u{label.dtype.itemsize}"))
 
 
 def binary_mask(mask: np.ndarray, shape: tuple[int, ...], name: str) -> np.ndarray:

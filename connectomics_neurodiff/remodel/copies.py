@@ -7,9 +7,11 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from ..memory import available_main_bytes
@@ -21,6 +23,9 @@ Result = TypeVar("Result")
 
 #: What remodelling takes at its peak, with the source (docs/remodelling.md), and what a process takes by itself.
 BYTES_PER_VOXEL, BYTES_PER_PROCESS = 36, 300 << 20
+#: A process that is to end has so long for removing its half-written file.
+_GRACE_S = 10.0
+_TERMINATED = 128 + signal.SIGTERM
 
 
 def workers_that_fit(voxels: int, jobs: int, asked: int = 0) -> int:
@@ -77,7 +82,8 @@ def in_processes(
     others = set(multiprocessing.active_children())
     pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start_worker)
     try:
-        jobs = {pool.submit(function, item): item for item in items}
+        with _interruption_held_back():
+            jobs = {pool.submit(_answer, function, item): item for item in items}
         for job in as_completed(jobs):
             yield jobs[job], job.result()
     except BrokenProcessPool as error:
@@ -91,14 +97,56 @@ def in_processes(
         pool.shutdown(cancel_futures=True)
 
 
+@contextmanager
+def _interruption_held_back() -> Iterator[None]:
+    """Keep Ctrl-C until the end of the block, and for good from the processes started in it: they inherit the mask."""
+    if not hasattr(signal, "pthread_sigmask") or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    # The mask alone does not hold it back: another thread may receive it, and this one then answers.
+    held: list[tuple[Any, ...]] = []
+    handler = signal.signal(signal.SIGINT, lambda *given: held.append(given))
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        signal.signal(signal.SIGINT, handler)
+    if held and callable(handler):
+        handler(*held[0])
+
+
+def _answer(function: Callable[[Item], Result], item: Item) -> Result:
+    """Result of a job; the pool would take even the end of its process for one, and go on with the next job."""
+    try:
+        return function(item)
+    except SystemExit:
+        os._exit(_TERMINATED)
+
+
 def _start_worker() -> None:
     """One thread, and an end that cleans up: Ctrl-C reaches all processes, but it is for the first one to answer."""
     import cv2
 
     cv2.setNumThreads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_leave_with_parent, daemon=True).start()
+    # At last: until now there is nothing to clean up, and the pool would print what interrupts this function.
     signal.signal(signal.SIGTERM, _leave)
 
 
 def _leave(*_: Any) -> None:
-    sys.exit(128 + signal.SIGTERM)
+    # A second request must not disturb the cleaning up, nor may the pool swallow the first one between two jobs.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    end = threading.Timer(_GRACE_S, os._exit, [_TERMINATED])
+    end.daemon = True
+    end.start()
+    sys.exit(_TERMINATED)
+
+
+def _leave_with_parent() -> None:
+    """End when the first process was killed: nobody else would tell this one, and it would wait for ever."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os.kill(os.getpid(), signal.SIGTERM)

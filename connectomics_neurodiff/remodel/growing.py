@@ -9,9 +9,10 @@ import cc3d
 import edt
 import numpy as np
 
+from ..errors import ValueRangeError
 from ..geometry import is_anisotropic, voxel_size
 from .apart import with_new_ids
-from .checks import compact_labels, positive
+from .checks import MOST_NM, compact_labels, positive
 
 #: A neurite's radius, of the one asked for; at its tips and where it squeezes through, of its own.
 _RADII, _TIP = (0.7, 1.4), 0.4
@@ -56,7 +57,7 @@ def grow_neurites(
         Share, in [0, 0.9], of the background farther than `clearance_nm` from neurons that is to be filled. Growth ends
         below it when 25 neurites in a row find no room.
     radius_nm : float
-        Mean radius; each neurite draws its own, .7 to 1.4 times as large. > 0.
+        Mean radius, half a pixel to 1e5; each neurite draws its own, .7 to 1.4 times as large.
     clearance_nm : float
         > 0; one voxel at least.
 
@@ -87,9 +88,12 @@ def grow_compact(
     """:func:`grow_neurites` in labels 0..n (uint32): neurites are n + 1 and on."""
     size = voxel_size(voxel_nm)
     positive("The share of empty space to fill", fraction, below=_MOST_FILLED, zero=True)
-    positive("The radius of a neurite in nm", radius_nm)
+    positive("The radius of a neurite in nm", radius_nm, below=MOST_NM)
     positive("The clearance of a neurite in nm", clearance_nm)
-    space = _Space.of(compact, np.array(size), max(clearance_nm, size.y, size.x), _RADII[1] * radius_nm)
+    pixel = max(size.y, size.x)
+    if fraction and radius_nm < pixel / 2:
+        raise ValueRangeError(f"A neurite's radius must be half a pixel at least, {pixel / 2:g} nm. Got {radius_nm:g}.")
+    space = _Space.of(compact, np.array(size), max(clearance_nm, pixel), _RADII[1] * radius_nm)
     starts = np.flatnonzero(space.room > 0)
     wanted, filled, failures, name = fraction * len(starts), 0, 0, int(compact.max()) + 1
     while filled < wanted and failures < _PATIENCE:

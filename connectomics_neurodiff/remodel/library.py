@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import zipfile
 from collections.abc import Sequence
@@ -16,6 +17,8 @@ from ..geometry import voxel_size
 from ..provenance import atomic_write
 from .checks import binary_mask, compact_labels
 from .ellipse import CONTOUR_POINTS, Ellipse, aligned_to, equivalent_ellipse, largest_piece, outline, piece_at
+
+logger = logging.getLogger("connectomics_neurodiff")
 
 #: Templates must make up at least this share of the library's mitochondrial volume.
 _LEAST_SHARE = 0.5
@@ -292,6 +295,8 @@ def gather_libraries(
 ) -> SignatureLibrary | None:
     """Library of a volume's own mitochondria, if it has any, and of the files at `paths`; None without either.
 
+    A volume whose mitochondria are all specks has no shapes either.
+
     Raises
     ------
     LabelTypeError, ShapeMismatch, ValueRangeError, MissingInput, VolumeFormatError
@@ -299,7 +304,13 @@ def gather_libraries(
     """
     own = [] if mito is None or not np.any(mito) else [SignatureLibrary.from_masks(label, mito, voxel_nm)]
     libraries = [*own, *(SignatureLibrary.load(path) for path in paths)]
-    return libraries[0].merged(*libraries[1:]) if libraries else None
+    if not libraries:
+        return None
+    gathered = libraries[0].merged(*libraries[1:])
+    if not paths and not len(gathered):
+        logger.warning("No mitochondrion lies in a neuron and is large enough to be a template: masks will have none.")
+        return None
+    return gathered
 
 
 _TAILS = {

@@ -9,7 +9,7 @@ import numpy as np
 from ..errors import ShapeMismatch
 from ..geometry import voxel_size
 from .apart import tell_apart
-from .checks import positive
+from .checks import MOST_NM, positive
 from .elastic import pieces_of
 from .inside import keep_inside
 
@@ -35,7 +35,7 @@ def section_shifts(
         Voxel size (z, y, x).
     rng : numpy.random.Generator
     jump_nm, drift_nm : float
-        Standard deviation, per axis, of a jump, and of the step from one section to the next; >= 0.
+        Standard deviation, per axis, of a jump, and of the step from one section to the next; 0 to 1e5.
 
     Returns
     -------
@@ -48,8 +48,8 @@ def section_shifts(
         If a length or the voxel size is not valid.
     """
     pitch = np.array(voxel_size(voxel_nm)[1:])
-    positive("The jump of a section in nm", jump_nm, zero=True)
-    positive("The drift of sections in nm", drift_nm, zero=True)
+    positive("The jump of a section in nm", jump_nm, below=MOST_NM, zero=True)
+    positive("The drift of sections in nm", drift_nm, below=MOST_NM, zero=True)
     steps = rng.standard_normal((depth, 2)) * drift_nm
     jumps = rng.standard_normal((depth, 2)) * jump_nm * (rng.random((depth, 1)) < _JUMPS)
     alone = rng.random((depth, 1)) < 0.5

@@ -12,7 +12,7 @@ from scipy import ndimage
 
 from ..conditions.membrane import MAX_GAP_NM, grow_into, thin_background
 from ..geometry import ZYX, is_anisotropic, voxel_size
-from .checks import compact_labels, positive
+from .checks import MOST_NM, compact_labels, positive
 from .elastic import mend, pieces_of, torn_labels
 from .field import DisplacementField
 from .neighbours import sides
@@ -50,7 +50,7 @@ def swell(label: np.ndarray, voxel_nm: Sequence[float], rng: np.random.Generator
         wide, else in 3D.
     rng : numpy.random.Generator
     spread_nm : float
-        Standard deviation of a boundary's displacement before it is bounded, >= 0.
+        Standard deviation of a boundary's displacement before it is bounded, 0 to 1e5.
 
     Returns
     -------
@@ -71,7 +71,7 @@ def swell_compact(
 ) -> np.ndarray:
     """:func:`swell` of labels 0..n (uint32)."""
     size = voxel_size(voxel_nm)
-    positive("The spread of the neurons' boundaries in nm", spread_nm, zero=True)
+    positive("The spread of the neurons' boundaries in nm", spread_nm, below=MOST_NM, zero=True)
     count = int(compact.max()) + 1
     noise = DisplacementField.random(compact.shape, size, rng, sigma_nm=1.0, spacing_nm=_PATCH_NM)
     pressure = _Pressure(noise, rng.uniform(0, 2 * np.pi, count), spread_nm, np.ones(count))
@@ -259,4 +259,6 @@ def _widest_near(depth: np.ndarray, dense: np.ndarray, pitch: np.ndarray, reach_
         for (below, above), same in zip(pairs, alike, strict=True):
             np.maximum(widest[below], before[above] * same, out=widest[below])
             np.maximum(widest[above], before[below] * same, out=widest[above])
+        if np.array_equal(widest, before):
+            break
     return widest

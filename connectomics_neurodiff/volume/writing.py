@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,6 +23,8 @@ from .roles import require_finite, require_integers, require_natural
 DATASETS = ("image", "label", "membrane", "mito", "affinity", "reliability")
 #: Sections, rows and columns of a chunk: a training patch of 18 x 160 x 160 touches few of them.
 CHUNK = (8, 128, 128)
+#: HDF5 may hold back so much: a chunk or two of each dataset, and what it keeps about them.
+_HELD_BACK = 4 << 20
 #: Grey values computed in float32 may exceed 1 by this much.
 _TOLERANCE = 1e-5
 
@@ -86,10 +89,40 @@ def new_volume_file(
         atomic_write(path, overwrite=overwrite) as temporary,
         h5py.File(temporary, "w", libver=("earliest", "v110")) as file,
     ):
+        reserve_space(file, 0)
         file.attrs["resolution_nm"] = np.array(size)
         for key, value in sorted(attributes.items()):
             file.attrs[key] = json.dumps(value, sort_keys=True) if isinstance(value, Mapping) else value
         yield file
+        file.flush()
+        if hasattr(os, "posix_fallocate"):
+            # What was reserved and not needed goes back.
+            os.ftruncate(file.id.get_vfd_handle(), file.id.get_filesize())
+
+
+def reserve_space(file: h5py.File, size: int) -> None:
+    """Ask the disk for room before so many bytes are written to an open file.
+
+    After a write that fails HDF5 crashes when the file is closed, or loses what it held back without an error.
+
+    Raises
+    ------
+    OSError
+        If there is no room.
+    """
+    if not hasattr(os, "posix_fallocate"):
+        return
+    handle = file.id.get_vfd_handle()
+    there = os.fstat(handle).st_size
+    wanted = file.id.get_filesize() + size + _HELD_BACK
+    if wanted <= there:
+        return
+    try:
+        os.posix_fallocate(handle, there, wanted - there)
+    except OSError as error:
+        # Some file systems cannot tell.
+        if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
+            raise
 
 
 def new_dataset(file: h5py.File, name: str, shape: Sequence[int], dtype: np.dtype) -> h5py.Dataset:
@@ -123,7 +156,9 @@ def write_dataset(file: h5py.File, name: str, array: ArrayLike, *, show: bool = 
     dataset = new_dataset(file, name, shape, _stored_type(name, array))
     steps = list(slabs(shape, CHUNK[0]))
     for index in progress(steps, label=f"Writing {name}") if show else steps:
-        dataset[index] = _stored(name, np.asarray(array[index]), dataset.dtype)
+        block = _stored(name, np.asarray(array[index]), dataset.dtype)
+        reserve_space(file, block.nbytes)
+        dataset[index] = block
     return dataset
 
 
