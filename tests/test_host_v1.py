@@ -579,7 +579,7 @@ def test_a_foreign_checkpoint_is_refused(
         ({"MODEL__INPUT_SIZE": [40, 40, 40], "MODEL__OUTPUT_SIZE": [40, 40, 40]}, "No volume is as large"),
         ({"SOLVER__ITERATION_TOTAL": -5}, "ITERATION_TOTAL must be >= 1"),
         ({"SOLVER__BASE_LR": 1e30, "SOLVER__ITERATION_TOTAL": 8}, "has diverged"),
-        ({"NEURODIFF__SEED": -3}, "NEURODIFF.SEED must be >= 0"),
+        ({"NEURODIFF__SEED": -3}, "NEURODIFF.SEED must be in"),
         ({"MODEL__FILTERSS": [4]}, "MODEL.FILTERSS in the command line.*MODEL.FILTERS"),
         ({"MODEL__LOSS_OPTION": [["Foo"]]}, "Foo|loss_dict"),
         ({"MODEL__FILTERS": ["a", "b", "c"]}, "a list of whole numbers for 'filters'"),

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -94,6 +95,15 @@ def alive_in_group(group: int) -> list[int]:
     return found
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """A shell starts what runs in the background deaf to SIGINT, and so the tests' own children."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_an_interruption_leaves_whole_files_and_no_process(cells: Path, tmp_path: Path) -> None:
     command = ["remodel", str(cells), str(tmp_path / "m.h5"), "--copies", "400", "--workers", "2"]
     process = subprocess.Popen(
@@ -156,6 +166,7 @@ def assert_all_end(group: int) -> None:
         time.sleep(0.1)
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_an_interruption_does_not_wait_for_jobs_that_are_next(tmp_path: Path) -> None:
     process = sleepers(tmp_path)
     assert process.stdout is not None
@@ -175,6 +186,7 @@ def test_processes_end_with_the_one_that_started_them(tmp_path: Path) -> None:
     assert_all_end(process.pid)
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_an_interruption_at_the_start_is_answered_by_one_process(tmp_path: Path) -> None:
     process = sleepers(tmp_path)
     end = time.monotonic() + 30
