@@ -66,6 +66,8 @@ def test_an_extra_volume_may_be_a_name_or_a_group(tmp_path: Path) -> None:
         (["NEURODIFF.DIFFUSION.SAMPLER", "dppm"], "Did you mean 'ddpm'"),
         (["NEURODIFF.DIFFUSION.SAMPLER_STEPS", "251"], "at most the 250 steps"),
         (["NEURODIFF.DIFFUSION.OVERLAP", "[8, 0, 0]"], "OVERLAP"),
+        (["NEURODIFF.DIFFUSION.MARGIN", "[0, 0, 513]"], "MARGIN"),
+        (["NEURODIFF.DIFFUSION.MARGIN", "[0, -1, 0]"], "MARGIN"),
         (["NEURODIFF.SPLIT.TEST.BOX", "[0, 0, 0, 0, 9, 9]"], "z0 < z1"),
         (["NEURODIFF.SEGMENT.METHODS", "['watrez']"], "Did you mean 'waterz'"),
         (["NEURODIFF.VOXEL_NM", "[6, 6]"], "three numbers > 0"),

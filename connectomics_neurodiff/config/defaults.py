@@ -291,8 +291,8 @@ def _add_diffusion(node: CfgNode) -> None:
     # Tiles of the joint denoising and their overlap, voxels.
     node.DIFFUSION.TILE = [8, 512, 512]
     node.DIFFUSION.OVERLAP = [2, 64, 64]
-    # Voxels, >= 0, by which tiles at the faces of the volume reach into its mirror image: without, the outermost voxels
-    # are noisier (docs/results.md). [ours]
+    # Voxels, 0 to TILE, by which tiles at the faces of the volume reach into its mirror image: without, the outermost
+    # voxels are noisier (docs/results.md). [ours]
     node.DIFFUSION.MARGIN = [0, 4, 4]
 
 

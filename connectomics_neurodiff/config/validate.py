@@ -208,8 +208,11 @@ def _validate_geometry(cfg: CfgNode) -> None:
     _require(
         overlap, "NEURODIFF.DIFFUSION.OVERLAP", f"three whole numbers below TILE {diffusion.TILE}", diffusion.OVERLAP
     )
-    margin = len(diffusion.MARGIN) == 3 and all(isinstance(m, int) and m >= 0 for m in diffusion.MARGIN)
-    _require(margin, "NEURODIFF.DIFFUSION.MARGIN", "three whole numbers >= 0", diffusion.MARGIN)
+    margin = len(diffusion.MARGIN) == 3 and all(
+        isinstance(m, int) and 0 <= m <= t for m, t in zip(diffusion.MARGIN, diffusion.TILE, strict=True)
+    )
+    allowed = f"three whole numbers from 0 to TILE {diffusion.TILE}"
+    _require(margin, "NEURODIFF.DIFFUSION.MARGIN", allowed, diffusion.MARGIN)
     _require_voxel_size("NEURODIFF.VOXEL_NM", cfg.NEURODIFF.VOXEL_NM)
     _require(bool(phantom.VOXEL_NM), "NEURODIFF.PHANTOM.VOXEL_NM", "three numbers > 0 in nm, (z, y, x)", [])
     _require_voxel_size("NEURODIFF.PHANTOM.VOXEL_NM", phantom.VOXEL_NM)
