@@ -330,6 +330,7 @@ def sample(options: argparse.Namespace) -> None:
     from .engine import resolve_device
     from .pairs import MaskArrays, write_pair
     from .synthesis import (
+        DEFAULT_MARGIN,
         denoiser_from_checkpoint,
         discard_scratch,
         guided,
@@ -350,7 +351,7 @@ def sample(options: argparse.Namespace) -> None:
     warn_of_voxel_size(checkpoint, voxel_nm)
     tile = tuple(options.tile or checkpoint.patch)
     device = resolve_device(options.gpus)
-    require_fitting_tile(checkpoint, tile, volume.shape, device)
+    require_fitting_tile(checkpoint, tile, DEFAULT_MARGIN, volume.shape, device)
     network, process = denoiser_from_checkpoint(checkpoint)
     network = guided(network, options.guidance, checkpoint)
     steps = min(20, process.steps) if options.steps is None else options.steps  # docs/results.md
@@ -367,6 +368,7 @@ def sample(options: argparse.Namespace) -> None:
         steps=steps,
         tile=tile,
         overlap=tuple(options.overlap or (size // 8 for size in tile)),
+        margin=DEFAULT_MARGIN,
         precision=options.precision,
         device=device,
         scratch=scratch,

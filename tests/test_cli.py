@@ -258,7 +258,7 @@ def test_published_scores_of_third_party_segmentations(real_data: Path) -> None:
 
 def test_a_dry_run_says_what_would_be_done(tmp_path: Path) -> None:
     text = done("run", "--dry-run", *settings(tmp_path / "run"))
-    for expected in ("SEED: 0", "embedded phantom", "masks: 1 to make", "parameters", "GiB", "min"):
+    for expected in ("SEED: 0", "embedded phantom", "masks: 1 file", "parameters", "GiB", "min"):
         assert expected in text
     assert not (tmp_path / "run").exists()
     missing = done("run", "--dry-run", *settings(tmp_path / "run", DATASET__IMAGE_NAME="nowhere.h5"))

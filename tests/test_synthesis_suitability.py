@@ -15,6 +15,7 @@ from connectomics_neurodiff.memory import available_bytes, peak_bytes
 from connectomics_neurodiff.synthesis import require_fitting_tile, suitability, tile_bytes, warn_of_voxel_size
 
 CPU = torch.device("cpu")
+NONE = (0, 0, 0)
 
 
 def checkpoint(**extra: Any) -> Checkpoint:
@@ -37,16 +38,34 @@ def test_memory_is_in_proportion_to_the_voxels() -> None:
 def test_a_tile_that_does_not_fit_is_refused_with_one_that_does(monkeypatch: pytest.MonkeyPatch) -> None:
     free = tile_bytes(checkpoint(), (8, 128, 128)) + 1
     monkeypatch.setattr(suitability, "available_bytes", lambda device: free)
-    require_fitting_tile(checkpoint(), (8, 128, 128), (100, 1000, 1000), CPU)
-    require_fitting_tile(checkpoint(), (64, 4096, 4096), (8, 100, 120), CPU)  # no tile is larger than its volume
+    require_fitting_tile(checkpoint(), (8, 128, 128), NONE, (100, 1000, 1000), CPU)
+    require_fitting_tile(checkpoint(), (64, 4096, 4096), NONE, (8, 100, 120), CPU)  # no tile is larger than its volume
     with pytest.raises(ValueRangeError, match=r"A tile of \(8, 128, 128\) fits") as caught:
-        require_fitting_tile(checkpoint(), (8, 512, 512), (100, 1000, 1000), CPU)
+        require_fitting_tile(checkpoint(), (8, 512, 512), NONE, (100, 1000, 1000), CPU)
     assert "GiB are free on cpu" in str(caught.value)
     with pytest.raises(ValueRangeError, match=r"\(256, 16, 16\) fits"):
-        require_fitting_tile(checkpoint(), (512, 32, 32), (1000, 1000, 1000), CPU)
+        require_fitting_tile(checkpoint(), (512, 32, 32), NONE, (1000, 1000, 1000), CPU)
     monkeypatch.setattr(suitability, "available_bytes", lambda device: 0)
     with pytest.raises(ValueRangeError, match="No tile fits"):
-        require_fitting_tile(checkpoint(), (8, 128, 128), (100, 1000, 1000), CPU)
+        require_fitting_tile(checkpoint(), (8, 128, 128), NONE, (100, 1000, 1000), CPU)
+
+
+@pytest.mark.parametrize(
+    ("shape", "reaching"),
+    [
+        ((100, 1000, 1000), (9, 132, 136)),  # at one face of the volume
+        ((8, 1000, 128), (10, 132, 144)),  # the tile is as deep and as wide as the volume: at both faces
+    ],
+)
+def test_what_a_tile_reaches_beyond_the_volume_counts(
+    shape: tuple[int, int, int], reaching: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tile, margin, needed = (8, 128, 128), (1, 4, 8), tile_bytes(checkpoint(), reaching)
+    monkeypatch.setattr(suitability, "available_bytes", lambda device: needed + 1)
+    require_fitting_tile(checkpoint(), tile, margin, shape, CPU)
+    monkeypatch.setattr(suitability, "available_bytes", lambda device: needed - 1)
+    with pytest.raises(ValueRangeError, match=r"A tile of \(8, 64, 64\) fits"):
+        require_fitting_tile(checkpoint(), tile, margin, shape, CPU)
 
 
 def test_memory_of_this_machine_is_known() -> None:

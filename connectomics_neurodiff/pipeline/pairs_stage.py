@@ -78,7 +78,7 @@ def _make_painter(run: Run) -> Painter:
     network = guided(network, node.GUIDANCE, checkpoint)
     device, precision = networks.device_and_precision(run.cfg)
     samples = run.cfg.NEURODIFF.PAIRS.SAMPLES
-    require_fitting_tile(checkpoint, node.TILE, run.parts["train"].box.shape, device)
+    require_fitting_tile(checkpoint, node.TILE, node.MARGIN, run.parts["train"].box.shape, device)
 
     def paint(masks: Volume, membrane: np.ndarray, scratch: Path, key: str, copy: int, sample: int) -> np.ndarray:
         image = synthesise(

@@ -58,7 +58,8 @@ def describe_plan(cfg: CfgNode, stages: Sequence[str]) -> str:
     for stage in stages:
         wanted = artefacts_of(cfg, stage)
         there = [p for p in wanted if p.exists() and (sidecar_of(p).exists() or stage in ("metrics", "report"))]
-        lines.append(f"  {stage}: {len(wanted)} to make, {len(there)} there already (reused if the settings agree)")
+        of_them = f", {len(there)} of them there already (reused if the settings agree)" if there else ""
+        lines.append(f"  {stage}: {len(wanted)} file{'s' * (len(wanted) != 1)}{of_them}")
     lines += [
         "",
         "networks and estimates (this machine, from the operations of one pass)",

@@ -11,10 +11,11 @@ from .nets import SYNTHESISERS, build_denoiser, selective_scan
 from .process import DiffusionProcess, cosine_betas
 from .samplers import SAMPLERS, Sampler, Step, sampler_steps
 from .suitability import require_fitting_tile, tile_bytes, warn_of_voxel_size
-from .synthesise import denoiser_from_checkpoint, synthesise
+from .synthesise import DEFAULT_MARGIN, denoiser_from_checkpoint, synthesise
 from .working_arrays import discard_scratch
 
 __all__ = [
+    "DEFAULT_MARGIN",
     "SAMPLERS",
     "SYNTHESISERS",
     "DiffusionCrops",

@@ -67,7 +67,7 @@ def tile_bytes(checkpoint: Checkpoint, tile: Sequence[int]) -> int:
 
 
 def require_fitting_tile(
-    checkpoint: Checkpoint, tile: Sequence[int], shape: Sequence[int], device: torch.device
+    checkpoint: Checkpoint, tile: Sequence[int], margin: Sequence[int], shape: Sequence[int], device: torch.device
 ) -> None:
     """Refuse a tile that does not fit into the memory of a device.
 
@@ -75,8 +75,8 @@ def require_fitting_tile(
     ----------
     checkpoint : Checkpoint
         Denoiser.
-    tile, shape : sequence of 3 ints
-        Voxels of a tile and of the volume.
+    tile, margin, shape : sequence of 3 ints
+        Voxels of a tile, of what it reaches beyond the volume's faces (:func:`.synthesise`), and of the volume.
     device : torch.device
         Where the network runs.
 
@@ -86,14 +86,22 @@ def require_fitting_tile(
         With a tile that fits, if any does: the same depth if it can be, rows and columns halved.
     """
     tile = [min(t, n) for t, n in zip(tile, shape, strict=True)]
-    needed, there = tile_bytes(checkpoint, tile), available_bytes(device)
+
+    of_probe = tile_bytes(checkpoint, _PROBE)
+
+    def bytes_of(size: Sequence[int]) -> int:
+        # A tile as large as its volume reaches beyond both faces, any other beyond one at most.
+        reaching = [t + m * (2 if t == n else 1) for t, m, n in zip(size, margin, shape, strict=True)]
+        return of_probe * math.prod(reaching) // math.prod(_PROBE)
+
+    needed, there = bytes_of(tile), available_bytes(device)
     if needed <= there:
         return
     fitting, least = list(tile), needed
     while least > there and max(fitting) > 1:
         axes = (1, 2) if max(fitting[1:]) > 32 else (0, 1, 2)
         fitting = [max(n // 2, 1) if axis in axes else n for axis, n in enumerate(fitting)]
-        least = needed * math.prod(fitting) // math.prod(tile)
+        least = bytes_of(fitting)
     advice = f"A tile of {tuple(fitting)} fits." if least <= there else "No tile fits."
     raise ValueRangeError(
         f"A tile of {tuple(tile)} voxels takes about {needed / 2**30:.1f} GiB of memory; {there / 2**30:.1f} GiB are "

@@ -38,6 +38,9 @@ from .process import DiffusionProcess, cosine_betas
 from .samplers import SAMPLERS, Sampler, Step, sampler_steps
 from .working_arrays import PaintedImage, WorkingArrays, to_grey
 
+#: Voxels that a tile reaches beyond the faces of its volume, unless told otherwise: how it was measured is in
+#: docs/results.md, "Samplers and steps".
+DEFAULT_MARGIN = (0, 4, 4)
 #: Image rows of a block that is drawn from one generator: the noise depends neither on tiles nor on memory.
 _NOISE_ROWS = 256
 
@@ -70,7 +73,7 @@ def synthesise(
     steps: int = 50,
     tile: Sequence[int] = (8, 128, 128),
     overlap: Sequence[int] = (2, 32, 32),
-    margin: Sequence[int] = (0, 4, 4),
+    margin: Sequence[int] = DEFAULT_MARGIN,
     precision: str = "fp32",
     device: str | torch.device = "cpu",
     scratch: Path | None = None,
