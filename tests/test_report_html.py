@@ -291,3 +291,47 @@ def test_scores_without_a_relative_change_are_shown_as_such() -> None:
 )
 def test_durations_are_for_people(seconds: float, text: str) -> None:
     assert duration_text(seconds) == text
+
+
+def in_columns(real: list[float], mixed: list[float]) -> dict[str, Any]:
+    """Metrics of waterz alone; ARAND as given in the columns, VOI ten times that."""
+    arms = {"real": real, "mixed": mixed}
+    rows = {arm: {"waterz": [scores(value, 10 * value) for value in values]} for arm, values in arms.items()}
+    whole = {arm: {"waterz": scores(sum(v) / len(v), 10 * sum(v) / len(v))} for arm, v in arms.items()}
+    return {**whole, "columns": rows}
+
+
+def test_a_change_within_its_error_is_no_change() -> None:
+    metrics = in_columns([0.1, 0.2, 0.3], [0.3, 0.1, 0.23])
+    arand = compare(metrics, "waterz")[0]
+    assert arand.change_text == "+5.0 %"
+    # Differences .2, -.1, -.07: mean .01, standard deviation .165, over the root of 3.
+    assert arand.columns_text == "+0.010 ± 0.095"
+    verdict = verdict_of(metrics)
+    assert verdict.tone == "unchanged"
+    assert verdict.certainty.startswith("No change is more than twice its standard error over 3 columns")
+
+
+def test_a_clear_change_is_named() -> None:
+    metrics = in_columns([0.1, 0.2, 0.3], [0.05, 0.14, 0.25])
+    verdict = verdict_of(metrics)
+    assert verdict.tone == "better"
+    assert "ARAND with waterz (\N{MINUS SIGN}0.053 ± 0.003)" in verdict.certainty
+    assert "VOI with waterz" in verdict.certainty
+
+
+def test_columns_without_truth_and_single_ones_give_no_error() -> None:
+    metrics = in_columns([0.1, 0.2], [0.2, 0.1])
+    metrics["columns"]["real"]["waterz"][0] = None
+    arand = compare(metrics, "waterz")[0]
+    assert arand.in_columns is None
+    assert arand.columns_text == "—"
+    assert verdict_of(metrics).certainty == ""
+
+
+def test_differences_in_columns_are_in_the_page(tmp_path: Path) -> None:
+    metrics = in_columns([0.1, 0.2, 0.3], [0.05, 0.14, 0.25])
+    text = write_report(tmp_path, title="t", metrics=metrics, figures={}, config_text="").read_text()
+    page = Page(text)
+    assert any("0.053 ± 0.003" in cell for cell in page.cells)
+    assert verdict_of(metrics).certainty in text

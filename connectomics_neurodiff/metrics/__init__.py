@@ -1,10 +1,12 @@
 """Room 10: how good a segmentation and a synthetic image are, and which threshold to choose.
 
-``evaluate`` gives variation of information (bits, split and merge by name) and the adapted Rand error of SNEMI3D;
+``evaluate`` gives variation of information (bits, split and merge by name) and the adapted Rand error of SNEMI3D,
+``evaluate_columns`` the same in parts of a volume, so that a difference comes with an error;
 ``tune_threshold`` picks a threshold on the tune split. ``fid3d`` tells how far synthetic volumes are from a real one,
 ``seams`` whether the tiles they were painted in show.
 """
 
+from .columns import DEFAULT_COLUMNS, evaluate_columns, paired_difference
 from .fid3d import FID3D, fid3d, patch_features
 from .frechet import bootstrap_interval, frechet_distance
 from .overlap import Overlap, RandScores, Scores, contingency, evaluate, rand_scores
@@ -13,6 +15,7 @@ from .tuning import CRITERIA, TuneResult, tune_threshold
 
 __all__ = [
     "CRITERIA",
+    "DEFAULT_COLUMNS",
     "FID3D",
     "Overlap",
     "RandScores",
@@ -22,9 +25,11 @@ __all__ = [
     "bootstrap_interval",
     "contingency",
     "evaluate",
+    "evaluate_columns",
     "even_inside",
     "fid3d",
     "frechet_distance",
+    "paired_difference",
     "patch_features",
     "rand_scores",
     "seams",

@@ -14,7 +14,7 @@ import numpy as np
 from ..affinities import CONVENTION
 from ..config import as_dict
 from ..errors import CheckpointMismatch, StaleArtifactError, UserError
-from ..metrics import evaluate
+from ..metrics import evaluate, evaluate_columns
 from ..pairs import open_pairs, read_reliability
 from ..provenance import hash_of, hash_of_file, write_json
 from ..seeding import rng_for
@@ -232,15 +232,20 @@ def make_metrics(run: Run) -> None:
     truth = run.parts["test"].load().array("label")
     metrics: dict[str, Any] = {}
     thresholds: dict[str, Any] = {}
+    columns: dict[str, Any] = {}
     for arm in run.arms:
         for method in run.cfg.NEURODIFF.SEGMENT.METHODS:
             name = f"{arm}_{method}"
             run.hash_of(f"segmentations/{name}.h5")
             label = np.asarray(open_array(run.folder / "segmentations" / f"{name}.h5", ("label",)))
             metrics.setdefault(arm, {})[method] = evaluate(label, truth).as_dict()
+            columns.setdefault(arm, {})[method] = [
+                scores and scores.as_dict() for scores in evaluate_columns(label, truth)
+            ]
             if method != QUERIES:
                 tuning = json.loads((run.folder / "segmentations" / f"{name}.tuning.json").read_text())
                 thresholds.setdefault(arm, {})[method] = tuning["threshold"]
+    metrics["columns"] = columns
     metrics["synthesis"] = synthesis_metrics(run)
     metrics["seconds"] = run.seconds
     provenance = run.provenance("metrics", as_dict(run.cfg), **{n: p.identity for n, p in run.parts.items()})

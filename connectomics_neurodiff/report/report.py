@@ -149,11 +149,13 @@ def write_report(
     source = files(__package__).joinpath("template.html").read_text(encoding="utf-8")
     template = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     target = Path(folder) / "report.html"
+    methods = [(method, compare(metrics, method)) for method in methods_of(metrics)]
     html = template.from_string(source).render(
         title=title,
         version=__version__,
         verdict=verdict_of(metrics),
-        methods=[(method, compare(metrics, method)) for method in methods_of(metrics)],
+        methods=methods,
+        in_columns=any(row.in_columns for _, rows in methods for row in rows),
         arm_names=ARM_NAMES,
         missing_arms=[name for arm, name in ARM_NAMES.items() if not metrics.get(arm)],
         sections=_sections(pictures, metrics),

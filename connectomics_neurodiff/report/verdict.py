@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from ..metrics import paired_difference
+
 #: Scores in the order in which they are shown: key, name, unit, decimals. Lower is better for all.
 SCORES: tuple[tuple[str, str, str, int], ...] = (
     ("arand", "ARAND", "", 4),
@@ -18,6 +20,8 @@ SCORES: tuple[tuple[str, str, str, int], ...] = (
     ("voi_merge", "VOI merge", "bits", 3),
 )
 
+#: Standard errors that a difference must exceed to be called one.
+_CLEAR = 2.0
 #: The typographic minus, as wide as a plus.
 _MINUS = "\N{MINUS SIGN}"
 
@@ -37,6 +41,9 @@ class Comparison:
         missing or not finite, or the baseline is 0).
     best : str
         ``"real"``, ``"mixed"``, or ``""`` where they are equal or one is missing.
+    in_columns : tuple of (float, float, int) or None
+        Mean difference, mixed - real, over columns of the test part, its standard error, and the number of columns;
+        None where these were not scored.
     """
 
     name: str
@@ -45,6 +52,7 @@ class Comparison:
     mixed: str
     change: float | None
     best: str
+    in_columns: tuple[float, float, int] | None = None
 
     @property
     def change_text(self) -> str:
@@ -54,6 +62,19 @@ class Comparison:
         if _rounds_to_zero(self.change):
             return "0.0 %"
         return f"{'+' if self.change > 0 else _MINUS}{abs(self.change):.1f} %"
+
+    @property
+    def columns_text(self) -> str:
+        """The mean difference in columns with its error, ``"-0.009 ± 0.012"``, or an em dash."""
+        if self.in_columns is None:
+            return "—"
+        mean, error, _ = self.in_columns
+        return f"{_MINUS if mean < 0 else '+'}{abs(mean):.3f} ± {error:.3f}"
+
+    @property
+    def is_clear(self) -> bool:
+        """Whether the mean difference in columns is more than twice its standard error."""
+        return self.in_columns is not None and abs(self.in_columns[0]) > _CLEAR * self.in_columns[1]
 
     @property
     def judgement(self) -> str:
@@ -73,11 +94,14 @@ class Verdict:
         For example ``"Synthetic pairs lowered ARAND by 12.0 % and VOI by 5.1 % with waterz, and raised ..."``.
     tone : str
         ``"better"`` if every score that changed fell, ``"worse"`` if every one rose, ``"divided"`` if some did,
-        ``"unchanged"``, or ``"open"`` where nothing can be compared.
+        ``"unchanged"`` if none did or no change is clear in the columns, or ``"open"`` where nothing can be compared.
+    certainty : str
+        Which changes are clear in the columns of the test part; empty where these were not scored.
     """
 
     sentence: str
     tone: str
+    certainty: str = ""
 
 
 def _rounds_to_zero(change: float) -> bool:
@@ -95,16 +119,36 @@ def compare(metrics: Mapping[str, Any], method: str) -> list[Comparison]:
     Parameters
     ----------
     metrics : mapping
-        ``{"real": {method: {"voi_split", "voi_merge", "voi", "arand"}}, "mixed": {...}}``; an arm may be absent.
+        ``{"real": {method: {"voi_split", "voi_merge", "voi", "arand"}}, "mixed": {...}}``; an arm may be absent. With
+        ``"columns": {arm: {method: [scores or None, ...]}}`` differences come with an error.
     method : str
         ``"waterz"`` or ``"multicut"``.
     """
     real = (metrics.get("real") or {}).get(method) or {}
     mixed = (metrics.get("mixed") or {}).get(method) or {}
-    return [_compare_one(real.get(key), mixed.get(key), name, unit, n) for key, name, unit, n in SCORES]
+    return [
+        _compare_one(real.get(key), mixed.get(key), name, unit, n, _in_columns(metrics, method, key))
+        for key, name, unit, n in SCORES
+    ]
 
 
-def _compare_one(real: float | None, mixed: float | None, name: str, unit: str, decimals: int) -> Comparison:
+def _in_columns(metrics: Mapping[str, Any], method: str, key: str) -> tuple[float, float, int] | None:
+    columns = metrics.get("columns") or {}
+    arms = [(columns.get(arm) or {}).get(method) or [] for arm in ("real", "mixed")]
+    pairs = [(real[key], mixed[key]) for real, mixed in zip(*arms, strict=False) if real and mixed]
+    if len(pairs) < 2:
+        return None
+    return (*paired_difference(*zip(*pairs, strict=True)), len(pairs))
+
+
+def _compare_one(
+    real: float | None,
+    mixed: float | None,
+    name: str,
+    unit: str,
+    decimals: int,
+    in_columns: tuple[float, float, int] | None,
+) -> Comparison:
     def text(value: float | None) -> str:
         if value is None:
             return "—"
@@ -114,7 +158,7 @@ def _compare_one(real: float | None, mixed: float | None, name: str, unit: str, 
     if real is not None and mixed is not None and math.isfinite(real) and math.isfinite(mixed):
         change = 100 * (mixed - real) / real if real else (0.0 if mixed == real else None)
         best = "real" if real < mixed else "mixed" if mixed < real else ""
-    return Comparison(name, unit, text(real), text(mixed), change, best)
+    return Comparison(name, unit, text(real), text(mixed), change, best, in_columns)
 
 
 def verdict_of(metrics: Mapping[str, Any]) -> Verdict:
@@ -130,17 +174,34 @@ def verdict_of(metrics: Mapping[str, Any]) -> Verdict:
     for arm, what in (("real", "trained on real data only"), ("mixed", "trained on real and synthetic data")):
         if not metrics.get(arm):
             return Verdict(f"Nothing to compare yet: the segmenter {what} has not been scored.", "open")
-    clauses, changes = [], []
+    clauses: list[str] = []
+    changes: list[str] = []
+    tested: list[tuple[str, Comparison]] = []
     for method in methods_of(metrics):
         pair = [row for row in compare(metrics, method)[:2] if row.change is not None]
         if pair:
             clauses.append(f"{_clause(pair)} with {method}")
             changes += [row.judgement for row in pair]
+            tested += [(method, row) for row in pair if row.in_columns]
     if not clauses:
         return Verdict("Nothing to compare: no method has finite scores in both arms.", "open")
     moved = {judgement for judgement in changes if judgement != "unchanged"}
     tone = "unchanged" if not moved else moved.pop() if len(moved) == 1 else "divided"
-    return Verdict(f"Synthetic pairs {', and '.join(clauses)}.", tone)
+    if tested and not any(row.is_clear for _, row in tested):
+        tone = "unchanged"
+    return Verdict(f"Synthetic pairs {', and '.join(clauses)}.", tone, _certainty(tested))
+
+
+def _certainty(tested: list[tuple[str, Comparison]]) -> str:
+    """Which of these changes exceed twice their standard error over the columns of the test part."""
+    if not tested:
+        return ""
+    columns = max(row.in_columns[2] for _, row in tested if row.in_columns)
+    over = f"more than twice its standard error over {columns} columns of the test part"
+    clear = [f"{row.name} with {method} ({row.columns_text})" for method, row in tested if row.is_clear]
+    return (
+        f"Of these changes, {over}: {', '.join(clear)}." if clear else f"No change is {over}: this may all be chance."
+    )
 
 
 def _clause(rows: list[Comparison]) -> str:

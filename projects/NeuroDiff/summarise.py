@@ -1,4 +1,6 @@
-"""Scores of several runs, seed by seed, as a Markdown table.
+"""Scores of several runs, seed by seed, as a Markdown table; and what mixing changed, with its error.
+
+The second table has the mean difference, mixed - real, over columns of the test part, and its standard error.
 
 python projects/NeuroDiff/summarise.py outputs/fib-0 outputs/fib-1
 """
@@ -8,6 +10,8 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
+
+from connectomics_neurodiff.report.verdict import compare, methods_of
 
 SCORES = ("voi_split", "voi_merge", "voi", "arand")
 ARMS = {"real": "real only", "mixed": "real + synthetic"}
@@ -30,13 +34,33 @@ def rows_of(runs: list[Path]) -> list[list[str]]:
     return rows
 
 
+def differences_of(runs: list[Path]) -> list[list[str]]:
+    """One row per method and run: VOI split, VOI merge, VOI and ARAND, mixed - real, in columns of the test part."""
+    rows = []
+    for run in runs:
+        metrics = json.loads((run / "metrics.json").read_text())
+        for method in methods_of(metrics):
+            by_name = {row.name: row.columns_text for row in compare(metrics, method)}
+            seed = str(metrics["provenance"]["seed"])
+            rows.append([method, seed, *(by_name[name] for name in ("VOI split", "VOI merge", "VOI", "ARAND"))])
+    return sorted(rows)
+
+
+def print_table(header: list[str], rows: list[list[str]]) -> None:
+    """Print a Markdown table."""
+    for row in [header, ["---"] * len(header), *rows]:
+        print("| " + " | ".join(row) + " |")
+
+
 def main() -> None:
-    """Print the table."""
+    """Print the tables."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("runs", nargs="+", type=Path, help="folders of finished runs")
-    header = ["method", "trained on", "seed", "VOI split", "VOI merge", "VOI", "ARAND"]
-    for row in [header, ["---"] * len(header), *rows_of(parser.parse_args().runs)]:
-        print("| " + " | ".join(row) + " |")
+    runs = parser.parse_args().runs
+    scores = ["VOI split", "VOI merge", "VOI", "ARAND"]
+    print_table(["method", "trained on", "seed", *scores], rows_of(runs))
+    print()
+    print_table(["method", "seed", *(f"{name} in columns" for name in scores)], differences_of(runs))
 
 
 if __name__ == "__main__":
