@@ -11,6 +11,12 @@ from connectomics_neurodiff.config import default_config, dump_config, load_conf
 from connectomics_neurodiff.errors import ConfigError, MissingInput, UserError
 
 
+@pytest.mark.parametrize("value", ["0", "-0.5", "1.5", "nan"])
+def test_the_synthetic_part_of_a_training_is_a_part(value: str) -> None:
+    with pytest.raises(ConfigError, match=r"AUGMENTOR.SYNTHETIC.UNTIL .*\(0, 1\]"):
+        load_config(overrides=["AUGMENTOR.SYNTHETIC.UNTIL", value])
+
+
 def test_order_is_defaults_base_file_command_line(tmp_path: Path) -> None:
     (tmp_path / "base.yaml").write_text("SOLVER: {BASE_LR: 3, ITERATION_TOTAL: 7, WARMUP_ITERS: 5}")
     (tmp_path / "recipe.yaml").write_text("_BASE_: base.yaml\nSOLVER: {ITERATION_TOTAL: 8, WARMUP_ITERS: 6}")

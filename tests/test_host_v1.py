@@ -380,6 +380,24 @@ def test_the_share_of_synthetic_patches_is_exact(tmp_path: Path, ratio: float) -
 
 
 @with_host
+def test_a_project_ends_on_real_patches(tmp_path: Path) -> None:
+    write_project_data(tmp_path)
+    cfg = host_cfg(tmp_path, **{"SOLVER.ITERATION_TOTAL": 30, "SOLVER.SAMPLES_PER_BATCH": 2})
+    cfg.AUGMENTOR.SYNTHETIC.ENABLED, cfg.AUGMENTOR.SYNTHETIC.PAIRS = True, write_pairs(tmp_path)
+    cfg.AUGMENTOR.SYNTHETIC.UNTIL = 0.6
+    v1.register(cfg)
+    try:
+        from connectomics.engine import trainer
+
+        dataset = trainer.build_dataloader(cfg, None, "train").dataset
+        synthetic = [float(np.ptp(dataset[i][1])) == 0 for i in range(60)]
+    finally:
+        v1.unregister()
+    assert sum(synthetic[:36]) == 18
+    assert not any(synthetic[36:])
+
+
+@with_host
 def test_workers_and_a_resumed_training_draw_the_same_samples(tmp_path: Path) -> None:
     write_project_data(tmp_path, (12, 88, 96))
     cfg = host_cfg(tmp_path, **{"SOLVER.SAMPLES_PER_BATCH": 2})

@@ -16,6 +16,7 @@ from connectomics_neurodiff.errors import LabelTypeError, MissingInput, ShapeMis
 from connectomics_neurodiff.pairs import (
     grey_value_gate,
     is_synthetic,
+    last_synthetic,
     match_grey_values,
     membrane_gate,
     membrane_visibility,
@@ -152,6 +153,22 @@ def test_order_does_not_follow_the_batch_position() -> None:
     # With two devices that take turns, each sees its fair share; each pair of samples has one of both.
     assert 0.45 < drawn[::2].mean() < 0.55
     assert (drawn[::2] != drawn[1::2]).all()
+
+
+@given(st.fractions(0, 20, max_denominator=50), st.integers(0, 300))
+def test_a_training_ends_on_real_samples(ratio, until) -> None:
+    drawn = [is_synthetic(i, float(ratio), until) for i in range(400)]
+    assert drawn[:until] == [is_synthetic(i, float(ratio)) for i in range(until)]
+    assert not any(drawn[until:])
+
+
+def test_where_the_synthetic_samples_end() -> None:
+    assert last_synthetic(0.5, 800) == 400
+    assert last_synthetic(0.33, 10) == 3
+    assert last_synthetic(1.0, 800) is None
+    for share in (0.0, 1.01, np.nan):
+        with pytest.raises(ValueRangeError, match=r"\(0, 1\]"):
+            last_synthetic(share, 800)
 
 
 @pytest.mark.parametrize("ratio", [-0.1, np.nan, np.inf])

@@ -24,7 +24,8 @@ from connectomics_neurodiff.checkpoints import load_checkpoint
 from connectomics_neurodiff.config import load_config
 from connectomics_neurodiff.errors import ConfigError, MissingInput, OutputExists, StaleArtifactError, UserError
 from connectomics_neurodiff.pairs import read_reliability
-from connectomics_neurodiff.pipeline import choose_stages, run_pipeline
+from connectomics_neurodiff.pipeline import choose_stages, networks, run_pipeline, stages
+from connectomics_neurodiff.volume import grow_phantom
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
 
@@ -386,6 +387,22 @@ def test_pairs_made_elsewhere_are_read_before_any_training(tmp_path: Path, damag
     with pytest.raises(UserError, match=damage):
         run(tmp_path / "out", AUGMENTOR__SYNTHETIC__PAIRS=str(tmp_path / "pair.h5"), stages=["segmenter"])
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("until", "last"), [(1.0, None), (0.5, 12), (0.25, 6)])
+def test_a_part_of_the_training_is_a_number_of_samples(until: float, last: int | None) -> None:
+    """4 steps of 3 forward passes of 2 samples."""
+    volume = grow_phantom((8, 64, 64), (29.0, 6.0, 6.0), 0)
+    for architecture in ("superhuman", "agq"):
+        cfg = load_config(
+            overrides=[
+                *("SOLVER.ITERATION_TOTAL", "4", "SOLVER.ITERATION_STEP", "3", "SOLVER.SAMPLES_PER_BATCH", "2"),
+                *("AUGMENTOR.SYNTHETIC.UNTIL", str(until), "SYSTEM.NUM_GPUS", "0", "MODEL.ARCHITECTURE", architecture),
+            ]
+        )
+        assert networks.segmenter_samples(cfg) == 24
+        patches, _ = stages._samples_and_loss(cfg, volume, [volume], 1.0, [])
+        assert patches.synthetic_until == last
 
 
 def test_pairs_need_no_membrane(tmp_path: Path) -> None:

@@ -173,6 +173,21 @@ def test_weights_balance_the_classes() -> None:
     assert balanced_weights(affinity, known, 1.5)[0, 0, 9, 0] == 1.5
 
 
+def test_after_the_last_synthetic_sample_all_are_those_of_real_training() -> None:
+    shape = (9, 30, 28)
+    real, pair = random_volume(shape), numbered_volume(shape)
+    options = {"patch": (5, 16, 12), "seed": 2, "augment": ONLY_POSES}
+    mixed, ending, alone = (
+        AffinityPatches([real], [pair], ratio=ratio, synthetic_until=until, **options)
+        for ratio, until in ((1.0, None), (1.0, 6), (0.0, None))
+    )
+    for i in range(16):
+        expected = (mixed if i < 6 else alone)[i]
+        np.testing.assert_array_equal(ending[i]["image"], expected["image"])
+        np.testing.assert_array_equal(ending[i]["affinity"], expected["affinity"])
+    assert any((mixed[i]["image"] != alone[i]["image"]).any() for i in range(6, 16))
+
+
 def test_reliability_weights_both_ends_of_every_edge() -> None:
     """The image numbers the voxels, so that a sample tells where each of its voxels comes from."""
     shape = (9, 30, 28)

@@ -145,6 +145,9 @@ def _add_augmentor(cfg: CfgNode) -> None:
     cfg.AUGMENTOR.SYNTHETIC.PAIRS = []
     # Synthetic : real patches, >= 0. [paper] 1.0.
     cfg.AUGMENTOR.SYNTHETIC.RATIO = 1.0
+    # Part of the training in which synthetic patches are drawn, (0, 1]; the rest sees real ones only. [paper] 1.0.
+    # Short trainings do better with .5 (docs/results.md).
+    cfg.AUGMENTOR.SYNTHETIC.UNTIL = 1.0
 
 
 def _add_inference(cfg: CfgNode) -> None:

@@ -263,6 +263,8 @@ def _validate_sources(cfg: CfgNode) -> None:
     """Names of inputs that would be ignored, or that name nothing, are slips."""
     data, split = cfg.DATASET, cfg.NEURODIFF.SPLIT
     _require(bool(data.IMAGE_NAME), "DATASET.IMAGE_NAME", "the name of a volume, or 'phantom'", data.IMAGE_NAME)
+    until = cfg.AUGMENTOR.SYNTHETIC.UNTIL
+    _require(0 < until <= 1, "AUGMENTOR.SYNTHETIC.UNTIL", "a part of the training, in (0, 1]", until)
     pairs = cfg.AUGMENTOR.SYNTHETIC.PAIRS
     named = all(isinstance(path, str) and path for path in pairs)
     _require(named, "AUGMENTOR.SYNTHETIC.PAIRS", "a path or a list of paths", pairs)

@@ -1,7 +1,7 @@
 """Room 5, pairs: synthetic images and masks on disk, the check of their grey values, the mixing with real ones."""
 
 from .gate import GateReport, grey_value_gate, match_grey_values, membrane_gate, membrane_visibility
-from .mixing import is_synthetic
+from .mixing import is_synthetic, last_synthetic
 from .reliability import ReliabilityMap
 from .store import MaskArrays, open_pair, open_pairs, read_reliability, write_pair
 
@@ -11,6 +11,7 @@ __all__ = [
     "ReliabilityMap",
     "grey_value_gate",
     "is_synthetic",
+    "last_synthetic",
     "match_grey_values",
     "membrane_gate",
     "membrane_visibility",

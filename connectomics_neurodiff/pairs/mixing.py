@@ -32,7 +32,32 @@ def _count_before(i: int, share: Fraction) -> int:
     return block * share.numerator + (within * share.numerator + phase) // share.denominator
 
 
-def is_synthetic(i: int, ratio: float) -> bool:
+def last_synthetic(share: float, samples: int) -> int | None:
+    """The `until` of :func:`is_synthetic` for a training of so many samples that ends on real ones.
+
+    Parameters
+    ----------
+    share : float
+        Part of the training, in (0, 1], in which synthetic samples are drawn.
+    samples : int
+        Samples of the whole training, on all devices together.
+
+    Returns
+    -------
+    int or None
+        The nearest number of samples; None for the whole training.
+
+    Raises
+    ------
+    ValueRangeError
+        If the share is not in (0, 1].
+    """
+    if not 0 < share <= 1:
+        raise ValueRangeError(f"The part of a training that sees synthetic samples must be in (0, 1]. Got {share}.")
+    return None if share == 1 else round(share * samples)
+
+
+def is_synthetic(i: int, ratio: float, until: int | None = None) -> bool:
     """Whether training sample `i` is drawn from the synthetic volumes.
 
     Parameters
@@ -41,12 +66,14 @@ def is_synthetic(i: int, ratio: float) -> bool:
         Sample number, >= 0.
     ratio : float
         Synthetic : real, >= 0. The paper uses 1; 0 means real samples only.
+    until : int, optional
+        From this sample on all are real: what a network saw last shapes it most.
 
     Returns
     -------
     bool
-        Among the first n samples, floor or ceil of n * ratio / (1 + ratio) are synthetic, for every n. (A ratio is
-        taken as the nearest fraction with a denominator up to one million.)
+        Among the first n samples, floor or ceil of n * ratio / (1 + ratio) are synthetic, for every n up to `until`. (A
+        ratio is taken as the nearest fraction with a denominator up to one million.)
 
     Raises
     ------
@@ -56,4 +83,6 @@ def is_synthetic(i: int, ratio: float) -> bool:
     if i < 0:
         raise ValueRangeError(f"A sample number must be >= 0. Got {i}.")
     share = _share(ratio)
+    if until is not None and i >= until:
+        return False
     return _count_before(i + 1, share) > _count_before(i, share)

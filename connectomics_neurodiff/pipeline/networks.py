@@ -155,6 +155,12 @@ def segmenter_fit_settings(cfg: CfgNode) -> FitSettings:
     )
 
 
+def segmenter_samples(cfg: CfgNode) -> int:
+    """Samples that an arm of the segmenter sees in all, on all devices together."""
+    settings = segmenter_fit_settings(cfg)
+    return settings.steps * settings.accumulate * settings.batch_size * world_size(cfg).get("WORLD_SIZE", 1)
+
+
 def denoiser_options(cfg: CfgNode) -> dict[str, Any]:
     """Keyword arguments of :func:`~connectomics_neurodiff.synthesis.build_denoiser`."""
     node = cfg.NEURODIFF.DIFFUSION

@@ -15,7 +15,7 @@ from ..affinities import CONVENTION
 from ..config import as_dict
 from ..errors import CheckpointMismatch, StaleArtifactError, UserError
 from ..metrics import evaluate, evaluate_columns
-from ..pairs import open_pairs, read_reliability
+from ..pairs import last_synthetic, open_pairs, read_reliability
 from ..provenance import hash_of, hash_of_file, write_json
 from ..seeding import rng_for
 from ..volume import Volume, open_array, write_volume
@@ -132,6 +132,7 @@ def _train_arm(run: Run, arm: str) -> None:
         "AUXILIARY": {name: cfg.NEURODIFF.SEGMENTER[name] for name in ("LONG_RANGE", "SHAPE_SIGMA_NM", "SHAPE_WEIGHT")},
         "PRECISION": networks.device_and_precision(cfg)[1],
         "RATIO": cfg.AUGMENTOR.SYNTHETIC.RATIO if arm == "mixed" else 0.0,
+        **({"UNTIL": cfg.AUGMENTOR.SYNTHETIC.UNTIL} if cfg.AUGMENTOR.SYNTHETIC.UNTIL < 1 and arm == "mixed" else {}),
         **({"RELIABILITY_WEIGHTS": True} if weighted and arm == "mixed" else {}),
         **networks.world_size(cfg),
         **run.engine_settings(),
@@ -180,6 +181,7 @@ def _samples_and_loss(
         "patch": tuple(cfg.MODEL.INPUT_SIZE),
         "seed": cfg.NEURODIFF.SEED,
         "ratio": ratio,
+        "synthetic_until": last_synthetic(cfg.AUGMENTOR.SYNTHETIC.UNTIL, networks.segmenter_samples(cfg)),
         "augment": AugmentOptions(**networks.augment_probabilities(cfg)),
         "label_erosion": cfg.NEURODIFF.SEGMENTER.LABEL_EROSION,
     }

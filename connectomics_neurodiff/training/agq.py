@@ -16,7 +16,6 @@ from torch.nn import functional
 
 from ..affinities import affinities_from_labels
 from ..errors import ShapeMismatch, ValueRangeError
-from ..pairs import is_synthetic
 from ..seeding import rng_for
 from ..segmenters.agq import AGQ, InstancePrediction
 from ..volume import Volume
@@ -83,7 +82,7 @@ class InstancePatches(AffinityPatches):
 
     Parameters
     ----------
-    real, synthetic, patch, seed, ratio, augment
+    real, synthetic, patch, seed, ratio, synthetic_until, augment
         As for :class:`.AffinityPatches`.
     label_erosion : int
         As there, but 1 by default, as published.
@@ -97,11 +96,19 @@ class InstancePatches(AffinityPatches):
         patch: Sequence[int],
         seed: int,
         ratio: float,
+        synthetic_until: int | None = None,
         augment: AugmentOptions = DEFAULT_AUGMENTATION,
         label_erosion: int = 1,
     ) -> None:
         super().__init__(
-            real, synthetic, patch=patch, seed=seed, ratio=ratio, augment=augment, label_erosion=label_erosion
+            real,
+            synthetic,
+            patch=patch,
+            seed=seed,
+            ratio=ratio,
+            synthetic_until=synthetic_until,
+            augment=augment,
+            label_erosion=label_erosion,
         )
 
     def __getitem__(self, index: int) -> dict[str, Any]:
@@ -115,8 +122,7 @@ class InstancePatches(AffinityPatches):
             number, the index.
         """
         rng = rng_for(self.seed, "affinity patch", index)
-        volumes = self._synthetic if is_synthetic(index, self.ratio) else self._real
-        image, label, known = augment(*self._draw(volumes, rng), rng, self.augment)
+        image, label, known = augment(*self._draw(index, rng), rng, self.augment)
         return {
             "image": np.array(image[None, 1:, 1:, 1:], order="C"),
             "affinity": affinities_from_labels(label)[:, 1:, 1:, 1:].astype(np.float32),

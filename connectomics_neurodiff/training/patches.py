@@ -48,6 +48,8 @@ class AffinityPatches:
         Seed of the run.
     ratio : float
         Synthetic : real, exact over any stretch of samples (:func:`connectomics_neurodiff.pairs.is_synthetic`).
+    synthetic_until : int, optional
+        Number of the sample from which on all are real.
     augment : AugmentOptions
         Probabilities of the augmentations; the default is for serial sections.
     label_erosion : int
@@ -82,6 +84,7 @@ class AffinityPatches:
         patch: Sequence[int],
         seed: int,
         ratio: float,
+        synthetic_until: int | None = None,
         augment: AugmentOptions = DEFAULT_AUGMENTATION,
         label_erosion: int = 0,
         largest_weight: float = 10.0,
@@ -101,6 +104,7 @@ class AffinityPatches:
         self.patch = (int(patch[0]), int(patch[1]), int(patch[2]))
         self.seed = seed
         self.ratio = ratio
+        self.synthetic_until = synthetic_until
         self.augment = augment
         self.largest_weight = largest_weight
         self.auxiliary = auxiliary
@@ -123,8 +127,7 @@ class AffinityPatches:
             (10, z, y, x) in [0, 1] and shape_weight (1, z, y, x), 1 inside neurons, else 0.
         """
         rng = rng_for(self.seed, "affinity patch", index)
-        volumes = self._synthetic if is_synthetic(index, self.ratio) else self._real
-        image, label, known = self._draw(volumes, rng)
+        image, label, known = self._draw(index, rng)
         image, label, known = augment(image, label, known, rng, self.augment)
         # The plane in front of each axis was only there to know the first edges.
         inner = (slice(None), slice(1, None), slice(1, None), slice(1, None))
@@ -144,10 +147,9 @@ class AffinityPatches:
             sample["shape_weight"] = np.array(((label > 0) * known)[None][inner], dtype=np.float32, order="C")
         return sample
 
-    def _draw(
-        self, volumes: Sequence[_Annotated], rng: np.random.Generator
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def _draw(self, index: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Image, label and known of a random place in a random pose, one plane larger than the patch in front."""
+        volumes = self._synthetic if is_synthetic(index, self.ratio, self.synthetic_until) else self._real
         sizes = np.array([volume.image.size for volume in volumes], dtype=float)
         volume = volumes[int(rng.choice(len(volumes), p=sizes / sizes.sum()))]
         options = self.augment

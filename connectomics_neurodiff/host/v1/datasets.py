@@ -18,7 +18,7 @@ from yacs.config import CfgNode
 from ...config.project import single_file
 from ...errors import ConfigError, MissingInput, ValueRangeError
 from ...geometry import voxel_size
-from ...pairs import is_synthetic, open_pairs
+from ...pairs import is_synthetic, last_synthetic, open_pairs
 from ...seeding import rng_for
 from ...volume import Volume, open_array, open_volume
 
@@ -36,6 +36,8 @@ class SyntheticVolumes:
         (z, y, x); grey values 0..255, uint8; neuron ids.
     ratio : float
         Synthetic : real patches.
+    until : int or None
+        Number of the sample from which on all are real.
     seed : int
         Seed of what is drawn.
     """
@@ -43,6 +45,7 @@ class SyntheticVolumes:
     images: list[np.ndarray]
     labels: list[np.ndarray]
     ratio: float
+    until: int | None
     seed: int
 
 
@@ -90,7 +93,8 @@ def load_synthetic(cfg: CfgNode, paths: Sequence[str], voxel_nm: Sequence[float]
         label = _rescale(renumber(pair.array("label"))[0], cfg.DATASET.LABEL_SCALE, 0)
         labels.append(_pad(label, cfg.DATASET.PAD_SIZE, cfg.DATASET.PAD_MODE))
     node = cfg.AUGMENTOR.SYNTHETIC
-    return SyntheticVolumes(images, labels, float(node.RATIO), int(cfg.NEURODIFF.SEED))
+    until = last_synthetic(float(node.UNTIL), cfg.SOLVER.ITERATION_TOTAL * cfg.SOLVER.SAMPLES_PER_BATCH)
+    return SyntheticVolumes(images, labels, float(node.RATIO), until, int(cfg.NEURODIFF.SEED))
 
 
 def _require_grey_type(cfg: CfgNode, paths: Sequence[str]) -> None:
@@ -177,7 +181,7 @@ class MixedVolumeDataset(VolumeDataset):  # type: ignore[misc]  # PyTC has no ty
         """Volume and corner: real or synthetic by number, the volume in proportion to its places, the place uniform."""
         self.attempt += 1
         rng = self.rng("host patch")
-        synthetic = is_synthetic(self.sample_index, self.synthetic_source.ratio)
+        synthetic = is_synthetic(self.sample_index, self.synthetic_source.ratio, self.synthetic_source.until)
         first, last = (self.real_count, len(self.volume)) if synthetic else (0, self.real_count)
         share = np.asarray(self.sample_num[first:last], dtype=float)
         chosen = first + int(rng.choice(last - first, p=share / share.sum()))
