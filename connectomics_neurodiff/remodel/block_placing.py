@@ -70,8 +70,8 @@ class BlockwisePlacing:
 
         The plan is that of the whole volume. Each mitochondrion of it is given to a block, by how many voxels deep
         enough for it every block holds, and has its widest section there; it may reach as far as :meth:`_halo` into
-        the blocks beside it. Blocks are worked on in their order, each around what those before it have placed.
-        What one lacks is first left to those after it.
+        the blocks beside it. Blocks are worked on in their order, each around what those before it have placed; what
+        one could not hold is added to what the next one shall.
 
         One block gives the bytes of :func:`.place_in` with ``numpy.random.default_rng(seed)``.
         """
@@ -79,8 +79,11 @@ class BlockwisePlacing:
             return
         templates = Templates.of(library, len(self.label), self.voxel_nm)
         group = volume_groups(self.neurons.volumes, self.candidate_fraction)
-        budget = Budget(mito_fraction * self.label.size)
-        plans = self._shared_out(plan_of(library, budget.wanted, self.voxel_nm), templates, group, seed)
+        wanted = mito_fraction * self.label.size
+        plan = plan_of(library, wanted, self.voxel_nm)
+        plans = self._shared_out(plan, templates, group, seed)
+        ends = np.cumsum([sum(each.volume for each in part) for part in plans])
+        budget = Budget(0.0)
         halo = self._halo(templates)
         for i, block in enumerate(progress(self.blocks, label="mitochondria")):
             window = self._window(block, halo)
@@ -90,9 +93,11 @@ class BlockwisePlacing:
             )
             part = slice(window.seen.start, window.seen.stop)
             room.occupy(self.mito[part])
-            later = sum(each.volume for plan in plans[i + 1 :] for each in plan)
+            budget.wanted = wanted * float(ends[i] / ends[-1])
+            # Less than one mitochondrion is not made up by specks here, but by larger ones there.
+            budget.slack = wanted / len(plan) if i < len(plans) - 1 else 0.0
             rng = rng_for(seed, "block", i) if i else np.random.default_rng(seed)
-            fill(room, groups, templates, plans[i], budget, rng, later=later)
+            fill(room, groups, templates, plans[i], budget, rng)
             reserve_space(self.mito.file, room.mito.nbytes)
             self.mito[part] = room.mito
 

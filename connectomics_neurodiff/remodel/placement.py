@@ -39,8 +39,6 @@ _PLACES = 6
 _TRIES, _ENOUGH, _TOO_SMALL = 24, 0.85, 0.35
 #: What could not be placed is added to what is still planned, up to this factor.
 _STRETCH = (0.7, 1.5)
-#: What one part of a volume lacks is left to the plan of the parts after it, as long as that grows by no more.
-_CATCH_UP = 1.2
 #: Voxels drawn to find one that is deep enough.
 _DRAWN = 32
 #: Failures in a row, per candidate and at least, before the demands are lowered.
@@ -299,18 +297,21 @@ def _place(
 
 @dataclass
 class Budget:
-    """Voxels of mitochondria wanted in the whole volume, and those placed."""
+    """Voxels of mitochondria wanted so far, those placed, and those that may still be missing for now."""
 
     wanted: float
     placed: int = 0
+    slack: float = 0.0
 
-    def left(self, planned: float = 0.0) -> float:
-        """Voxels that may still be placed beside `planned` ones."""
-        return (1 + _TOLERANCE) * self.wanted - self.placed - planned
+    @property
+    def left(self) -> float:
+        """Voxels that may still be placed."""
+        return (1 + _TOLERANCE) * self.wanted - self.placed
 
-    def is_met(self, planned: float = 0.0) -> bool:
-        """Whether enough is placed, with `planned` voxels to come."""
-        return self.placed + planned >= (1 - _TOLERANCE) * self.wanted
+    @property
+    def is_met(self) -> bool:
+        """Whether enough is placed."""
+        return self.placed >= (1 - _TOLERANCE) * self.wanted - self.slack
 
 
 def fill(
@@ -320,29 +321,22 @@ def fill(
     plan: Sequence[Wanted],
     budget: Budget,
     rng: np.random.Generator,
-    *,
-    later: float = 0.0,
 ) -> None:
-    """Place the mitochondria of a plan, and others until the volume wanted is reached or no candidate takes another.
-
-    `later` voxels are planned for other parts of the volume; these catch up on what is missing here as far as
-    :data:`_CATCH_UP`.
-    """
-    planned = sum(each.volume for each in plan) + later
+    """Place the mitochondria of a plan, and others until the volume wanted is reached or no candidate takes another."""
+    planned = sum(each.volume for each in plan)
     for each in plan:
         volume = float(np.clip((budget.wanted - budget.placed) / planned, *_STRETCH)) * each.volume
         planned -= each.volume
         choice = templates.matching(Wanted(volume, each.height_nm))
-        budget.placed += _place(room, groups, choice, volume, budget.left(), rng)
-    later *= _CATCH_UP
+        budget.placed += _place(room, groups, choice, volume, budget.left, rng)
     goals = [_Goal(1, _MIN_SCALE), *(_Goal(count, _LAST_SCALE) for count in range(1, len(groups) + 1))]
     for goal in goals:
         candidates = groups.largest(goal.groups)
         failures = 0
         while candidates and failures < max(_PATIENCE, _PATIENCE_PER_CANDIDATE * len(candidates)):
-            if budget.is_met(later):
+            if budget.is_met:
                 return
-            left = budget.left(later)
+            left = budget.left
             made = _draw(room, _drawn_from(candidates, rng), templates.filling(left, goal, rng), rng)
             voxels = 0 if made is None else int(np.count_nonzero(made[0]))
             if made is None or voxels > left:
