@@ -267,7 +267,7 @@ def _remodel_in_blocks(options: argparse.Namespace, volume: Volume, outputs: Seq
 
     if options.save_library:
         raise ConfigError("--save-library measures a whole volume in memory; it does not go with blocks. Crop it.")
-    for flag in ("rearrange", "neuron_spread", "grown_fraction", "section_jump", "section_drift"):
+    for flag in ("rearrange", "neuron_spread", "grown_fraction"):
         if getattr(options, flag):
             raise ConfigError(f"--{flag.replace('_', '-')} needs the whole volume in memory, not blocks of it.")
     assert volume.label is not None
@@ -288,6 +288,8 @@ def _remodel_in_blocks(options: argparse.Namespace, volume: Volume, outputs: Seq
             elastic=not options.no_elastic,
             place_mitochondria=not options.no_mito,
             membrane_thickness_nm=options.membrane_nm,
+            section_jump_nm=options.section_jump,
+            section_drift_nm=options.section_drift,
         ),
     )
     for copy, output in enumerate(outputs):

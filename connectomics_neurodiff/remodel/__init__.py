@@ -5,7 +5,7 @@ measures real mitochondria, :mod:`.room`, :mod:`.chain` and :mod:`.placement` pu
 :mod:`.quality` measures the result. More diversity, where it is asked for: :mod:`.rearranging` joins tissue of two
 places, :mod:`.swelling` moves the boundaries of neurons, :mod:`.growing` adds neurites, :mod:`.sections` misaligns.
 :mod:`.copies` makes several masks at a time, :mod:`.blockwise` masks of volumes larger than memory, whose mitochondria
-:mod:`.block_placing` places.
+:mod:`.block_placing` places and whose sections :mod:`.block_sections` misaligns.
 """
 
 from __future__ import annotations

@@ -17,16 +17,19 @@ from ..errors import ShapeMismatch, ValueRangeError
 from ..geometry import ZYX, voxel_size
 from ..memory import available_main_bytes
 from ..progress import progress
+from ..seeding import rng_for
 from ..volume import ArrayLike
 from ..volume.writing import CHUNK, new_dataset, new_volume_file, reserve_space
 from .block_placing import BlockwisePlacing, Neurons
-from .checks import binary_mask, compact_labels, positive, unsigned_labels
+from .block_sections import misalign_blockwise
+from .checks import MOST_NM, binary_mask, compact_labels, positive, unsigned_labels
 from .copies import BYTES_PER_PROCESS, BYTES_PER_VOXEL
 from .elastic import MAX_ATTEMPTS, Pieces, calmed, fragments, give_away, torn_labels
 from .field import DisplacementField
 from .inside import keep_inside
 from .library import SignatureLibrary
 from .pieces import PieceFinder, VolumePieces, components_of, touching
+from .sections import section_shifts
 
 logger = logging.getLogger("connectomics_neurodiff")
 
@@ -71,12 +74,16 @@ class BlockwiseSettings:
     membrane_thickness_nm: float = 25.0
     candidate_fraction: float = 0.10
     margin_nm: float = 10.0
+    section_jump_nm: float = 0.0
+    section_drift_nm: float = 0.0
 
     def check(self) -> None:
         """Raise ValueRangeError if a length is not valid; shares are checked where mitochondria are placed."""
         positive("The elastic amplitude in nm", self.elastic_sigma_nm, zero=True)
         positive("The spacing of the elastic grid in nm", self.elastic_spacing_nm)
         positive("The membrane's thickness in nm", self.membrane_thickness_nm, below=MOST_THICKNESS_NM)
+        positive("The jump of a section in nm", self.section_jump_nm, below=MOST_NM, zero=True)
+        positive("The drift of sections in nm", self.section_drift_nm, below=MOST_NM, zero=True)
 
 
 @dataclass(frozen=True, eq=False)
@@ -223,7 +230,16 @@ class BlockwiseRemodelling:
                 ).place(self.shapes, self.share, place_seed)
             else:
                 self._carry(mito, label, membrane, moved.field)
+            if settings.section_jump_nm or settings.section_drift_nm:
+                misalign_blockwise(label, membrane, mito, source.blocks, self._shifts(rng_for(seed, "sections")))
         return moved.minimum
+
+    def _shifts(self, rng: np.random.Generator) -> np.ndarray:
+        """Shifts of the sections."""
+        settings, depth = self.settings, self._source.label.shape[0]
+        return section_shifts(
+            depth, self._source.size, rng, jump_nm=settings.section_jump_nm, drift_nm=settings.section_drift_nm
+        )
 
     def _settled(self, rng: np.random.Generator) -> _Moved:
         """A random field, calmed until it tears nothing (:func:`.elastic_deform`)."""
