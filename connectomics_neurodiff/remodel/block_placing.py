@@ -19,8 +19,8 @@ from .room import CandidateGroups, Room, Window, unknown_sections, volume_groups
 
 #: Depths told apart when it is counted where a mitochondrion could be.
 _DEPTHS = 32
-#: Multiples of the golden ratio's fraction fill the unit interval evenly, however many are taken (Weyl's sequence).
-_GOLDEN = (np.sqrt(5) - 1) / 2
+#: So much of a mitochondrion's height lies inside the volume if it is centred in a section.
+_INSIDE = 0.85
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,8 +69,9 @@ class BlockwisePlacing:
         """:func:`.place_mitochondria`, block by block.
 
         The plan is that of the whole volume. Each mitochondrion of it is given to a block, by how many voxels deep
-        enough for it every block holds, and has its widest section there; it may reach as far as :meth:`_halo` into
-        the blocks beside it. Blocks are worked on in their order, each around what those before it have placed; what
+        enough for it every block holds, not so near to the volume's first or last section that it would be cut, and by
+        what was given before; it has its widest section there and may reach into the blocks beside it, at most through
+        them. Blocks are worked on in their order, each around what those before it have placed; what
         one could not hold is added to what the next one shall.
 
         One block gives the bytes of :func:`.place_in` with ``numpy.random.default_rng(seed)``.
@@ -128,27 +129,33 @@ class BlockwisePlacing:
     def _shared_out(
         self, plan: Sequence[Wanted], templates: Templates, group: np.ndarray, seed: int
     ) -> list[list[Wanted]]:
-        """Plan of each block: every size is spread over the volume as evenly as the room for it is."""
+        """Plan of each block: drawn by the volume that is still due to it, as there is room in it for such a one."""
         if len(self.blocks) == 1:
             return [list(plan)]
-        step = templates.most_depth_nm / _DEPTHS
-        counts = np.stack([self._depths(block, templates, group, step) for block in self.blocks])
-        capacity = counts[:, ::-1].cumsum(axis=1)[:, ::-1]
-        # Where nothing is deep at all, sections count.
-        capacity[:, 0] += (capacity[:, 0].sum() == 0) * np.array([len(block) for block in self.blocks])
-        somewhere = int(np.flatnonzero(capacity.sum(axis=0)).max())
+        step, depth = templates.most_depth_nm / _DEPTHS, len(self.label)
+        counts = np.concatenate([self._depths(block, templates, group, step) for block in self.blocks])
+        room = counts[:, ::-1].cumsum(axis=1)[:, ::-1]
+        middle, starts = np.arange(depth) + 0.5, [block.start for block in self.blocks]
         plans: list[list[Wanted]] = [[] for _ in self.blocks]
-        start = rng_for(seed, "plan").random()
-        for i, each in enumerate(plan):
-            need = min(int(templates.matching(each).least_depth_nm / step), somewhere)
-            ends = capacity[:, need].cumsum()
-            plans[int(np.searchsorted(ends, (start + i * _GOLDEN) % 1 * ends[-1], side="right"))].append(each)
+        given, rng = np.zeros(len(self.blocks)), rng_for(seed, "plan")
+        for each in plan:
+            deep = room[:, min(int(templates.matching(each).least_depth_nm / step), _DEPTHS - 1)]
+            half = each.height_nm / self.voxel_nm.z / 2
+            inside = np.minimum(middle + half, depth) - np.maximum(middle - half, 0)
+            choices = deep * (inside >= _INSIDE * 2 * half), deep, room[:, 0], np.ones(depth)
+            here = np.add.reduceat(next(choice for choice in choices if choice.any()), starts)
+            due = np.maximum(here / here.sum() * (given.sum() + each.volume) - given, 0)
+            chosen = int(rng.choice(len(due), p=due / due.sum()))
+            plans[chosen].append(each)
+            given[chosen] += each.volume
         return plans
 
     def _depths(self, block: range, templates: Templates, group: np.ndarray, step_nm: float) -> np.ndarray:
-        """Number of voxels of a block, in neurons of the first group, by depth, (depths,)."""
+        """Number of voxels in neurons of the first group by depth, (sections, depths)."""
         room, names = self._room(Window(len(self.label), block, block), templates)
         first = self._group_of(names, group) == 0
-        deep = (room.depth > 0) & first[room.label]
-        depths = np.minimum(room.depth[deep] / step_nm, _DEPTHS - 1).astype(np.int64)
-        return np.bincount(depths, minlength=_DEPTHS)
+        found = np.zeros((len(block), _DEPTHS), dtype=np.int64)
+        for section, label, depth in zip(found, room.label, room.depth, strict=True):
+            deep = depth[(depth > 0) & first[label]]
+            section += np.bincount(np.minimum(deep / step_nm, _DEPTHS - 1).astype(np.int64), minlength=_DEPTHS)
+        return found
