@@ -193,12 +193,12 @@ def test_a_mitochondrion_goes_where_there_is_room_for_it(tmp_path: Path) -> None
 
 def test_memory_does_not_grow_with_the_depth(tmp_path: Path) -> None:
     peaks = []
-    for depth in (40, 120):
-        label, mito = tall_tissue((depth, 40, 48), VOXEL, 8, (80.0, 40.0, 60.0))
+    for depth in (64, 192):
+        label, mito = tall_tissue((depth, 60, 72), VOXEL, 64, (100.0, 60.0, 80.0))
         with h5py.File(tmp_path / f"{depth}.h5", "w") as file:
             file["label"], file["mito"] = label, mito
             tracemalloc.start()
-            remodel_blockwise(tmp_path / "m.h5", file["label"], file["mito"], VOXEL, rng_for(0), sections=4)
+            remodel_blockwise(tmp_path / "m.h5", file["label"], file["mito"], VOXEL, rng_for(0), sections=8)
             peaks.append(tracemalloc.get_traced_memory()[1])
             tracemalloc.stop()
     assert peaks[1] < 1.1 * peaks[0]
