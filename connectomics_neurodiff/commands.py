@@ -262,12 +262,12 @@ def remodel(options: argparse.Namespace) -> None:
 
 def _remodel_in_blocks(options: argparse.Namespace, volume: Volume, outputs: Sequence[Path]) -> None:
     """``neurodiff remodel`` of a volume that does not fit into memory, or that is to be made in blocks."""
-    from .remodel import SignatureLibrary, remodel_blockwise, sections_that_fit
+    from .remodel import BlockwiseRemodelling, BlockwiseSettings, SignatureLibrary, sections_that_fit
     from .seeding import rng_for
 
     if options.save_library:
         raise ConfigError("--save-library measures a whole volume in memory; it does not go with blocks. Crop it.")
-    for flag in ("rearrange", "neuron_spread", "grown_fraction", "section_jump", "section_drift"):
+    for flag in ("rearrange", "neuron_spread", "grown_fraction"):
         if getattr(options, flag):
             raise ConfigError(f"--{flag.replace('_', '-')} needs the whole volume in memory, not blocks of it.")
     assert volume.label is not None
@@ -278,20 +278,22 @@ def _remodel_in_blocks(options: argparse.Namespace, volume: Volume, outputs: Seq
         file=sys.stderr,
     )
     files = [SignatureLibrary.load(path) for path in options.library]
-    for copy, output in enumerate(outputs):
-        remodel_blockwise(
-            output,
-            volume.label,
-            volume.mito,
-            volume.voxel_nm,
-            rng_for(options.seed, "remodel", copy),
-            sections=sections,
+    remodelling = BlockwiseRemodelling.of(
+        volume.label,
+        volume.mito,
+        volume.voxel_nm,
+        sections=sections,
+        library=files[0].merged(*files[1:]) if files else None,
+        settings=BlockwiseSettings(
             elastic=not options.no_elastic,
             place_mitochondria=not options.no_mito,
-            library=files[0].merged(*files[1:]) if files else None,
             membrane_thickness_nm=options.membrane_nm,
-            attributes={"seed": options.seed, "copy": copy},
-        )
+            section_jump_nm=options.section_jump,
+            section_drift_nm=options.section_drift,
+        ),
+    )
+    for copy, output in enumerate(outputs):
+        remodelling.make(output, rng_for(options.seed, "remodel", copy), {"seed": options.seed, "copy": copy})
 
 
 def _remodel_copy(

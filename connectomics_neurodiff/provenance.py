@@ -5,7 +5,9 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import logging
 import os
+import platform
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
@@ -14,6 +16,8 @@ from typing import Any
 
 from ._version import __version__
 from .errors import NotEnoughSpace, NotWritable, OutputExists, StaleArtifactError
+
+logger = logging.getLogger("connectomics_neurodiff")
 
 #: What a disk, a quota or a limit that is exhausted calls itself; HDF5 hides the error number in its message.
 _FULL = ("No space left", "Disk quota exceeded", "File too large")
@@ -41,7 +45,8 @@ def require_writable(path: str | os.PathLike[str]) -> None:
 def atomic_write(path: str | os.PathLike[str], *, overwrite: bool = True) -> Iterator[Path]:
     """Yield a temporary path beside `path`; rename it into place only if the block succeeds.
 
-    Whoever kills the process in the middle leaves either the old file or the new one, never half of one.
+    Whoever kills the process in the middle leaves either the old file or the new one, never half of one. What SIGKILL
+    leaves beside it, the temporary file, is removed when the same path is written again on the same machine.
 
     Raises
     ------
@@ -56,8 +61,8 @@ def atomic_write(path: str | os.PathLike[str], *, overwrite: bool = True) -> Ite
     target = Path(path)
     if target.exists() and not overwrite:
         raise OutputExists(f"{target} exists; nothing was overwritten. Name another output, or remove it first.")
-    # The suffix stays last: writers choose the format by it.
-    temporary = target.with_name(f".{target.stem}.{os.getpid()}.part{target.suffix}")
+    temporary = _temporary(target, str(os.getpid()))
+    _remove_leftovers(target)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
@@ -76,6 +81,25 @@ def atomic_write(path: str | os.PathLike[str], *, overwrite: bool = True) -> Ite
     finally:
         with suppress(OSError):
             temporary.unlink()
+
+
+def _temporary(target: Path, process: str) -> Path:
+    """Where a process of this machine writes a file; the suffix stays last: writers choose the format by it."""
+    return target.with_name(f".{target.stem}.{platform.node()}.{process}.part{target.suffix}")
+
+
+def _remove_leftovers(target: Path) -> None:
+    """Remove what processes that were killed have left beside a file; those that run are let alone."""
+    import psutil
+
+    before, _, after = _temporary(target, "\n").name.partition("\n")
+    if not os.access(target.parent, os.R_OK):
+        return
+    for entry in os.scandir(target.parent):
+        process = entry.name.removeprefix(before).removesuffix(after)
+        if entry.name == before + process + after and process.isdecimal() and not psutil.pid_exists(int(process)):
+            Path(entry).unlink(missing_ok=True)
+            logger.warning("%s, left by a command that was killed, was removed.", entry.path)
 
 
 def write_json(path: str | os.PathLike[str], content: Mapping[str, Any]) -> None:

@@ -384,7 +384,7 @@ def test_bad_volumes_are_refused(cells: Path, denoiser: Path, tmp_path: Path) ->
     refused("shape", "evaluate", str(tmp_path / "bare.h5"), "--truth", str(cells))
     blocks = ["remodel", str(cells), str(tmp_path / "o4.h5"), "--block-sections", "4"]
     refused("--rearrange needs the whole volume", *blocks, "--rearrange")
-    refused("--section-drift needs the whole volume", *blocks, "--section-drift", "3")
+    refused("--neuron-spread needs the whole volume", *blocks, "--neuron-spread", "3")
     sample = ["sample", out, str(tmp_path / "o3.h5"), "--checkpoint", str(denoiser)]
     for steps in ("0", "251"):
         refused("1 to 250 steps", *sample, "--steps", steps)

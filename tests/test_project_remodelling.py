@@ -52,6 +52,8 @@ def test_rows_are_the_same_for_any_number_of_workers_and_not_made_twice(
     assert list(one) == ["cells 0", "cells 1"]
     assert one["cells 0"]["sha256"] != one["cells 1"]["sha256"]
     assert [row["sha256"] for row in two.values()] == [row["sha256"] for row in one.values()]
+    (blocks,) = rows("one.json", "--seeds", "1", "--block-sections", "5").keys() - one.keys()
+    assert blocks == "cells 0 in blocks of 5"
     assert all(row["labels_torn"] == row["mito_on_membrane_voxels"] == 0 for row in one.values())
     one["cells 1"]["cpu_seconds"] = 1234.5
     (tmp_path / "one.json").write_text(json.dumps(one))

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import platform
+import signal
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,6 +22,35 @@ def write_half(target: Path, error: Exception) -> None:
     with atomic_write(target) as temporary:
         temporary.write_text("half of the new")
         raise error
+
+
+KILLED = """
+import os, signal, sys
+from connectomics_neurodiff.provenance import atomic_write
+with atomic_write(sys.argv[1]) as temporary:
+    temporary.write_text("half of")
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_what_a_killed_process_left_is_removed_by_the_next_one_and_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    target = tmp_path / "m[1].h5"
+    assert subprocess.run([sys.executable, "-c", KILLED, str(target)]).returncode == -signal.SIGKILL
+    (left,) = tmp_path.iterdir()
+    assert not target.exists()
+    process = left.name.split(".")[-3]
+    alive = left.with_name(left.name.replace(f".{process}.", f".{os.getppid()}."))
+    elsewhere = left.with_name(left.name.replace(f".{platform.node()}.", ".another-machine."))
+    other, notes = left.with_name(left.name.replace("m[1]", "m")), tmp_path / ".m[1].notes.part.h5"
+    for path in (alive, elsewhere, other, notes):
+        path.write_text("x")
+    with atomic_write(target) as temporary:
+        temporary.write_text("whole")
+    assert sorted(tmp_path.iterdir()) == sorted([target, alive, elsewhere, other, notes])
+    assert target.read_text() == "whole"
+    assert caplog.messages == [f"{left}, left by a command that was killed, was removed."]
 
 
 def test_a_failing_writer_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:

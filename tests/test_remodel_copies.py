@@ -36,6 +36,26 @@ def test_each_item_gets_its_own_result() -> None:
     assert not multiprocessing.active_children()
 
 
+class Heavy:
+    """A job with data that counts how often it is sent."""
+
+    def __init__(self) -> None:
+        self.sent = 0
+
+    def __getstate__(self) -> dict[str, int]:
+        self.sent += 1
+        return {"sent": 0}
+
+    def __call__(self, number: int) -> int:
+        return number**2
+
+
+def test_what_a_job_needs_is_sent_once_to_each_process() -> None:
+    heavy = Heavy()
+    assert dict(in_processes(heavy, range(12), 2)) == {n: n**2 for n in range(12)}
+    assert 1 <= heavy.sent <= 2
+
+
 def test_an_error_in_a_process_is_an_error_here() -> None:
     with pytest.raises(ValueError, match="negative"):
         list(in_processes(math.factorial, [-1, 3], 2))

@@ -4,7 +4,8 @@ Read :mod:`.remodel` first: it is the whole way. :mod:`.field` and :mod:`.elasti
 measures real mitochondria, :mod:`.room`, :mod:`.chain` and :mod:`.placement` put them into the moved neurons,
 :mod:`.quality` measures the result. More diversity, where it is asked for: :mod:`.rearranging` joins tissue of two
 places, :mod:`.swelling` moves the boundaries of neurons, :mod:`.growing` adds neurites, :mod:`.sections` misaligns.
-:mod:`.copies` makes several masks at a time, :mod:`.blockwise` masks of volumes larger than memory.
+:mod:`.copies` makes several masks at a time, :mod:`.blockwise` masks of volumes larger than memory, whose mitochondria
+:mod:`.block_placing` places and whose sections :mod:`.block_sections` misaligns.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import sys
 from types import ModuleType
 from typing import Any
 
-from .blockwise import fits_in_memory, remodel_blockwise, sections_that_fit
+from .blockwise import BlockwiseRemodelling, BlockwiseSettings, fits_in_memory, remodel_blockwise, sections_that_fit
 from .copies import in_processes, workers_that_fit
 from .elastic import Deformation, elastic_deform
 from .field import DisplacementField, jacobian_minimum
@@ -28,6 +29,8 @@ from .swelling import swell
 
 __all__ = [
     "PAIRED",
+    "BlockwiseRemodelling",
+    "BlockwiseSettings",
     "Deformation",
     "DisplacementField",
     "MaskLimits",

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import fastremap
 import h5py
 import numpy as np
 
@@ -19,19 +20,21 @@ from ..progress import progress
 from ..seeding import rng_for
 from ..volume import ArrayLike
 from ..volume.writing import CHUNK, new_dataset, new_volume_file, reserve_space
-from .checks import binary_mask, compact_labels, positive, unsigned_labels
+from .block_placing import BlockwisePlacing, Neurons
+from .block_sections import misalign_blockwise
+from .checks import MOST_NM, binary_mask, compact_labels, positive, unsigned_labels
 from .copies import BYTES_PER_PROCESS, BYTES_PER_VOXEL
 from .elastic import MAX_ATTEMPTS, Pieces, calmed, fragments, give_away, torn_labels
 from .field import DisplacementField
 from .inside import keep_inside
 from .library import SignatureLibrary
 from .pieces import PieceFinder, VolumePieces, components_of, touching
-from .placement import place_in
+from .sections import section_shifts
 
 logger = logging.getLogger("connectomics_neurodiff")
 
-#: A block is to be this many times as deep as the tallest mitochondrion is high.
-_LEAST_DEPTHS = 3
+#: Blocks held at a time: one, and what mitochondria may reach of those beside it.
+_BLOCKS_HELD = 3
 
 
 def fits_in_memory(shape: Sequence[int]) -> bool:
@@ -47,15 +50,40 @@ def sections_that_fit(shape: Sequence[int], voxel_nm: Sequence[float], thickness
     MemoryError
         If not even the smallest block fits.
     """
-    section = BYTES_PER_VOXEL * int(np.prod(shape[1:]))
-    fit = (available_main_bytes() - BYTES_PER_PROCESS) // section - 2 * membrane_halo(voxel_nm, thickness_nm)
+    section, halo = BYTES_PER_VOXEL * int(np.prod(shape[1:])), 2 * membrane_halo(voxel_nm, thickness_nm)
+    fit = ((available_main_bytes() - BYTES_PER_PROCESS) // section - halo) // _BLOCKS_HELD
     if fit < CHUNK[0]:
-        needed = (CHUNK[0] + 2 * membrane_halo(voxel_nm, thickness_nm)) * section + BYTES_PER_PROCESS
+        needed = (_BLOCKS_HELD * CHUNK[0] + halo) * section + BYTES_PER_PROCESS
         raise MemoryError(
-            f"{CHUNK[0]} sections of {shape[1]} x {shape[2]} voxels with what they depend on take "
+            f"Blocks of {CHUNK[0]} sections of {shape[1]} x {shape[2]} voxels with what they depend on take "
             f"{needed / 2**30:.1f} GiB, {available_main_bytes() / 2**30:.1f} GiB are free; crop the volume"
         )
     return int(min(fit, shape[0]) // CHUNK[0] * CHUNK[0]) or shape[0]
+
+
+@dataclass(frozen=True)
+class BlockwiseSettings:
+    """What :func:`.remodel` calls by the same names, as far as blocks allow it."""
+
+    elastic: bool = True
+    place_mitochondria: bool = True
+    mito_fraction: float | None = None
+    elastic_sigma_nm: float = 24.0
+    elastic_spacing_nm: float = 300.0
+    min_jacobian: float = 0.2
+    membrane_thickness_nm: float = 25.0
+    candidate_fraction: float = 0.10
+    margin_nm: float = 10.0
+    section_jump_nm: float = 0.0
+    section_drift_nm: float = 0.0
+
+    def check(self) -> None:
+        """Raise ValueRangeError if a length is not valid; shares are checked where mitochondria are placed."""
+        positive("The elastic amplitude in nm", self.elastic_sigma_nm, zero=True)
+        positive("The spacing of the elastic grid in nm", self.elastic_spacing_nm)
+        positive("The membrane's thickness in nm", self.membrane_thickness_nm, below=MOST_THICKNESS_NM)
+        positive("The jump of a section in nm", self.section_jump_nm, below=MOST_NM, zero=True)
+        positive("The drift of sections in nm", self.section_drift_nm, below=MOST_NM, zero=True)
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,11 +114,191 @@ class _Source:
         """Mitochondria of a block, moved by the field."""
         return self._pulled(self.mitochondria, block, field)
 
-    def _pulled(self, read: Any, block: range, field: DisplacementField | None) -> np.ndarray:
+    def _pulled(
+        self, read: Callable[[int, int], np.ndarray], block: range, field: DisplacementField | None
+    ) -> np.ndarray:
         if field is None:
-            return np.asarray(read(block.start, block.stop))
+            return read(block.start, block.stop)
         first = max(block.start - field.reach, 0)
         return field.warp(read(first, block.stop + field.reach), first, block)
+
+
+@dataclass(frozen=True, eq=False)
+class _Moved:
+    """A field that tears nothing, its smallest Jacobian determinant, and pieces to give to their surroundings.
+
+    The pieces, `gone`, are given by number; `of_block` has the numbers of every block's own components.
+    """
+
+    field: DisplacementField | None
+    minimum: float
+    gone: np.ndarray
+    of_block: list[np.ndarray]
+
+    @classmethod
+    def still(cls, field: DisplacementField | None = None) -> _Moved:
+        """Nothing moves."""
+        return cls(field, 1.0, np.zeros(0, dtype=np.int64), [])
+
+
+@dataclass(frozen=True, eq=False)
+class BlockwiseRemodelling:
+    """A volume on disk that was read once, of which any number of masks can be made.
+
+    One field deforms the whole volume. Labels are taken apart and joined again across the faces of the blocks, so that
+    a neuron counts as connected, lost or torn as it would in the whole volume; what is torn calms the field as there.
+    Labels and membranes are therefore those of :func:`.remodel` for the same state of the random numbers, except where
+    fragments were given to their surroundings: each block gives its own part of a fragment to what surrounds it there.
+
+    Mitochondria are planned for the whole volume and placed block by block (:meth:`.BlockwisePlacing.place`); they
+    cross the faces between blocks. Shapes of the volume itself are those of :meth:`.SignatureLibrary.from_masks`, but
+    for one that ends beyond the two blocks after the one in which it begins: it is measured up to there, as if cut.
+
+    Attributes
+    ----------
+    settings : BlockwiseSettings
+    pieces : VolumePieces
+        Of the volume's labels.
+    shapes : SignatureLibrary
+        Mitochondria to place.
+    share : float
+        Of all voxels, to be mitochondria.
+    """
+
+    settings: BlockwiseSettings
+    pieces: VolumePieces
+    shapes: SignatureLibrary
+    share: float
+    _source: _Source
+
+    @classmethod
+    def of(
+        cls,
+        label: ArrayLike,
+        mito: ArrayLike | None,
+        voxel_nm: Sequence[float],
+        *,
+        sections: int,
+        library: SignatureLibrary | None = None,
+        settings: BlockwiseSettings = BlockwiseSettings(),
+    ) -> BlockwiseRemodelling:
+        """Read a volume. Parameters and errors as for :func:`remodel_blockwise`."""
+        if sections < 1:
+            raise ValueRangeError(f"A block has at least 1 section. Got {sections}.")
+        if len(label.shape) != 3 or 0 in label.shape or (mito is not None and tuple(mito.shape) != tuple(label.shape)):
+            raise ShapeMismatch(
+                f"Label and mitochondria must have one shape (z, y, x), no axis empty. Got {tuple(label.shape)} and "
+                f"{None if mito is None else tuple(mito.shape)}."
+            )
+        settings.check()
+        depth = label.shape[0]
+        blocks = [range(z, min(z + sections, depth)) for z in range(0, depth, sections)]
+        source = _Source(label, mito, voxel_size(voxel_nm), blocks)
+        place = settings.place_mitochondria
+        pieces, shapes, share = _survey(source, library, measure=place and library is None and mito is not None)
+        if place and len(blocks) > 1:
+            _warn_of_shallow_blocks(sections * source.size.z, shapes)
+        return cls(
+            settings, pieces, shapes, share if settings.mito_fraction is None else settings.mito_fraction, source
+        )
+
+    def make(self, path: str | os.PathLike[str], rng: np.random.Generator, attributes: Mapping[str, Any] = {}) -> float:
+        """Make a mask. Parameters, result and errors as for :func:`remodel_blockwise`."""
+        source, settings = self._source, self.settings
+        # Two streams, as in the whole volume.
+        seed, place_seed = (int(seed) for seed in rng.integers(2**63, size=2))
+        moved = self._settled(np.random.default_rng(seed)) if settings.elastic else _Moved.still()
+        largest = int(self.pieces.names[-1]) if len(self.pieces.names) else 0
+        with new_volume_file(path, source.size, attributes) as file:
+            stored = np.dtype(np.uint32 if largest < 2**32 else np.uint64)
+            label = new_dataset(file, "label", source.label.shape, stored)
+            membrane, mito = (
+                new_dataset(file, name, source.label.shape, np.dtype(np.uint8)) for name in ("membrane", "mito")
+            )
+            neurons = self._store_labels(label, moved)
+            self._store_membranes(membrane, label)
+            if settings.place_mitochondria:
+                BlockwisePlacing(
+                    label,
+                    membrane,
+                    mito,
+                    source.blocks,
+                    source.size,
+                    neurons,
+                    settings.candidate_fraction,
+                    settings.margin_nm,
+                ).place(self.shapes, self.share, place_seed)
+            else:
+                self._carry(mito, label, membrane, moved.field)
+            if settings.section_jump_nm or settings.section_drift_nm:
+                misalign_blockwise(label, membrane, mito, source.blocks, self._shifts(rng_for(seed, "sections")))
+        return moved.minimum
+
+    def _shifts(self, rng: np.random.Generator) -> np.ndarray:
+        """Shifts of the sections."""
+        settings, depth = self.settings, self._source.label.shape[0]
+        return section_shifts(
+            depth, self._source.size, rng, jump_nm=settings.section_jump_nm, drift_nm=settings.section_drift_nm
+        )
+
+    def _settled(self, rng: np.random.Generator) -> _Moved:
+        """A random field, calmed until it tears nothing (:func:`.elastic_deform`)."""
+        source, settings, before = self._source, self.settings, self.pieces
+        allowed = before.counts(len(before.names) + 1)
+        field = DisplacementField.random(
+            source.label.shape,
+            source.size,
+            rng,
+            sigma_nm=settings.elastic_sigma_nm,
+            spacing_nm=settings.elastic_spacing_nm,
+        )
+        for attempt in range(MAX_ATTEMPTS):
+            field, minimum = field.without_folds(settings.min_jacobian)
+            finder = PieceFinder()
+            for block in progress(source.blocks, label=f"deformation, attempt {attempt + 1}"):
+                finder.add(source.moved(block, field))
+            after = _renumbered(finder.finish(), before.names)
+            torn = torn_labels(after, allowed)
+            gone = fragments(after, allowed)
+            if not torn.any():
+                return _Moved(field, minimum, gone, after.of_block)
+            field = calmed(field, list(_torn_boxes(before, after, allowed, torn, gone)), attempt)
+        return _Moved.still(field.scaled(0.0))
+
+    def _store_labels(self, label: h5py.Dataset, moved: _Moved) -> Neurons:
+        """Write the labels; returns them with their volumes."""
+        names = self.pieces.names
+        volumes = np.zeros(len(names), dtype=np.int64)
+        for i, block in enumerate(progress(self._source.blocks, label="labels")):
+            sections = self._source.moved(block, moved.field)
+            if moved.gone.size:
+                _mend_block(sections, moved.of_block[i], moved.gone)
+            _store(label, block, sections)
+            found, counts = fastremap.unique(sections, return_counts=True)
+            volumes[np.searchsorted(names, found[found > 0])] += counts[found > 0].astype(np.int64)
+        return Neurons(names, volumes)
+
+    def _store_membranes(self, membrane: h5py.Dataset, label: h5py.Dataset) -> None:
+        """Write the membranes of the labels."""
+        size, thickness_nm = self._source.size, self.settings.membrane_thickness_nm
+        halo = membrane_halo(size, thickness_nm)
+        for block in progress(self._source.blocks, label="membranes"):
+            first = max(block.start - halo, 0)
+            near = membrane_from_labels(label[first : block.stop + halo], size, thickness_nm)
+            _store(membrane, block, near[block.start - first :][: len(block)])
+
+    def _carry(
+        self, mito: h5py.Dataset, label: h5py.Dataset, membrane: h5py.Dataset, field: DisplacementField | None
+    ) -> None:
+        """Mitochondria that move along; those of two neurons do not touch across the face of two blocks."""
+        for block in progress(self._source.blocks, label="mitochondria"):
+            part = slice(block.start, block.stop)
+            host = label[part]
+            kept = keep_inside(self._source.carried(block, field), host, membrane[part])
+            if block.start:
+                last = block.start - 1
+                kept[0][touching(mito[last], label[last], kept[0], host[0])] = 0
+            _store(mito, block, kept)
 
 
 def remodel_blockwise(
@@ -101,29 +309,11 @@ def remodel_blockwise(
     rng: np.random.Generator,
     *,
     sections: int,
-    elastic: bool = True,
-    place_mitochondria: bool = True,
     library: SignatureLibrary | None = None,
-    mito_fraction: float | None = None,
-    elastic_sigma_nm: float = 24.0,
-    elastic_spacing_nm: float = 300.0,
-    min_jacobian: float = 0.2,
-    membrane_thickness_nm: float = 25.0,
-    candidate_fraction: float = 0.10,
-    margin_nm: float = 10.0,
+    settings: BlockwiseSettings = BlockwiseSettings(),
     attributes: Mapping[str, Any] = {},
 ) -> float:
-    """:func:`.remodel` of a volume on disk into a file, a few sections at a time.
-
-    One field deforms the whole volume. Labels are taken apart and joined again across the faces of the blocks, so that
-    a neuron counts as connected, lost or torn as it would in the whole volume; what is torn calms the field as there.
-    Labels and membranes are therefore those of :func:`.remodel` for the same state of `rng`, except where fragments
-    were given to their surroundings: each block gives its own part of a fragment to what surrounds it there.
-
-    Mitochondria are placed in each block by itself, with random numbers of its own, so that the order of the blocks
-    does not matter: the largest neurons are those of the block, and the share of mitochondria is that of the whole.
-    None crosses a face between blocks: they end there, rounded, and the two sections at such a face hold none.
-    Shapes of the volume itself are measured block by block; one that a face cuts counts as two, cut.
+    """:func:`.remodel` of a volume on disk into a file, a few sections at a time (:class:`BlockwiseRemodelling`).
 
     Parameters
     ----------
@@ -131,13 +321,14 @@ def remodel_blockwise(
         HDF5 file to write, with ``label``, ``membrane`` and ``mito``. It appears only when it is complete.
     label, mito : array
         (z, y, x), on disk or in memory, as for :func:`.remodel`.
+    voxel_nm, rng, library
+        As for :func:`.remodel`.
     sections : int
-        Of a block, >= 1; best a multiple of 8, as files are stored. Memory grows with it (:func:`sections_that_fit`).
+        Of a block, >= 1; best a multiple of 8, as files are stored, and as deep as mitochondria are high. Memory grows
+        with it (:func:`sections_that_fit`).
+    settings : BlockwiseSettings
     attributes : mapping
         Further attributes of the file.
-    voxel_nm, rng, elastic, place_mitochondria, library, mito_fraction, elastic_sigma_nm, elastic_spacing_nm, \
-    min_jacobian, membrane_thickness_nm, candidate_fraction, margin_nm
-        As for :func:`.remodel`.
 
     Returns
     -------
@@ -149,65 +340,8 @@ def remodel_blockwise(
     LabelTypeError, ShapeMismatch, ValueRangeError
         If an argument is not valid.
     """
-    if sections < 1:
-        raise ValueRangeError(f"A block has at least 1 section. Got {sections}.")
-    if len(label.shape) != 3 or 0 in label.shape or (mito is not None and tuple(mito.shape) != tuple(label.shape)):
-        raise ShapeMismatch(
-            f"Label and mitochondria must have one shape (z, y, x), no axis empty. Got {tuple(label.shape)} and "
-            f"{None if mito is None else tuple(mito.shape)}."
-        )
-    positive("The elastic amplitude in nm", elastic_sigma_nm, zero=True)
-    positive("The spacing of the elastic grid in nm", elastic_spacing_nm)
-    positive("The membrane's thickness in nm", membrane_thickness_nm, below=MOST_THICKNESS_NM)
-    size, depth = voxel_size(voxel_nm), label.shape[0]
-    source = _Source(label, mito, size, [range(z, min(z + sections, depth)) for z in range(0, depth, sections)])
-    seeds = [int(seed) for seed in rng.integers(2**63, size=2)]
-    before, shapes, share = _survey(source, library if place_mitochondria else None, place_mitochondria)
-    if place_mitochondria and len(source.blocks) > 1:
-        _warn_of_shallow_blocks(sections * size.z, shapes)
-    field, minimum, gone = None, 1.0, np.zeros(0, dtype=np.int64)
-    of_block: list[np.ndarray] = []
-    if elastic:
-        drawn = DisplacementField.random(
-            label.shape, size, np.random.default_rng(seeds[0]), sigma_nm=elastic_sigma_nm, spacing_nm=elastic_spacing_nm
-        )
-        field, minimum, gone, of_block = _settled(source, before, drawn, min_jacobian)
-    largest = int(before.names[-1]) if len(before.names) else 0
-    with new_volume_file(path, size, attributes) as file:
-        stored = np.dtype(np.uint32 if largest < 2**32 else np.uint64)
-        label_out = new_dataset(file, "label", label.shape, stored)
-        membrane_out, mito_out = (
-            new_dataset(file, name, label.shape, np.dtype(np.uint8)) for name in ("membrane", "mito")
-        )
-        for i, block in enumerate(progress(source.blocks, label="labels")):
-            moved = source.moved(block, field)
-            if gone.size:
-                _mend_block(moved, of_block[i], gone)
-            _store(label_out, block, moved)
-        halo = membrane_halo(size, membrane_thickness_nm)
-        for block in progress(source.blocks, label="membranes"):
-            first = max(block.start - halo, 0)
-            near = membrane_from_labels(label_out[first : block.stop + halo], size, membrane_thickness_nm)
-            _store(membrane_out, block, near[block.start - first :][: len(block)])
-        if not place_mitochondria:
-            _carry(source, field, label_out, membrane_out, mito_out)
-            return minimum
-        share = share if mito_fraction is None else mito_fraction
-        for i, block in enumerate(progress(source.blocks, label="mitochondria")):
-            compact, _ = compact_labels(label_out[block.start : block.stop])
-            placed = place_in(
-                compact,
-                membrane_out[block.start : block.stop],
-                size,
-                shapes,
-                rng_for(seeds[1], "block", i),
-                mito_fraction=share,
-                candidate_fraction=candidate_fraction,
-                margin_nm=margin_nm,
-                faces=(block.start == 0, block.stop == depth),
-            )
-            _store(mito_out, block, placed)
-    return minimum
+    remodelling = BlockwiseRemodelling.of(label, mito, voxel_nm, sections=sections, library=library, settings=settings)
+    return remodelling.make(path, rng, attributes)
 
 
 def _store(dataset: h5py.Dataset, block: range, sections: np.ndarray) -> None:
@@ -217,19 +351,19 @@ def _store(dataset: h5py.Dataset, block: range, sections: np.ndarray) -> None:
 
 
 def _warn_of_shallow_blocks(depth_nm: float, shapes: SignatureLibrary) -> None:
-    """Warn where a large part of the mitochondria will meet a face between blocks."""
+    """Warn where mitochondria are higher than what they may reach around the middle of theirs."""
     tallest = max((signature.z_extent_nm for signature in shapes.signatures), default=0.0)
-    if depth_nm < _LEAST_DEPTHS * tallest:
+    if depth_nm < tallest:
         logger.warning(
-            "Blocks are %.0f nm deep and mitochondria up to %.0f nm high: many will be cut short, and there will be "
-            "more of them than in the source. Give deeper blocks, or shapes of a whole volume (--library).",
+            "Blocks are %.0f nm deep and mitochondria up to %.0f nm high: the highest are drawn shorter, and there may "
+            "be more of them than in the source. Give deeper blocks.",
             depth_nm,
             tallest,
         )
 
 
 def _survey(
-    source: _Source, library: SignatureLibrary | None, place: bool
+    source: _Source, library: SignatureLibrary | None, *, measure: bool
 ) -> tuple[VolumePieces, SignatureLibrary, float]:
     """Pieces of the source's labels, shapes to place and the share of the volume that they shall fill."""
     finder, own, marked = PieceFinder(), SignatureLibrary((), 0.0, 0.0), 0
@@ -237,8 +371,8 @@ def _survey(
         label, mito = source.labels(block.start, block.stop), source.mitochondria(block.start, block.stop)
         finder.add(label)
         marked += int(np.count_nonzero(mito))
-        if place and library is None:
-            own = own.merged(SignatureLibrary.from_masks(label, mito, source.size))
+        if measure:
+            own = own.merged(_begun_in(source, block))
     shapes = own if library is None else library
     if not marked:
         return finder.finish(), shapes, shapes.mito_fraction
@@ -247,27 +381,11 @@ def _survey(
     return finder.finish(), shapes, marked / int(np.prod(source.label.shape)) if has_shapes else 0.0
 
 
-def _settled(
-    source: _Source, before: VolumePieces, drawn: DisplacementField, min_jacobian: float
-) -> tuple[DisplacementField, float, np.ndarray, list[np.ndarray]]:
-    """Field that tears nothing (:func:`.elastic_deform`), its smallest Jacobian determinant, and pieces to give away.
-
-    The pieces are given by number, with the numbers of every block's own components.
-    """
-    allowed = before.counts(len(before.names) + 1)
-    field = drawn
-    for attempt in range(MAX_ATTEMPTS):
-        field, minimum = field.without_folds(min_jacobian)
-        finder = PieceFinder()
-        for block in progress(source.blocks, label=f"deformation, attempt {attempt + 1}"):
-            finder.add(source.moved(block, field))
-        after = _renumbered(finder.finish(), before.names)
-        torn = torn_labels(after, allowed)
-        gone = fragments(after, allowed)
-        if not torn.any():
-            return field, minimum, gone, after.of_block
-        field = calmed(field, list(_torn_boxes(before, after, allowed, torn, gone)), attempt)
-    return field.scaled(0.0), 1.0, np.zeros(0, dtype=np.int64), []
+def _begun_in(source: _Source, block: range) -> SignatureLibrary:
+    """Shapes of the mitochondria that begin in a block; up to two blocks after it are seen."""
+    first, stop = max(block.start - 1, 0), block.stop + (_BLOCKS_HELD - 1) * len(source.blocks[0])
+    part = slice(block.start - first, block.stop - first)
+    return SignatureLibrary.of_part(source.labels(first, stop), source.mitochondria(first, stop), source.size, part)
 
 
 def _renumbered(pieces: VolumePieces, names: np.ndarray) -> VolumePieces:
@@ -295,21 +413,3 @@ def _mend_block(moved: np.ndarray, of_block: np.ndarray, gone: np.ndarray) -> No
     compact, ids = compact_labels(moved)
     give_away(compact, Pieces(components, np.zeros(len(of_block) + 1, dtype=np.int64)), mine)
     moved[:] = ids[compact]
-
-
-def _carry(
-    source: _Source,
-    field: DisplacementField | None,
-    label: h5py.Dataset,
-    membrane: h5py.Dataset,
-    mito: h5py.Dataset,
-) -> None:
-    """Mitochondria that move along; those of two neurons do not touch across the face of two blocks."""
-    for block in progress(source.blocks, label="mitochondria"):
-        part = slice(block.start, block.stop)
-        host = label[part]
-        kept = keep_inside(source.carried(block, field), host, membrane[part])
-        if block.start:
-            last = block.start - 1
-            kept[0][touching(mito[last], label[last], kept[0], host[0])] = 0
-        _store(mito, block, kept)

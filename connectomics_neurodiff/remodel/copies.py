@@ -26,6 +26,8 @@ BYTES_PER_VOXEL, BYTES_PER_PROCESS = 36, 300 << 20
 #: A process that is to end has so long for removing its half-written file.
 _GRACE_S = 10.0
 _TERMINATED = 128 + signal.SIGTERM
+#: In a worker: what it does with each item.
+_work: Callable[[Any], Any] | None = None
 
 
 def workers_that_fit(voxels: int, jobs: int, asked: int = 0) -> int:
@@ -64,7 +66,7 @@ def in_processes(
     Parameters
     ----------
     function : callable
-        Can be pickled, and so can what it returns.
+        Can be pickled, and so can what it returns. It is sent once to each process, with all that it holds.
     items : sequence
         Its arguments; hashable.
     workers : int
@@ -80,10 +82,10 @@ def in_processes(
             yield item, function(item)
         return
     others = set(multiprocessing.active_children())
-    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start_worker)
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start_worker, (function,))
     try:
         with _interruption_held_back():
-            jobs = {pool.submit(_answer, function, item): item for item in items}
+            jobs = {pool.submit(_answer, item): item for item in items}
         for job in as_completed(jobs):
             yield jobs[job], job.result()
     except BrokenProcessPool as error:
@@ -116,18 +118,21 @@ def _interruption_held_back() -> Iterator[None]:
         handler(*held[0])
 
 
-def _answer(function: Callable[[Item], Result], item: Item) -> Result:
+def _answer(item: Any) -> Any:
     """Result of a job; the pool would take even the end of its process for one, and go on with the next job."""
+    assert _work is not None
     try:
-        return function(item)
+        return _work(item)
     except SystemExit:
         os._exit(_TERMINATED)
 
 
-def _start_worker() -> None:
+def _start_worker(function: Callable[[Any], Any]) -> None:
     """One thread, and an end that cleans up: Ctrl-C reaches all processes, but it is for the first one to answer."""
     import cv2
 
+    global _work
+    _work = function
     cv2.setNumThreads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_leave_with_parent, daemon=True).start()

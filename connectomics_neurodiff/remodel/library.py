@@ -191,6 +191,25 @@ class SignatureLibrary:
         LabelTypeError, ShapeMismatch, ValueRangeError
             If an array or the voxel size is not valid.
         """
+        return cls.of_part(label, mito, voxel_nm, slice(0, len(label)))
+
+    @classmethod
+    def of_part(cls, label: np.ndarray, mito: np.ndarray, voxel_nm: Sequence[float], part: slice) -> SignatureLibrary:
+        """:meth:`from_masks` of a part of the tissue, of which more is seen: the mitochondria that begin in it.
+
+        Parameters
+        ----------
+        label, mito, voxel_nm
+            As for :meth:`from_masks`; they show one section before the part, unless the tissue begins there, and
+            as many after it as mitochondria may reach.
+        part : slice
+            Sections, of those shown, that are measured.
+
+        Raises
+        ------
+        LabelTypeError, ShapeMismatch, ValueRangeError
+            As :meth:`from_masks`.
+        """
         compact, _ = compact_labels(label)
         mask = binary_mask(mito, compact.shape, "mitochondria")
         z, y, x = voxel_size(voxel_nm)
@@ -199,12 +218,15 @@ class SignatureLibrary:
         hosts = ndimage.find_objects(compact)
         signatures = []
         for i, box in enumerate(ndimage.find_objects(components), start=1):
+            if not part.start <= box[0].start < part.stop:
+                continue
             region = components[box] == i
             host = int(np.bincount(compact[box][region]).argmax())
             signature = _measure(compact, region & (compact[box] == host), box, host, hosts[host - 1], (z, y, x))
             if signature.areas_nm2.max() >= MIN_SECTION_NM2:
                 signatures.append(signature)
-        return cls(tuple(signatures), float(mask.sum()) * z * y * x, mask.size * z * y * x)
+        measured = mask[part]
+        return cls(tuple(signatures), float(measured.sum()) * z * y * x, measured.size * z * y * x)
 
     def merged(self, *others: SignatureLibrary) -> SignatureLibrary:
         """Library of several volumes: all signatures; the fraction is that of the tissue together."""

@@ -64,25 +64,25 @@ class _Goal:
 
 
 @dataclass(frozen=True)
-class _Wanted:
+class Wanted:
     """One mitochondrion to place: its volume in voxels and its height in nm."""
 
     volume: float
     height_nm: float
 
 
-def _plan(library: SignatureLibrary, voxels: float, voxel_nm: Sequence[float]) -> list[_Wanted]:
+def plan_of(library: SignatureLibrary, voxels: float, voxel_nm: Sequence[float]) -> list[Wanted]:
     """As many mitochondria as make up so many voxels in the library's tissue, of its sizes, largest first."""
     ranked = sorted(library.signatures, key=lambda s: -s.volume_nm3)
     in_voxels = float(np.prod(voxel_nm))
     count = max(1, round(len(ranked) * voxels * in_voxels / library.mito_nm3))
     # The quantiles of the library's sizes; the sizes themselves where as many are wanted as it holds.
     of = ((np.arange(count) + 0.5) * len(ranked) / count).astype(int)
-    return [_Wanted(max(ranked[i].volume_nm3, LEAST_VOLUME_NM3) / in_voxels, ranked[i].z_extent_nm) for i in of]
+    return [Wanted(max(ranked[i].volume_nm3, LEAST_VOLUME_NM3) / in_voxels, ranked[i].z_extent_nm) for i in of]
 
 
 @dataclass(frozen=True, eq=False)
-class _Templates:
+class Templates:
     """Templates of a library, and per template: volume in voxels, axes in nm and ratio to the host of its widest
     section, height in nm, smallest sensible size."""
 
@@ -95,7 +95,7 @@ class _Templates:
     least_scale: np.ndarray
 
     @classmethod
-    def of(cls, library: SignatureLibrary, depth: int, voxel_nm: Sequence[float]) -> _Templates:
+    def of(cls, library: SignatureLibrary, depth: int, voxel_nm: Sequence[float]) -> Templates:
         signatures = library.templates_for(depth * voxel_nm[0])
         widest = [s.widest for s in signatures]
         axes = np.array([s.axes[i] for s, i in zip(signatures, widest, strict=True)])
@@ -118,26 +118,36 @@ class _Templates:
         """Depth that the centre of no section of any template exceeds in its need."""
         return _MAX_SCALE * max(float(s.axes[:, 1].max()) for s in self.signatures) / 2
 
-    def matching(self, wanted: _Wanted) -> _Choice:
+    @property
+    def least_need_nm(self) -> float:
+        """Depth that the centre of some template needs at the smallest size at which it may be drawn."""
+        return float(self.needs(self.least_scale).min())
+
+    @property
+    def most_rise_nm(self) -> float:
+        """Height, over its widest section or below it, that no template exceeds."""
+        return _MAX_SCALE * max(max(s.widest + 1, len(s) - s.widest) * s.pitch_z_nm for s in self.signatures)
+
+    def matching(self, wanted: Wanted) -> Choice:
         """Each template scaled to the volume wanted, the likelier the more alike it then is."""
         scale = np.clip(np.cbrt(wanted.volume / self.volume), self.least_scale, _MAX_SCALE)
         off = np.log([scale**3 * self.volume / wanted.volume, scale * self.height / wanted.height_nm]) / _LIKENESS
         unlike = (off**2).sum(axis=0)
-        return _Choice(self, scale, np.exp(-0.5 * (unlike - unlike.min())))
+        return Choice(self, scale, np.exp(-0.5 * (unlike - unlike.min())))
 
-    def filling(self, room_left: float, goal: _Goal, rng: np.random.Generator) -> _Choice:
+    def filling(self, room_left: float, goal: _Goal, rng: np.random.Generator) -> Choice:
         """Each template at a random scale; rather a large one drawn smaller than a crowd of the smallest."""
         scale = np.minimum(np.cbrt(room_left / self.volume), 1.0) * rng.uniform(*_SCALE_JITTER)
         scale *= rng.uniform(goal.scale, 1.0)
         fits = scale >= np.maximum(self.least_scale, goal.scale)
-        return _Choice(self, scale, np.where(fits, self.volume * scale**3, 0))
+        return Choice(self, scale, np.where(fits, self.volume * scale**3, 0))
 
 
 @dataclass(frozen=True, eq=False)
-class _Choice:
+class Choice:
     """Templates to choose from, their scales and weights."""
 
-    templates: _Templates
+    templates: Templates
     scale: np.ndarray
     weight: np.ndarray
 
@@ -190,23 +200,24 @@ def _section_of(template: Signature, scale: float, up: bool, room: Room, rng: np
     """
     if not (template.cut_below or template.cut_above):
         return None
-    depth, step = room.label.shape[0], scale * template.pitch_z_nm / room.voxel_nm[0]
+    window, step = room.window, scale * template.pitch_z_nm / room.voxel_nm[0]
     below, above = step * template.widest, step * (len(template) - 1 - template.widest)
     cut_low, cut_high = template.cut_below, template.cut_above
     if not up:
         below, above, cut_low, cut_high = above, below, cut_high, cut_low
     whole = 2 * (below + above + step)
     on_face, which, at = rng.random(3)
-    if template.is_low or on_face < 2 * whole / (depth + whole):
-        low = cut_low and (not cut_high or which < 0.5)
-        if not room.faces[0 if low else 1]:
-            return None
-        wanted = below if low else depth - 1 - above
-    elif below + above <= depth - 1:
-        wanted = below + at * (depth - 1 - above - below)
+    low = cut_low and (not cut_high or which < 0.5)
+    # Only centres near a face see it: of the volume's share for that face, all falls to them.
+    share = window.depth / len(window.core) if (0 if low else window.depth - 1) in window.core else 0.0
+    first, last = max(below, window.core.start), min(window.depth - 1 - above, window.core.stop - 1)
+    if share and (template.is_low or on_face < share * 2 * whole / (window.depth + whole)):
+        wanted = below if low else window.depth - 1 - above
+    elif first <= last:
+        wanted = first + at * (last - first)
     else:
         return None
-    return int(np.clip(round(wanted), 0, depth - 1))
+    return int(np.clip(round(wanted), window.core.start, window.core.stop - 1)) - window.seen.start
 
 
 def _cross_section(room: Room, candidate: Candidate, at: tuple[int, int, int]) -> Ellipse:
@@ -229,7 +240,7 @@ def _depth_near(room: Room, candidate: Candidate, at: tuple[int, int, int], reac
 
 
 def _draw(
-    room: Room, candidate: Candidate, choice: _Choice, rng: np.random.Generator
+    room: Room, candidate: Candidate, choice: Choice, rng: np.random.Generator
 ) -> tuple[np.ndarray, tuple[slice, ...]] | None:
     """One mitochondrion drawn in a neuron, at several places if need be, not yet put there; None if none fits."""
     chosen, section, up = None, None, bool(rng.integers(2))
@@ -265,7 +276,7 @@ def _drawn_from(candidates: Sequence[Candidate], rng: np.random.Generator) -> Ca
 
 
 def _place(
-    room: Room, groups: CandidateGroups, choice: _Choice, volume: float, most: float, rng: np.random.Generator
+    room: Room, groups: CandidateGroups, choice: Choice, volume: float, most: float, rng: np.random.Generator
 ) -> int:
     """Place one mitochondrion of about that volume, and at most the second one; returns its voxels, 0 if none fits."""
     candidates = groups.largest(1)
@@ -284,37 +295,55 @@ def _place(
     return largest
 
 
-def _fill(
+@dataclass
+class Budget:
+    """Voxels of mitochondria wanted so far, those placed, and those that may still be missing for now."""
+
+    wanted: float
+    placed: int = 0
+    slack: float = 0.0
+
+    @property
+    def left(self) -> float:
+        """Voxels that may still be placed."""
+        return (1 + _TOLERANCE) * self.wanted - self.placed
+
+    @property
+    def is_met(self) -> bool:
+        """Whether enough is placed."""
+        return self.placed >= (1 - _TOLERANCE) * self.wanted - self.slack
+
+
+def fill(
     room: Room,
     groups: CandidateGroups,
-    templates: _Templates,
-    plan: Sequence[_Wanted],
-    wanted: float,
+    templates: Templates,
+    plan: Sequence[Wanted],
+    budget: Budget,
     rng: np.random.Generator,
 ) -> None:
     """Place the mitochondria of a plan, and others until the volume wanted is reached or no candidate takes another."""
-    placed, planned = 0, sum(each.volume for each in plan)
+    planned = sum(each.volume for each in plan)
     for each in plan:
-        stretch = float(np.clip((wanted - placed) / planned, *_STRETCH))
+        volume = float(np.clip((budget.wanted - budget.placed) / planned, *_STRETCH)) * each.volume
         planned -= each.volume
-        volume = stretch * each.volume
-        choice = templates.matching(_Wanted(volume, each.height_nm))
-        placed += _place(room, groups, choice, volume, (1 + _TOLERANCE) * wanted - placed, rng)
+        choice = templates.matching(Wanted(volume, each.height_nm))
+        budget.placed += _place(room, groups, choice, volume, budget.left, rng)
     goals = [_Goal(1, _MIN_SCALE), *(_Goal(count, _LAST_SCALE) for count in range(1, len(groups) + 1))]
     for goal in goals:
         candidates = groups.largest(goal.groups)
         failures = 0
         while candidates and failures < max(_PATIENCE, _PATIENCE_PER_CANDIDATE * len(candidates)):
-            if placed >= (1 - _TOLERANCE) * wanted:
+            if budget.is_met:
                 return
-            left = (1 + _TOLERANCE) * wanted - placed
+            left = budget.left
             made = _draw(room, _drawn_from(candidates, rng), templates.filling(left, goal, rng), rng)
             voxels = 0 if made is None else int(np.count_nonzero(made[0]))
             if made is None or voxels > left:
                 failures += 1
                 continue
             room.put(*made)
-            placed += voxels
+            budget.placed += voxels
             failures = 0
 
 
@@ -397,20 +426,24 @@ def place_in(
     mito_fraction: float,
     candidate_fraction: float,
     margin_nm: float,
-    faces: tuple[bool, bool] = (True, True),
 ) -> np.ndarray:
-    """:func:`place_mitochondria` in labels 0..n (uint32) with a uint8 membrane mask; `faces`: see :class:`.Room`."""
+    """:func:`place_mitochondria` in labels 0..n (uint32) with a uint8 membrane mask."""
     size = voxel_size(voxel_nm)
+    if not is_wanted(library, mito_fraction, candidate_fraction, margin_nm):
+        return np.zeros(compact.shape, dtype=np.uint8)
+    templates = Templates.of(library, len(compact), size)
+    room = Room.of(compact, membrane, size, margin_nm, templates.most_depth_nm)
+    groups = CandidateGroups(room, candidate_fraction, templates.least_need_nm)
+    budget = Budget(mito_fraction * compact.size)
+    fill(room, groups, templates, plan_of(library, budget.wanted, size), budget, rng)
+    return room.mito
+
+
+def is_wanted(library: SignatureLibrary, mito_fraction: float, candidate_fraction: float, margin_nm: float) -> bool:
+    """Validate the arguments of :func:`place_mitochondria`; whether any mitochondria are to be placed."""
     positive("The share of mitochondria", mito_fraction, below=1.0, zero=True)
     positive("The share of candidate neurons", candidate_fraction, below=1.0)
     positive("The margin in nm", margin_nm, zero=True)
-    if mito_fraction == 0:
-        return np.zeros(compact.shape, dtype=np.uint8)
-    if not len(library):
+    if mito_fraction and not len(library):
         raise ValueRangeError("Mitochondria are wanted, but the signature library has none. Got an empty library.")
-    templates = _Templates.of(library, len(compact), size)
-    room = Room.of(compact, membrane, (size.z, size.y, size.x), margin_nm, templates.most_depth_nm, faces)
-    groups = CandidateGroups(room, candidate_fraction, float(templates.needs(templates.least_scale).min()))
-    voxels = mito_fraction * compact.size
-    _fill(room, groups, templates, _plan(library, voxels, size), voxels, rng)
-    return room.mito
+    return mito_fraction > 0

@@ -80,6 +80,50 @@ def _apart(label: np.ndarray, membrane: np.ndarray, axes: Sequence[int]) -> np.n
     return inside
 
 
+def unknown_sections(voxel_nm: Sequence[float], margin_nm: float) -> int:
+    """Sections, where the volume goes on unseen, in which it is not known how near the next membrane is; 1 at least."""
+    flat = is_anisotropic(voxel_nm)
+    return 1 if flat else int(np.ceil(max(margin_nm, *voxel_nm[1:]) / voxel_nm[0]))
+
+
+@dataclass(frozen=True)
+class Window:
+    """Sections of a volume that are in memory, and those of them in which mitochondria may be centred.
+
+    Attributes
+    ----------
+    depth : int
+        Sections of the volume.
+    seen : range
+        Those in memory.
+    core : range
+        Those for the centres.
+    """
+
+    depth: int
+    seen: range
+    core: range
+
+    @classmethod
+    def whole(cls, depth: int) -> Window:
+        """All sections of a volume."""
+        return cls(depth, range(depth), range(depth))
+
+    @property
+    def core_seen(self) -> slice:
+        """Those for the centres, among those in memory."""
+        return slice(self.core.start - self.seen.start, self.core.stop - self.seen.start)
+
+    def unknown(self, sections: int) -> list[slice]:
+        """So many sections in memory at either end, where the volume goes on."""
+        ends = []
+        if self.seen.start > 0:
+            ends.append(slice(0, sections))
+        if self.seen.stop < self.depth:
+            ends.append(slice(max(len(self.seen) - sections, 0), len(self.seen)))
+        return ends
+
+
 @dataclass(frozen=True, eq=False)
 class Candidate:
     """A neuron that may receive mitochondria.
@@ -116,8 +160,8 @@ class Room:
         Distance that stays free, one voxel at least.
     need_nm : float
         Nobody asks for more depth than this: a new mitochondrion leaves the depth map beyond it as it is.
-    faces : tuple of bool
-        Whether the first and the last section are where the tissue was cut. Where it goes on they stay free.
+    window : Window
+        Which sections of the volume these are. Where it goes on, the outermost ones stay free.
     mito : numpy.ndarray
         (z, y, x) uint8: mitochondria placed so far.
     """
@@ -126,8 +170,8 @@ class Room:
     depth: np.ndarray
     voxel_nm: tuple[float, float, float]
     margin_nm: float
-    need_nm: float = _NEED_NM
-    faces: tuple[bool, bool] = (True, True)
+    need_nm: float
+    window: Window
     mito: np.ndarray = field(init=False)
 
     def __post_init__(self) -> None:
@@ -141,7 +185,7 @@ class Room:
         voxel_nm: tuple[float, float, float],
         margin_nm: float,
         need_nm: float = _NEED_NM,
-        faces: tuple[bool, bool] = (True, True),
+        window: Window | None = None,
     ) -> Room:
         """Empty room: every neuron without its membrane, eroded by `margin_nm` and by one pixel at least."""
         flat = is_anisotropic(voxel_nm) or label.shape[0] == 1
@@ -153,14 +197,22 @@ class Room:
                 deep[_eroded(section, voxel_nm[1:], margin) == 0] = 0
         else:
             depth[depth <= margin] = 0
-        for is_face, section in zip(faces, (0, -1), strict=True):
-            if not is_face:
-                depth[section] = 0
-        return cls(label, depth, voxel_nm, margin, max(need_nm, margin), faces)
+        window = window or Window.whole(len(label))
+        for end in window.unknown(unknown_sections(voxel_nm, margin_nm)):
+            depth[end] = 0
+        return cls(label, depth, voxel_nm, margin, max(need_nm, margin), window)
 
     def free(self, label: int, box: tuple[slice, ...]) -> np.ndarray:
         """Where a mitochondrion of that neuron may lie, as a bool mask of the box."""
         return (self.label[box] == label) & (self.depth[box] > 0)
+
+    def occupy(self, mito: np.ndarray) -> None:
+        """Keep off mitochondria, (z, y, x) uint8, that are there already."""
+        if not mito.any():
+            return
+        self.mito |= mito
+        self.depth[ndimage.binary_dilation(self.mito, _CUBE)] = 0
+        self._keep_off(tuple(slice(0, n) for n in mito.shape))
 
     def put(self, mask: np.ndarray, box: tuple[slice, ...]) -> None:
         """Place a mitochondrion: mark it, and lower the depth around it."""
@@ -171,7 +223,10 @@ class Room:
         # Within another neuron a membrane is always nearer; and what is nowhere deeper than that is lowered no further.
         same = self.label[around] == self.label[box][mask][0]
         deepest = float(self.depth[around].max(where=same, initial=0))
-        around = self._grown(box, self._reach(min(self.need_nm, deepest)))
+        self._keep_off(self._grown(box, self._reach(min(self.need_nm, deepest))))
+
+    def _keep_off(self, around: tuple[slice, ...]) -> None:
+        """Lower the depth in a box to the distance from its mitochondria."""
         gap = depth_map((self.mito[around] == 0).view(np.uint8), self.voxel_nm)
         gap[gap <= self.margin_nm] = 0
         np.minimum(self.depth[around], gap, out=self.depth[around])
@@ -187,8 +242,30 @@ class Room:
         )
 
 
+def volume_groups(volumes: np.ndarray, fraction: float) -> np.ndarray:
+    """Group of each neuron by falling volume: the largest `fraction` of them (at least one) is group 0, and so on.
+
+    Parameters
+    ----------
+    volumes : numpy.ndarray
+        (n,) voxels; those of 0 are no neurons.
+    fraction : float
+        In (0, 1]. Paper: 10 %.
+
+    Returns
+    -------
+    numpy.ndarray
+        (n,) int64, -1 where there is no neuron.
+    """
+    order = np.argsort(-volumes, kind="stable")
+    order = order[volumes[order] > 0]
+    group = np.full(len(volumes), -1, dtype=np.int64)
+    group[order] = np.arange(len(order)) // max(1, int(np.ceil(fraction * len(order))))
+    return group
+
+
 class CandidateGroups:
-    """Neurons in groups of falling volume; the first group holds the largest `fraction` of them.
+    """Neurons in groups of falling volume, largest first within a group.
 
     The later groups, for volumes whose first group cannot hold all the mitochondria, are made when asked for.
 
@@ -196,28 +273,35 @@ class CandidateGroups:
     ----------
     room : Room
     fraction : float
-        Size of a group as a share of all neurons, in (0, 1]; at least one neuron. Paper: 10 %.
+        Size of a group as a share of all neurons (:func:`volume_groups`).
     deep_nm : float
         A neuron with no voxel at least this deep cannot hold the smallest template and is left out.
+    group : numpy.ndarray or None
+        (n + 1,) group of each label by its volume, where more of the neurons than the room shows is known. None: by
+        the volume in the room.
     """
 
-    def __init__(self, room: Room, fraction: float, deep_nm: float) -> None:
+    def __init__(self, room: Room, fraction: float, deep_nm: float, group: np.ndarray | None = None) -> None:
         self._room, self._deep = room, room.depth >= deep_nm
+        elsewhere = np.ones(len(self._deep), dtype=bool)
+        elsewhere[room.window.core_seen] = False
+        self._deep[elsewhere] = False
         found = cc3d.statistics(room.label)
-        volumes, self._boxes = found["voxel_counts"].astype(np.int64)[1:], found["bounding_boxes"]
+        volumes, self._boxes = found["voxel_counts"].astype(np.int64), found["bounding_boxes"]
+        volumes[0] = 0
+        if group is None:
+            group = volume_groups(volumes, fraction)
         order = np.argsort(-volumes, kind="stable")
-        self._order = order[volumes[order] > 0] + 1
-        self._size = max(1, int(np.ceil(fraction * len(self._order))))
+        self._groups = [order[group[order] == i] for i in range(int(group.max(initial=-1)) + 1)]
         self._made: list[list[Candidate]] = []
 
     def __len__(self) -> int:
-        return -(-len(self._order) // self._size)
+        return len(self._groups)
 
     def largest(self, groups: int) -> list[Candidate]:
         """Candidates of the first so many groups, largest first."""
         while len(self._made) < groups:
-            start = len(self._made) * self._size
-            self._made.append(self._candidates(self._order[start : start + self._size]))
+            self._made.append(self._candidates(self._groups[len(self._made)]))
         return [candidate for group in self._made[:groups] for candidate in group]
 
     def _candidates(self, labels: np.ndarray) -> list[Candidate]:

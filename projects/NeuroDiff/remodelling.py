@@ -1,6 +1,7 @@
 """Remodelled masks of real volumes, measured: what must hold of each, and what it costs.
 
     python projects/NeuroDiff/remodelling.py vnc.h5 fib.h5 phantom --seeds 10 --json remodelling.json
+    python projects/NeuroDiff/remodelling.py fib.h5 --whole --seeds 1 --block-sections 40
     python projects/NeuroDiff/remodelling.py vnc.h5 --cost 20 1024 1024
     python projects/NeuroDiff/remodelling.py fib.h5 --picture sections.png
     python projects/NeuroDiff/remodelling.py vnc.h5 fib.h5 phantom --whole --diversity --seeds 1
@@ -12,6 +13,9 @@ one. Rows that FILE.json holds already are not made again. ``--workers`` process
 same for any number. ``--cost`` instead remodels a volume of that shape, mirrored or cropped, in a process of its own
 and prints CPU seconds and the memory that came on top of the source, in multiples of its labels. ``--picture`` draws
 ten sections of the first volume above ten of its mask of seed 0, in two bands.
+
+``--block-sections`` makes the masks in blocks of so many sections, without diversity; CPU seconds then hold measuring
+the shapes, writing and reading.
 
 ``--diversity`` measures, for every seed, a mask without and with each key of more diversity, and with all of them. With
 ``--picture`` it draws each alone: above, a section of the source, with other thickness of membranes, with neurons
@@ -25,6 +29,7 @@ import argparse
 import hashlib
 import json
 import resource
+import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -32,6 +37,7 @@ from typing import Any
 
 import cc3d
 import cv2
+import h5py
 import numpy as np
 
 from connectomics_neurodiff.conditions import membrane_from_labels
@@ -46,6 +52,7 @@ from connectomics_neurodiff.remodel import (
     mask_gate,
     quality_report,
     remodel,
+    remodel_blockwise,
 )
 from connectomics_neurodiff.report import sections_to_show
 from connectomics_neurodiff.report.figures import paint_mask
@@ -74,12 +81,26 @@ def source(name: str, whole: bool) -> tuple[np.ndarray, np.ndarray | None, tuple
     return label, volume.mito_array, tuple(volume.voxel_nm)
 
 
-def row(name: str, seed: int, whole: bool, diversity: dict[str, Any]) -> dict[str, Any]:
+def in_blocks(
+    label: np.ndarray, mito: np.ndarray | None, voxel_nm: tuple[float, ...], seed: int, sections: int
+) -> RemodelledMask:
+    """Mask made in blocks of so many sections, with shapes of the volume itself."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "mask.h5"
+        minimum = remodel_blockwise(path, label, mito, voxel_nm, rng_for(seed), sections=sections)
+        with h5py.File(path) as file:
+            return RemodelledMask(file["label"][:].astype(np.uint64), file["membrane"][:], file["mito"][:], minimum)
+
+
+def row(name: str, seed: int, whole: bool, sections: int, diversity: dict[str, Any]) -> dict[str, Any]:
     """Everything about one remodelled mask."""
     label, mito, voxel_nm = source(name, whole)
-    library = gather_libraries(label, mito, voxel_nm, [])
+    library = None if sections else gather_libraries(label, mito, voxel_nm, [])
     start = time.process_time()
-    mask = remodel(label, mito, voxel_nm, rng_for(seed), library=library, **diversity)
+    if sections:
+        mask = in_blocks(label, mito, voxel_nm, seed, sections)
+    else:
+        mask = remodel(label, mito, voxel_nm, rng_for(seed), library=library, **diversity)
     seconds = time.process_time() - start
     report = quality_report(label, mito, mask, voxel_nm)
     digest = hashlib.sha256(b"".join(part.tobytes() for part in (mask.label, mask.membrane, mask.mito))).hexdigest()
@@ -92,8 +113,15 @@ def measure(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
     if options.json and options.json.exists():
         rows = json.loads(options.json.read_text())
     names = {key: f" {key}" for key in DIVERSITY} if options.diversity else {"none": ""}
+    blocks = f" in blocks of {options.block_sections}" if options.block_sections else ""
     asked = {
-        f"{Path(volume).stem} {seed}{name}": (volume, seed, options.whole, DIVERSITY[key])
+        f"{Path(volume).stem} {seed}{name}{blocks}": (
+            volume,
+            seed,
+            options.whole,
+            options.block_sections,
+            DIVERSITY[key],
+        )
         for volume in options.volumes
         for seed in range(options.seeds)
         for key, name in names.items()
@@ -189,6 +217,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--json", type=Path, metavar="FILE", help="rows; those that are there are not made again")
     parser.add_argument("--picture", type=Path, metavar="FILE.png", help="ten sections, real and remodelled")
     parser.add_argument("--diversity", action="store_true", help="without and with each key of more diversity")
+    parser.add_argument("--block-sections", type=int, default=0, metavar="N", help="make the masks in blocks")
     parser.add_argument("--cost", type=int, nargs=3, metavar=("Z", "Y", "X"), help="time and memory at that shape")
     return parser.parse_args()
 
