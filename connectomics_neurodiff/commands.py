@@ -13,6 +13,7 @@ from .errors import ConfigError, MissingInput, OutputExists, ValueRangeError
 from .provenance import require_writable
 
 if TYPE_CHECKING:
+    from .checkpoints import Checkpoint
     from .remodel import SignatureLibrary
     from .volume import ArrayLike, Volume
 
@@ -47,6 +48,16 @@ def _image_of(path: str, options: argparse.Namespace) -> tuple[Volume, ArrayLike
     if volume.image is None:
         raise MissingInput(f"{path} has no dataset 'image'.")
     return volume, volume.image
+
+
+def _warn_of_other_voxels(checkpoint: Checkpoint, path: str, volume: Volume) -> None:
+    """Warn if a segmenter meets voxels that it was not trained on; one that does not say is not judged."""
+    from .geometry import same_voxel_size
+
+    trained = checkpoint.extra.get("voxel_nm") or [volume.voxel_nm]
+    if not any(same_voxel_size(volume.voxel_nm, size) for size in trained):
+        sizes = " and ".join(f"{tuple(size)}" for size in trained)
+        _warn(f"{path} has voxels of {tuple(volume.voxel_nm)} nm; the segmenter was trained on {sizes} nm.")
 
 
 def _warn(message: str) -> None:
@@ -391,6 +402,7 @@ def predict(options: argparse.Namespace) -> None:
     _require_free(options.output, options.volume, options.checkpoint, force=options.force)
     checkpoint = load_checkpoint(options.checkpoint, kind="segmenter")
     volume, image = _image_of(options.volume, options)
+    _warn_of_other_voxels(checkpoint, options.volume, volume)
     tile = tuple(options.tile or checkpoint.patch)
     affinities = predict_affinities(
         trained_segmenter(checkpoint),
@@ -417,8 +429,18 @@ def segment(options: argparse.Namespace) -> None:
     if options.method == "agq":
         _segment_image(options)
         return
-    if options.checkpoint or options.tile:
-        raise ConfigError(f"--checkpoint and --tile go with --method agq; {options.method} takes affinities alone.")
+    of_networks = {
+        "--checkpoint": options.checkpoint,
+        "--tile": options.tile,
+        "--gpus": options.gpus > 0,
+        "--precision": options.precision != "auto",
+    }
+    given = [name for name, asked_for in of_networks.items() if asked_for]
+    if given:
+        raise ConfigError(
+            f"{', '.join(of_networks)} go with --method agq; {options.method} takes affinities alone. "
+            f"Got {', '.join(given)}."
+        )
     voxel_nm = read_voxel_size(options.affinities, voxel_nm=_voxel_size(options))
     affinities = np.asarray(open_array(options.affinities, ("affinity", "main")))
     threshold = PUBLISHED_THRESHOLDS[options.method] if options.threshold is None else options.threshold
@@ -441,7 +463,13 @@ def _segment_image(options: argparse.Namespace) -> None:
     if checkpoint.architecture != "agq":
         raise ConfigError(f"{options.checkpoint} holds the segmenter '{checkpoint.architecture}', not 'agq'.")
     volume, image = _image_of(options.affinities, options)
+    _warn_of_other_voxels(checkpoint, options.affinities, volume)
     tile = tuple(options.tile or checkpoint.patch)
+    if any(size == 1 < n for size, n in zip(tile, image.shape, strict=True)):
+        raise ConfigError(
+            f"Half of each block overlaps the next: --tile must be at least 2 on every axis of {tuple(image.shape)} "
+            f"that is longer than 1. Got {tile}{'' if options.tile else ', as trained'}."
+        )
     label = segment_image(
         trained_segmenter(checkpoint),
         image,
