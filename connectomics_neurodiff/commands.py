@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -448,6 +450,17 @@ def segment(options: argparse.Namespace) -> None:
     write_volume(options.output, {"label": label}, voxel_nm, {"method": options.method, "threshold": threshold})
 
 
+@contextmanager
+def _scratch_beside(output: str) -> Iterator[Path]:
+    """Folder for temporary files, where there is room for the volume; what a killed command left in it is removed."""
+    folder = Path(output).absolute().with_name(f".{Path(output).name}.stitching")
+    shutil.rmtree(folder, ignore_errors=True)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 def _segment_image(options: argparse.Namespace) -> None:
     import numpy as np
 
@@ -470,14 +483,17 @@ def _segment_image(options: argparse.Namespace) -> None:
             f"Half of each block overlaps the next: --tile must be at least 2 on every axis of {tuple(image.shape)} "
             f"that is longer than 1. Got {tile}{'' if options.tile else ', as trained'}."
         )
-    label = segment_image(
-        trained_segmenter(checkpoint),
-        image,
-        block=tile,
-        overlap=tuple(size // 2 for size in tile),
-        precision=options.precision,
-        device=resolve_device(options.gpus),
-    )
+    network = trained_segmenter(checkpoint)
+    with _scratch_beside(options.output) as scratch:
+        label = segment_image(
+            network,
+            image,
+            block=tile,
+            overlap=tuple(size // 2 for size in tile),
+            precision=options.precision,
+            device=resolve_device(options.gpus),
+            scratch=scratch,
+        )
     write_volume(options.output, {"label": np.asarray(label)}, volume.voxel_nm, {"method": "agq"})
 
 

@@ -167,8 +167,12 @@ def test_the_command_segments_an_image(tmp_path: Path) -> None:
     assert "is an input of this command" in lost.stderr
     assert np.array_equal(open_volume(cells).load().array("label"), volume.array("label"))
     agq = ["segment", cells, out, "--method", "agq", "--gpus", "0"]
+    left = tmp_path / ".out.h5.stitching" / "stitching-abc"  # by a command that was killed
+    left.mkdir(parents=True)
+    (left / "0-1.npy").touch()
     made = neurodiff(*agq, "--checkpoint", weights, "--tile", "6", "32", "32")
     assert made.returncode == 0
+    assert {path.name for path in tmp_path.iterdir()} == {"cells.h5", "out.h5", "weights.pt"}
     assert "has voxels of (29.0, 6.0, 6.0) nm; the segmenter was trained on (8, 8, 8) nm" in made.stderr
     assert "arand" in json.loads(neurodiff("evaluate", out, "--truth", cells, "--json").stdout)
     for arguments, told in [

@@ -323,8 +323,7 @@ def _save(path: Path, labels: np.ndarray) -> None:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
         raise NotEnoughSpace(
-            f"No space left in {path.parent.parent}, where overlaps of blocks wait for their neighbours; of the "
-            "folder for temporary files, TMPDIR names another."
+            f"No space left in {path.parent.parent}, where overlaps of blocks wait for their neighbours."
         ) from error
 
 
