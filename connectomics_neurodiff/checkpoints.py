@@ -8,8 +8,9 @@ from __future__ import annotations
 import io
 import os
 import pickle
+import reprlib
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,24 @@ from .errors import CheckpointMismatch, MissingInput
 from .provenance import atomic_write
 
 FORMAT = "connectomics_neurodiff checkpoint 1"
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str)
+
+
+def _is_mapping(value: object, of: type = object) -> bool:
+    return isinstance(value, dict) and all(isinstance(k, str) and isinstance(v, of) for k, v in value.items())
+
+
+#: What each part of a checkpoint is in words, and whether a value is that.
+_CONTENT: dict[str, tuple[str, Callable[[object], bool]]] = {
+    "kind": ("a word", _is_text),
+    "architecture": ("a word", _is_text),
+    "options": ("a mapping of names", _is_mapping),
+    "state_dict": ("a mapping of names to tensors", lambda value: _is_mapping(value, torch.Tensor)),
+    "extra": ("a mapping of names", _is_mapping),
+}
 
 
 @dataclass(frozen=True)
@@ -114,8 +133,11 @@ def load_checkpoint(path: str | os.PathLike[str], *, kind: str) -> Checkpoint:
     lacking = [name for name in Checkpoint.__dataclass_fields__ if not isinstance(content, dict) or name not in content]
     if lacking or content.get("format") != FORMAT:
         raise CheckpointMismatch(f"{path} is not a checkpoint of this package (expected format '{FORMAT}').")
-    if not (isinstance(content["options"], dict) and isinstance(content["extra"], dict)):
-        raise CheckpointMismatch(f"{path} is damaged: its options and extra must be mappings.")
+    for name, (what, fits) in _CONTENT.items():
+        if not fits(content[name]):
+            raise CheckpointMismatch(
+                f"{path} is damaged: its {name} must be {what}. Got {reprlib.repr(content[name])}."
+            )
     if content["kind"] != kind:
         raise CheckpointMismatch(
             f"{path} holds a {content['kind']} ({content['architecture']}); a {kind} is needed here."

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +15,7 @@ from .errors import ConfigError, MissingInput, OutputExists, ValueRangeError
 from .provenance import require_writable
 
 if TYPE_CHECKING:
+    from .checkpoints import Checkpoint
     from .remodel import SignatureLibrary
     from .volume import ArrayLike, Volume
 
@@ -47,6 +50,16 @@ def _image_of(path: str, options: argparse.Namespace) -> tuple[Volume, ArrayLike
     if volume.image is None:
         raise MissingInput(f"{path} has no dataset 'image'.")
     return volume, volume.image
+
+
+def _warn_of_other_voxels(checkpoint: Checkpoint, path: str, volume: Volume) -> None:
+    """Warn if a segmenter meets voxels that it was not trained on; one that does not say is not judged."""
+    from .geometry import same_voxel_size
+
+    trained = checkpoint.extra.get("voxel_nm") or [volume.voxel_nm]
+    if not any(same_voxel_size(volume.voxel_nm, size) for size in trained):
+        sizes = " and ".join(f"{tuple(size)}" for size in trained)
+        _warn(f"{path} has voxels of {tuple(volume.voxel_nm)} nm; the segmenter was trained on {sizes} nm.")
 
 
 def _warn(message: str) -> None:
@@ -395,6 +408,7 @@ def predict(options: argparse.Namespace) -> None:
     _require_free(options.output, options.volume, options.checkpoint, force=options.force)
     checkpoint = load_checkpoint(options.checkpoint, kind="segmenter")
     volume, image = _image_of(options.volume, options)
+    _warn_of_other_voxels(checkpoint, options.volume, volume)
     tile = tuple(options.tile or checkpoint.patch)
     affinities = predict_affinities(
         trained_segmenter(checkpoint),
@@ -421,13 +435,34 @@ def segment(options: argparse.Namespace) -> None:
     if options.method == "agq":
         _segment_image(options)
         return
-    if options.checkpoint or options.tile:
-        raise ConfigError(f"--checkpoint and --tile go with --method agq; {options.method} takes affinities alone.")
+    of_networks = {
+        "--checkpoint": options.checkpoint,
+        "--tile": options.tile,
+        "--gpus": options.gpus > 0,
+        "--precision": options.precision != "auto",
+    }
+    given = [name for name, asked_for in of_networks.items() if asked_for]
+    if given:
+        raise ConfigError(
+            f"{', '.join(of_networks)} go with --method agq; {options.method} takes affinities alone. "
+            f"Got {', '.join(given)}."
+        )
     voxel_nm = read_voxel_size(options.affinities, voxel_nm=_voxel_size(options))
     affinities = np.asarray(open_array(options.affinities, ("affinity", "main")))
     threshold = PUBLISHED_THRESHOLDS[options.method] if options.threshold is None else options.threshold
     label = segment_affinities(affinities, options.method, threshold, voxel_nm)
     write_volume(options.output, {"label": label}, voxel_nm, {"method": options.method, "threshold": threshold})
+
+
+@contextmanager
+def _scratch_beside(output: str) -> Iterator[Path]:
+    """Folder for temporary files, where there is room for the volume; what a killed command left in it is removed."""
+    folder = Path(output).absolute().with_name(f".{Path(output).name}.stitching")
+    shutil.rmtree(folder, ignore_errors=True)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _segment_image(options: argparse.Namespace) -> None:
@@ -445,15 +480,24 @@ def _segment_image(options: argparse.Namespace) -> None:
     if checkpoint.architecture != "agq":
         raise ConfigError(f"{options.checkpoint} holds the segmenter '{checkpoint.architecture}', not 'agq'.")
     volume, image = _image_of(options.affinities, options)
+    _warn_of_other_voxels(checkpoint, options.affinities, volume)
     tile = tuple(options.tile or checkpoint.patch)
-    label = segment_image(
-        trained_segmenter(checkpoint),
-        image,
-        block=tile,
-        overlap=tuple(size // 2 for size in tile),
-        precision=options.precision,
-        device=resolve_device(options.gpus),
-    )
+    if any(size == 1 < n for size, n in zip(tile, image.shape, strict=True)):
+        raise ConfigError(
+            f"Half of each block overlaps the next: --tile must be at least 2 on every axis of {tuple(image.shape)} "
+            f"that is longer than 1. Got {tile}{'' if options.tile else ', as trained'}."
+        )
+    network = trained_segmenter(checkpoint)
+    with _scratch_beside(options.output) as scratch:
+        label = segment_image(
+            network,
+            image,
+            block=tile,
+            overlap=tuple(size // 2 for size in tile),
+            precision=options.precision,
+            device=resolve_device(options.gpus),
+            scratch=scratch,
+        )
     write_volume(options.output, {"label": np.asarray(label)}, volume.voxel_nm, {"method": "agq"})
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -175,6 +176,25 @@ def test_wrong_checkpoints_are_told_apart(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:200])
     with pytest.raises(CheckpointMismatch, match="cannot be read"):
         load_checkpoint(path, kind="segmenter")
+
+
+@pytest.mark.parametrize(
+    ("part", "content", "told"),
+    [
+        ("architecture", ["toy"], "architecture must be a word"),
+        ("options", [1], "options must be a mapping of names"),
+        ("options", {1: 2}, "options must be a mapping of names"),
+        ("state_dict", [torch.zeros(1)], "state_dict must be a mapping of names to tensors"),
+        ("state_dict", {"0.weight": 1}, "names to tensors. Got {'0.weight': 1}"),
+        ("extra", None, "extra must be a mapping"),
+    ],
+)
+def test_a_damaged_checkpoint_is_told_in_one_line(tmp_path: Path, part: str, content: Any, told: str) -> None:
+    path = saved(tmp_path / "c.pt")
+    torch.save(torch.load(path, weights_only=True) | {part: content}, path)
+    with pytest.raises(CheckpointMismatch, match=told) as caught:
+        load_checkpoint(path, kind="segmenter")
+    assert "\n" not in str(caught.value)
 
 
 class Malicious:

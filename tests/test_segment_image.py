@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import runpy
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from conftest import REPOSITORY
 from tiny import neurodiff, settings
 from torch import Tensor, nn
 
@@ -17,6 +19,7 @@ from connectomics_neurodiff.config import load_config
 from connectomics_neurodiff.errors import ConfigError, ShapeMismatch, ValueRangeError
 from connectomics_neurodiff.metrics import evaluate
 from connectomics_neurodiff.pipeline import run_pipeline
+from connectomics_neurodiff.pipeline.networks import check_networks
 from connectomics_neurodiff.pipeline.run import run_folder
 from connectomics_neurodiff.segmenters import build_segmenter
 from connectomics_neurodiff.volume import grow_phantom, open_volume, write_volume
@@ -69,8 +72,14 @@ def test_what_cannot_be_segmented_is_told() -> None:
 def test_a_network_that_has_diverged_gives_no_empty_segmentation() -> None:
     network = build_segmenter("agq", filters=[4, 6], z_pool=[False], width=8, learned_queries=4, guided_queries=4)
     nn.init.constant_(next(network.backbone.parameters()), torch.nan)
+    blocks = {"block": (4, 16, 18), "overlap": (2, 8, 8)}
     with pytest.raises(ValueRangeError, match="diverged"):
-        segment_image(network, np.full((4, 16, 18), 0.5, np.float32), block=(4, 16, 18), overlap=(2, 8, 8))
+        segment_image(network, np.full((4, 16, 18), 0.5, np.float32), **blocks)
+    # Affinities alone that are no numbers would leave the learned queries, and labels that look like any others.
+    network = build_segmenter("agq", filters=[4, 6], z_pool=[False], width=8, learned_queries=4, guided_queries=4)
+    nn.init.constant_(next(network.affinity_branch.parameters()), torch.nan)
+    with pytest.raises(ValueRangeError, match="affinities must be finite"):
+        segment_image(network, np.full((4, 16, 18), 0.5, np.float32), **blocks)
 
 
 def test_all_of_the_image_is_checked_before_the_first_block() -> None:
@@ -126,6 +135,19 @@ def test_the_pipeline_trains_agq_and_takes_its_instances(tmp_path: Path) -> None
     assert (tmp_path / "run" / "segmentations" / "real_agq.h5").stat().st_mtime_ns == before
 
 
+def test_sizes_that_do_not_fit_are_told_by_their_keys(tmp_path: Path) -> None:
+    cfg = load_config(overrides=settings(tmp_path, **SMALL | {"MODEL__ISOTROPY": "[False, True]"}))
+    with pytest.raises(ConfigError, match=r"MODEL.ISOTROPY \(z_pool\) must fit. AGQ needs one z_pool .* Got 2"):
+        check_networks(cfg)
+
+
+def test_the_comparison_takes_no_region_beyond_the_test_part() -> None:
+    compare = runpy.run_path(str(REPOSITORY / "projects" / "AGQ" / "compare.py"))["middle_of"]
+    assert compare((9, 10, 11), (3, 10, 4)) == (slice(3, 6), slice(0, 10), slice(3, 7))
+    with pytest.raises(SystemExit, match=r"from 1 to \(9, 10, 11\) voxels.* Got \(3, 11, 4\)"):
+        compare((9, 10, 11), (3, 11, 4))
+
+
 def test_the_method_needs_the_architecture(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="agq for the method agq"):
         load_config(overrides=settings(tmp_path, NEURODIFF__SEGMENT__METHODS="['agq']"))
@@ -137,7 +159,7 @@ def test_the_command_segments_an_image(tmp_path: Path) -> None:
     write_volume(cells, volume.arrays, volume.voxel_nm)
     options = {"filters": [4, 6], "z_pool": [False], "width": 8, "learned_queries": 4, "guided_queries": 4}
     network = build_segmenter("agq", **options)
-    extra = {"patch": [6, 32, 32]}
+    extra = {"patch": [1, 32, 32], "voxel_nm": [[8, 8, 8]]}
     save_checkpoint(weights, kind="segmenter", architecture="agq", options=options, state_dict=network.state_dict(),
                     extra=extra)  # fmt: skip
     lost = neurodiff("segment", cells, cells, "--method", "agq", "--checkpoint", weights, "--force")
@@ -145,11 +167,19 @@ def test_the_command_segments_an_image(tmp_path: Path) -> None:
     assert "is an input of this command" in lost.stderr
     assert np.array_equal(open_volume(cells).load().array("label"), volume.array("label"))
     agq = ["segment", cells, out, "--method", "agq", "--gpus", "0"]
-    assert neurodiff(*agq, "--checkpoint", weights).returncode == 0
+    left = tmp_path / ".out.h5.stitching" / "stitching-abc"  # by a command that was killed
+    left.mkdir(parents=True)
+    (left / "0-1.npy").touch()
+    made = neurodiff(*agq, "--checkpoint", weights, "--tile", "6", "32", "32")
+    assert made.returncode == 0
+    assert {path.name for path in tmp_path.iterdir()} == {"cells.h5", "out.h5", "weights.pt"}
+    assert "has voxels of (29.0, 6.0, 6.0) nm; the segmenter was trained on (8, 8, 8) nm" in made.stderr
     assert "arand" in json.loads(neurodiff("evaluate", out, "--truth", cells, "--json").stdout)
     for arguments, told in [
         (agq, "needs --checkpoint"),
         ([*agq, "--checkpoint", weights, "--threshold", "0.3"], "has no --threshold"),
+        ([*agq, "--checkpoint", weights], "--tile must be at least 2 on every axis of (6, 40, 48) that is longer"),
+        (["segment", cells, out, "--method", "waterz", "--precision", "bf16"], "takes affinities alone. Got --prec"),
         (["segment", cells, out, "--method", "waterz", "--checkpoint", weights], "go with --method agq"),
     ]:
         result = neurodiff(*arguments, "--force")

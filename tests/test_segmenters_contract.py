@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from connectomics_neurodiff.affinities import affinities_from_labels
-from connectomics_neurodiff.checkpoints import load_checkpoint, save_checkpoint
+from connectomics_neurodiff.checkpoints import Checkpoint, load_checkpoint, save_checkpoint
 from connectomics_neurodiff.convolution import use_sound_convolutions
-from connectomics_neurodiff.errors import ShapeMismatch, UnknownName, UserError, ValueRangeError
+from connectomics_neurodiff.errors import CheckpointMismatch, ShapeMismatch, UnknownName, UserError, ValueRangeError
 from connectomics_neurodiff.segmenters import (
     SEGMENTERS,
     build_segmenter,
@@ -193,11 +193,22 @@ def test_what_is_no_batch_of_images_is_told(name: str, shape: tuple[int, ...]) -
         ("seg_mamba", {"orientations": 3.0}, "a whole number"),
         ("agq", {"learned_queries": 2.5}, "a whole number"),
         ("agq", {"width": True}, "a whole number"),
+        ("agq", {"component_prior": "6"}, "a number for 'component_prior'"),
+        ("agq", {"position_length": True}, "a number for 'position_length'"),
     ],
 )
 def test_options_of_a_wrong_type_are_told(name: str, options: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueRangeError, match=words):
         build_segmenter(name, **options)
+
+
+@pytest.mark.parametrize("auxiliary", ["x", -1, 2, 1.0])
+def test_a_checkpoint_with_other_channels_than_it_says_is_told(auxiliary: Any) -> None:
+    options = {"filters": [4, 6], "out_channels": 4}
+    weights = build_segmenter("superhuman", **options).state_dict()
+    checkpoint = Checkpoint("segmenter", "superhuman", options, weights, {"auxiliary_channels": auxiliary})
+    with pytest.raises(CheckpointMismatch, match=f"beside {auxiliary!r} auxiliary ones. Got 1 to 4"):
+        segmenter_from_checkpoint(checkpoint)
 
 
 def test_options_that_a_segmenter_does_not_have_are_left_out() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tracemalloc
 from collections.abc import Callable, Iterator
 from itertools import combinations, product
@@ -19,7 +20,14 @@ from hypothesis import strategies as st
 from scipy import ndimage
 
 from connectomics_neurodiff.agglomerate import affinities_from_interior, segment, segment_blockwise, stitch_blocks
-from connectomics_neurodiff.errors import LabelTypeError, MissingInput, ShapeMismatch, UserError, ValueRangeError
+from connectomics_neurodiff.errors import (
+    LabelTypeError,
+    MissingInput,
+    NotEnoughSpace,
+    ShapeMismatch,
+    UserError,
+    ValueRangeError,
+)
 from connectomics_neurodiff.geometry import Box, tiles
 from connectomics_neurodiff.metrics import evaluate
 
@@ -347,6 +355,19 @@ def test_scratch_files_are_gone_afterwards_also_after_a_mistake(tmp_path: Path):
     with pytest.raises(MissingInput):
         stitch_blocks([next(watched())], shape, block=block, overlap=overlap, scratch=scratch)
     assert list(scratch.iterdir()) == []
+
+
+def test_a_full_disk_is_told_in_one_line(tmp_path: Path):
+    resource = pytest.importorskip("resource")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    shape, block, overlap = PAIR
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+    try:
+        with pytest.raises(NotEnoughSpace, match=re.escape(f"No space left in {tmp_path}")):
+            stitch_blocks(bricks(PAIR, 4), shape, block=block, overlap=overlap, scratch=tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_volume_without_instances_stays_empty():

@@ -234,6 +234,16 @@ def test_erosion_against_brute_force(width, in_plane) -> None:
     assert np.array_equal(erode_contacts(label, width, in_plane=in_plane), expected)
 
 
+def test_an_erosion_that_leaves_no_neuron_is_refused() -> None:
+    label = np.kron(np.array([[[1, 2], [3, 4]]]), np.ones((4, 6, 6), int))
+    image = np.zeros(label.shape)
+    options = {"patch": (4, 6, 6), "seed": 0, "ratio": 0.0}
+    AffinityPatches([volume(image, label)], [], label_erosion=5, **options)
+    with pytest.raises(ValueRangeError, match="must leave something of the neurons"):
+        AffinityPatches([volume(image, label)], [], label_erosion=6, **options)
+    AffinityPatches([volume(image, 0 * label)], [], label_erosion=6, **options)
+
+
 def test_erosion_is_in_the_plane_for_thick_sections_only() -> None:
     label = np.ones((6, 12, 12), int)
     label[3:] = 2

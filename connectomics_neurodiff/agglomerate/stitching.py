@@ -7,6 +7,8 @@ voxels that both have labelled. Only one block, and one overlap, is in memory at
 
 from __future__ import annotations
 
+import errno
+import io
 import tempfile
 from collections.abc import Iterable, Sequence
 from itertools import pairwise, product
@@ -19,7 +21,7 @@ import numpy as np
 from scipy.sparse import coo_array, csr_array, diags_array
 from scipy.sparse.csgraph import connected_components
 
-from ..errors import LabelTypeError, MissingInput, ShapeMismatch, ValueRangeError
+from ..errors import LabelTypeError, MissingInput, NotEnoughSpace, ShapeMismatch, ValueRangeError
 from ..geometry import Box, tile_starts, tiles
 
 #: Folders of overlaps that wait for their neighbours are called this, and something random.
@@ -109,6 +111,8 @@ def stitch_blocks(
         If labels are not integers >= 0, or `out` is neither uint32 nor uint64.
     MissingInput
         If a block has not come by the end.
+    NotEnoughSpace
+        If the disk of `scratch` is full.
 
     Notes
     -----
@@ -199,7 +203,7 @@ class _Stitcher:
             overlap = dense[_within(_shared(box, self.boxes[other]), box)]
             waiting = self.folder / f"{min(block, other)}-{max(block, other)}.npy"
             if other not in self.shown:
-                np.save(waiting, overlap)
+                _save(waiting, overlap)
                 continue
             pairs = _same_neurons(overlap, np.load(waiting), self.min_fraction, self.min_contact)
             self.links.append(
@@ -307,6 +311,20 @@ def _same_neurons(first: np.ndarray, second: np.ndarray, min_fraction: float, mi
     _, extent = _entries(owners @ _sizes(pieces) @ (meeting @ other_owners.T).sign())
     _, other_extent = _entries((owners @ meeting).sign() @ _sizes(other_pieces) @ other_owners.T)
     return ids[(shared >= min_fraction * np.maximum(extent, other_extent)) & (shared >= min_contact)]
+
+
+def _save(path: Path, labels: np.ndarray) -> None:
+    """Write an array. By way of memory: numpy's own file writer does not say why a disk has refused."""
+    buffer = io.BytesIO()
+    np.save(buffer, labels)
+    try:
+        path.write_bytes(buffer.getbuffer())
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        raise NotEnoughSpace(
+            f"No space left in {path.parent.parent}, where overlaps of blocks wait for their neighbours."
+        ) from error
 
 
 def _entries(table: csr_array) -> tuple[np.ndarray, np.ndarray]:

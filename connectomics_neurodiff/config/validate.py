@@ -151,12 +151,12 @@ def _validate_segmenter(cfg: CfgNode) -> None:
     """Options of single segmenters, whichever is chosen."""
     node = cfg.NEURODIFF.SEGMENTER
     swin = cfg.MODEL.SWIN_UNETR_FEATURE_SIZE
-    _require(swin > 0 and swin % 12 == 0, "MODEL.SWIN_UNETR_FEATURE_SIZE", "a multiple of 12", swin)
+    _require(swin > 0 and swin % 12 == 0, "MODEL.SWIN_UNETR_FEATURE_SIZE", "a multiple of 12, > 0", swin)
     _require(
         node.SCAN_ORIENTATIONS in (1, 3), "NEURODIFF.SEGMENTER.SCAN_ORIENTATIONS", "1 or 3", node.SCAN_ORIENTATIONS
     )
     width = node.QUERY_WIDTH
-    _require(width > 0 and width % 8 == 0, "NEURODIFF.SEGMENTER.QUERY_WIDTH", "a multiple of 8", width)
+    _require(width > 0 and width % 8 == 0, "NEURODIFF.SEGMENTER.QUERY_WIDTH", "a multiple of 8, > 0", width)
     _require_numbers(cfg, ["NEURODIFF.SEGMENTER.LEARNED_QUERIES"], 2)
     _require_numbers(cfg, ["NEURODIFF.SEGMENTER.GUIDED_QUERIES", "NEURODIFF.SEGMENTER.SMALLEST_COMPONENT"], 0)
     for offset in node.LONG_RANGE:
@@ -237,15 +237,16 @@ def _validate_names(cfg: CfgNode) -> None:
         _require_choice("MODEL.LOSS_OPTION", loss, ("WeightedBCEWithLogitsLoss", "DiceLoss"))
     weights = cfg.MODEL.LOSS_WEIGHT
     fit = len(weights) == len(set(cfg.MODEL.LOSS_OPTION)) == len(cfg.MODEL.LOSS_OPTION) > 0
-    fit = fit and all(isinstance(w, int | float) and w > 0 for w in weights)
+    fit = fit and all(isinstance(w, int | float) and 0 < w < math.inf for w in weights)
     _require(fit, "MODEL.LOSS_WEIGHT", f"a number > 0 for each of MODEL.LOSS_OPTION {cfg.MODEL.LOSS_OPTION}", weights)
     _require(cfg.MODEL.TARGET_OPT == ["2"], "MODEL.TARGET_OPT", "['2'] (affinity z, y, x)", cfg.MODEL.TARGET_OPT)
     _require(cfg.MODEL.IN_PLANES == 1, "MODEL.IN_PLANES", "1 (one grey image)", cfg.MODEL.IN_PLANES)
     _require(cfg.MODEL.OUT_PLANES == 3, "MODEL.OUT_PLANES", "3 (affinity z, y, x)", cfg.MODEL.OUT_PLANES)
     _require(bool(segment.METHODS), "NEURODIFF.SEGMENT.METHODS", "a list of waterz, multicut and agq", segment.METHODS)
-    _require(len(set(segment.METHODS)) == len(segment.METHODS), "NEURODIFF.SEGMENT.METHODS", "unique", segment.METHODS)
     for method in segment.METHODS:
         _require_choice("NEURODIFF.SEGMENT.METHODS", method, ("waterz", "multicut", "agq"))
+    _require(len(set(segment.METHODS)) == len(segment.METHODS), "NEURODIFF.SEGMENT.METHODS", "unique", segment.METHODS)
+    for method in segment.METHODS:
         if method == "agq":  # the segmenter's own instances, without a threshold
             key, architecture = "MODEL.ARCHITECTURE", cfg.MODEL.ARCHITECTURE
             _require(architecture == "agq", key, "agq for the method agq", architecture)

@@ -11,7 +11,7 @@ from yacs.config import CfgNode
 from ..config import as_dict
 from ..config.project import HOST_ARCHITECTURES
 from ..engine import FitSettings, resolve_device, resolve_precision
-from ..errors import ConfigError
+from ..errors import ConfigError, ValueRangeError
 from .parts import makes_pairs
 
 if TYPE_CHECKING:
@@ -59,7 +59,10 @@ def check_networks(cfg: CfgNode) -> None:
         )
     provide_architecture(cfg.MODEL.ARCHITECTURE)
     with torch.device("meta"):
-        build_segmenter(cfg.MODEL.ARCHITECTURE, **segmenter_options(cfg))
+        try:
+            build_segmenter(cfg.MODEL.ARCHITECTURE, **segmenter_options(cfg))
+        except ValueRangeError as error:  # networks know their options, not the keys
+            raise ConfigError(f"MODEL.FILTERS (filters) and MODEL.ISOTROPY (z_pool) must fit. {error}") from error
         if makes_pairs(cfg):
             build_denoiser(cfg.NEURODIFF.DIFFUSION.ARCHITECTURE, **denoiser_options(cfg))
 

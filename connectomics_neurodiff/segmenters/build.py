@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from numbers import Integral
+from numbers import Integral, Real
 from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor, nn
@@ -78,6 +78,7 @@ def _is_truth(value: Any) -> bool:
 #: What an option's annotation says in words, and whether a value is that.
 _TYPES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "int": ("a whole number", _is_whole),
+    "float": ("a number", lambda value: isinstance(value, Real) and not isinstance(value, bool)),
     "bool": ("true or false", _is_truth),
     "str": ("a word", lambda value: isinstance(value, str)),
     "Sequence[int]": ("a list of whole numbers", lambda value: _is_list(value, _is_whole)),
@@ -109,10 +110,11 @@ def segmenter_from_checkpoint(checkpoint: Checkpoint) -> nn.Module:
         If this version does not know the architecture.
     """
     auxiliary = checkpoint.extra.get("auxiliary_channels", 0)
-    channels = checkpoint.options.get("in_channels", 1), checkpoint.options.get("out_channels", 3) - auxiliary
-    if channels != (1, 3):
+    channels = checkpoint.options.get("in_channels", 1), checkpoint.options.get("out_channels", 3)
+    if not _is_whole(auxiliary) or auxiliary < 0 or channels != (1, 3 + auxiliary):
+        beside = f", beside {auxiliary!r} auxiliary ones" if auxiliary else ""
         raise CheckpointMismatch(
-            f"A segmenter maps 1 image channel to 3 affinities here. Got {channels[0]} to {channels[1]}."
+            f"A segmenter maps 1 image channel to 3 affinities here{beside}. Got {channels[0]} to {channels[1]}."
         )
     network = load_weights(build_segmenter(checkpoint.architecture, **checkpoint.options), checkpoint).eval()
     return AffinitiesAlone(network).eval() if auxiliary else network

@@ -288,4 +288,8 @@ def _prepare(volume: Volume, label_erosion: int, reliability: np.ndarray | None 
     compact, _ = fastremap.renumber(label, preserve_zero=True, in_place=False)
     compact = compact.astype(np.uint32)
     eroded = erode_contacts(compact, label_erosion, in_plane=is_anisotropic(volume.voxel_nm))
+    if compact.any() and not eroded.any():
+        raise ValueRangeError(
+            f"{where}: label_erosion must leave something of the neurons. Got {label_erosion} voxels, nothing is left."
+        )
     return _Annotated(image, eroded, reliability)

@@ -49,12 +49,20 @@ def waterz_labels(cfg: CfgNode, network: Any, image: np.ndarray, voxel_nm: Any, 
     return np.asarray(segment(np.asarray(affinities), "waterz", threshold, voxel_nm))
 
 
+def middle_of(shape: Sequence[int], region: Sequence[int]) -> tuple[slice, ...]:
+    """Index of the middle `region` voxels (z, y, x) of an array of that shape."""
+    if any(not 0 < size <= n for n, size in zip(shape, region, strict=True)):
+        raise SystemExit(f"--region must be from 1 to {tuple(shape)} voxels, the test part. Got {tuple(region)}.")
+    return tuple(slice((n - size) // 2, (n + size) // 2) for n, size in zip(shape, region, strict=True))
+
+
 def rows_of_run(folder: Path, arm: str, region: Sequence[int]) -> Iterator[dict[str, Any]]:
     """One row per way from the image to labels: scores, and seconds."""
     cfg = load_config(folder / "config.yaml")
     test = open_parts(cfg)["test"].load()
     image, truth = test.array("image"), test.array("label")
     name = cfg.MODEL.ARCHITECTURE
+    middle = middle_of(image.shape, region) if name == "agq" else ()
     network = networks.load_segmenter(str(folder / "segmenter" / arm / "checkpoint.pt"))
     threshold = json.loads((folder / "metrics.json").read_text())["provenance"]["thresholds"][arm]["waterz"]
     first = image[tuple(slice(0, size) for size in cfg.INFERENCE.INPUT_SIZE)]
@@ -69,7 +77,6 @@ def rows_of_run(folder: Path, arm: str, region: Sequence[int]) -> Iterator[dict[
     yield row("waterz", lambda: waterz_labels(cfg, network, image, test.voxel_nm, threshold), truth)
     if name == "agq":
         yield row("stitched blocks", lambda: instances(cfg, network, image), truth)
-        middle = tuple(slice((n - size) // 2, (n + size) // 2) for n, size in zip(image.shape, region, strict=True))
         part = np.ascontiguousarray(image[middle])
         yield row("stitched blocks, region", lambda: instances(cfg, network, part), truth[middle])
         yield row("one block, region", lambda: instances(cfg, network, part, region), truth[middle])

@@ -294,6 +294,11 @@ class AGQ(nn.Module):
         torch.Tensor
             (b, z, y, x) int64: 0 is background; the numbers of one sample have nothing to do with those of another.
 
+        Raises
+        ------
+        ValueRangeError
+            If `smallest_area` is below 0, or the network's output not finite.
+
         Notes
         -----
         Computed in evaluation mode; the network's own mode is restored.
@@ -305,6 +310,10 @@ class AGQ(nn.Module):
             prediction = self.predict_instances(image)
         finally:
             self.train(was_training)
+        if not torch.isfinite(prediction.affinity).all():  # their components would be none, and no query guided
+            raise ValueRangeError(
+                "The network's affinities must be finite. Got NaN or infinity: its training has diverged."
+            )
         z, y, x = image.shape[2:]
         samples = zip(prediction.masks[-1], prediction.backgrounds[-1], prediction.valid, strict=True)
         return torch.stack(
@@ -337,5 +346,5 @@ class AGQ(nn.Module):
 def _check_least(**counts: tuple[float, int]) -> None:
     """Refuse a value below its lower bound; each argument is (value, bound)."""
     for name, (value, least) in counts.items():
-        if not value >= least:
+        if not least <= value < math.inf:
             raise ValueRangeError(f"AGQ needs {name} >= {least}. Got {value}.")
