@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .errors import ConfigError, MissingInput, OutputExists, ValueRangeError
+from .errors import CheckpointMismatch, ConfigError, MissingInput, OutputExists, ValueRangeError
 from .provenance import require_writable
 
 if TYPE_CHECKING:
@@ -54,9 +54,16 @@ def _image_of(path: str, options: argparse.Namespace) -> tuple[Volume, ArrayLike
 
 def _warn_of_other_voxels(checkpoint: Checkpoint, path: str, volume: Volume) -> None:
     """Warn if a segmenter meets voxels that it was not trained on; one that does not say is not judged."""
-    from .geometry import same_voxel_size
+    from .geometry import same_voxel_size, voxel_size
 
-    trained = checkpoint.extra.get("voxel_nm") or [volume.voxel_nm]
+    given = checkpoint.extra.get("voxel_nm") or [volume.voxel_nm]
+    try:
+        trained = [voxel_size(size) for size in given]
+    except (TypeError, ValueError, ValueRangeError) as error:
+        raise CheckpointMismatch(
+            f"The segmenter's checkpoint is damaged: its voxel_nm must be a list of sizes (z, y, x) in nm. "
+            f"Got {given!r}."
+        ) from error
     if not any(same_voxel_size(volume.voxel_nm, size) for size in trained):
         sizes = " and ".join(f"{tuple(size)}" for size in trained)
         _warn(f"{path} has voxels of {tuple(volume.voxel_nm)} nm; the segmenter was trained on {sizes} nm.")

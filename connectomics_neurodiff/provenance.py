@@ -46,7 +46,8 @@ def atomic_write(path: str | os.PathLike[str], *, overwrite: bool = True) -> Ite
     """Yield a temporary path beside `path`; rename it into place only if the block succeeds.
 
     Whoever kills the process in the middle leaves either the old file or the new one, never half of one. What SIGKILL
-    leaves beside it, the temporary file, is removed when the same path is written again on the same machine.
+    leaves beside it, the temporary file, is removed when the same path is written again on the same machine; where that
+    is not permitted, a warning says so.
 
     Raises
     ------
@@ -98,8 +99,14 @@ def _remove_leftovers(target: Path) -> None:
     for entry in os.scandir(target.parent):
         process = entry.name.removeprefix(before).removesuffix(after)
         if entry.name == before + process + after and process.isdecimal() and not psutil.pid_exists(int(process)):
-            Path(entry).unlink(missing_ok=True)
-            logger.warning("%s, left by a command that was killed, was removed.", entry.path)
+            try:
+                Path(entry).unlink(missing_ok=True)
+            except OSError as error:  # for example another user's, in a folder like /tmp
+                logger.warning(
+                    "%s, left by a command that was killed, cannot be removed: %s.", entry.path, error.strerror
+                )
+            else:
+                logger.warning("%s, left by a command that was killed, was removed.", entry.path)
 
 
 def write_json(path: str | os.PathLike[str], content: Mapping[str, Any]) -> None:

@@ -395,6 +395,14 @@ def test_a_project_ends_on_real_patches(tmp_path: Path) -> None:
         v1.unregister()
     assert sum(synthetic[:36]) == 18
     assert not any(synthetic[36:])
+    cfg.SYSTEM.DISTRIBUTED = True  # samples would come in a random order
+    try:
+        with pytest.raises(ConfigError, match=r"SYNTHETIC.UNTIL must be 1 in a distributed training.* Got 0.6"):
+            v1.register(cfg)
+        cfg.DATASET.DISTRIBUTED = True  # each process has its own files, and draws in order
+        v1.register(cfg)
+    finally:
+        v1.unregister()
 
 
 @with_host

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from connectomics_neurodiff.errors import ShapeMismatch, ValueRangeError
+from connectomics_neurodiff.errors import LabelTypeError, ShapeMismatch, ValueRangeError
 from connectomics_neurodiff.metrics import evaluate, evaluate_columns, paired_difference
 
 
@@ -59,6 +59,16 @@ def test_other_shapes_are_refused() -> None:
         evaluate_columns(two_neurons(), two_neurons()[..., :8])
     with pytest.raises(ShapeMismatch):
         evaluate_columns(two_neurons()[0], two_neurons()[0])
+
+
+@pytest.mark.parametrize("change", [lambda a: a + 0.5, lambda a: a > 1, lambda a: a.astype(int) - 2])
+def test_what_is_no_label_is_refused_as_for_the_whole(change) -> None:
+    for segmentation, truth in [(change(two_neurons()), two_neurons()), (two_neurons(), change(two_neurons()))]:
+        with pytest.raises(LabelTypeError) as of_whole:
+            evaluate(segmentation, truth)
+        with pytest.raises(LabelTypeError) as of_columns:
+            evaluate_columns(segmentation, truth)
+        assert str(of_columns.value) == str(of_whole.value)
 
 
 @given(st.lists(st.tuples(st.floats(-5, 5), st.floats(-5, 5)), min_size=2, max_size=20))

@@ -169,6 +169,9 @@ def test_where_the_synthetic_samples_end() -> None:
     for share in (0.0, 1.01, np.nan):
         with pytest.raises(ValueRangeError, match=r"\(0, 1\]"):
             last_synthetic(share, 800)
+    assert last_synthetic(0.001, 800) == 1
+    with pytest.raises(ValueRangeError, match=r"one of its 800 samples at least. Got 0.0005"):
+        last_synthetic(0.0005, 800)
 
 
 @pytest.mark.parametrize("ratio", [-0.1, np.nan, np.inf])

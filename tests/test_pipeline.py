@@ -405,6 +405,14 @@ def test_a_part_of_the_training_is_a_number_of_samples(until: float, last: int |
         assert patches.synthetic_until == last
 
 
+def test_a_mixed_training_without_a_synthetic_sample_is_refused_before_any_work() -> None:
+    options = ["SYSTEM.NUM_GPUS", "0", "SOLVER.ITERATION_TOTAL", "4", "SOLVER.SAMPLES_PER_BATCH", "2"]
+    options += ["AUGMENTOR.SYNTHETIC.ENABLED", "True", "AUGMENTOR.SYNTHETIC.UNTIL"]
+    networks.check_networks(load_config(overrides=[*options, "0.1"]))
+    with pytest.raises(ConfigError, match=r"AUGMENTOR.SYNTHETIC.UNTIL is too small.* one of its 8 samples.* Got 0.05"):
+        networks.check_networks(load_config(overrides=[*options, "0.05"]))
+
+
 def test_pairs_need_no_membrane(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     label = rng.integers(1, 9, (3, 10, 11)).repeat(4, 0).repeat(4, 1).repeat(4, 2).astype(np.uint32)

@@ -85,6 +85,27 @@ def test_a_volume_is_mirrored_or_cropped_to_a_shape(script: ModuleType) -> None:
     assert np.array_equal(fitted[..., 4:], fitted[..., 3:1:-1])
 
 
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (["--block-sections", "5", "--diversity"], "without diversity"),
+        (["--block-sections", "5", "--cost", "4", "9", "9"], "give it alone"),
+        (["--block-sections", "-5"], "must be >= 0. Got -5"),
+    ],
+)
+def test_blocks_go_with_nothing_that_they_would_ignore(
+    script: ModuleType,
+    options: list[str],
+    told: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), "phantom", *options])
+    with pytest.raises(SystemExit):
+        script.main()
+    assert told in capsys.readouterr().err
+
+
 def test_a_missing_volume_is_named(script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", [str(SCRIPT), str(tmp_path / "none.h5"), "--seeds", "1"])
     with pytest.raises(SystemExit, match=r"error: .*none\.h5"):

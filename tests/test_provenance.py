@@ -53,6 +53,21 @@ def test_what_a_killed_process_left_is_removed_by_the_next_one_and_told(
     assert caplog.messages == [f"{left}, left by a command that was killed, was removed."]
 
 
+def test_what_cannot_be_removed_is_told_and_does_not_stop_the_writer(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    left = tmp_path / f".a.{platform.node()}.{process.pid}.part.txt"
+    left.mkdir()  # a folder cannot be unlinked, by root neither
+    with atomic_write(tmp_path / "a.txt") as temporary:
+        temporary.write_text("whole")
+    assert (tmp_path / "a.txt").read_text() == "whole"
+    assert left.is_dir()
+    (message,) = caplog.messages
+    assert message.startswith(f"{left}, left by a command that was killed, cannot be removed: ")
+
+
 def test_a_failing_writer_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
     target = tmp_path / "a.txt"
     target.write_text("old")

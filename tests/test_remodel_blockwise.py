@@ -191,6 +191,27 @@ def test_a_mitochondrion_goes_where_there_is_room_for_it(tmp_path: Path) -> None
     assert made.mito[48:].any()
 
 
+@pytest.mark.parametrize("sections", [8, 64])
+def test_where_there_is_no_neuron_there_is_no_mitochondrion(sections: int, tmp_path: Path) -> None:
+    """Blank sections, deeper than a block and what is seen beside it; and a volume that is all background."""
+    label, mito = tall_tissue((64, 60, 72), VOXEL, 16, (150.0, 60.0, 80.0))
+    options = {"library": SignatureLibrary.from_masks(label, mito, VOXEL), "mito_fraction": 0.02}
+    label[8:48] = 0
+    made = streamed(tmp_path / "m.h5", label, None, VOXEL, 0, sections, candidate_fraction=1.0, **options)
+    assert made.mito[48:].any()
+    assert not made.mito[made.label == 0].any()
+    nothing = streamed(tmp_path / "n.h5", np.zeros_like(label), None, VOXEL, 0, sections, **options)
+    assert not nothing.mito.any()
+    assert not remodel(np.zeros_like(label), None, VOXEL, rng_for(0), **options).mito.any()
+
+
+@pytest.mark.parametrize("change", [{"candidate_fraction": 0.0}, {"margin_nm": -1.0}, {"mito_fraction": 2.0}])
+def test_what_concerns_placing_is_refused_before_any_mask_is_made(change) -> None:
+    label, mito = tissue((12, 60, 72), VOXEL)
+    with pytest.raises(ValueRangeError):
+        BlockwiseRemodelling.of(label, mito, VOXEL, sections=4, settings=BlockwiseSettings(**change))
+
+
 def test_memory_does_not_grow_with_the_depth(tmp_path: Path) -> None:
     peaks = []
     for depth in (64, 192):

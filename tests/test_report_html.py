@@ -320,6 +320,21 @@ def test_a_clear_change_is_named() -> None:
     assert "VOI with waterz" in verdict.certainty
 
 
+def test_a_change_that_the_columns_contradict_is_no_gain() -> None:
+    """One large neuron may lower the score of the whole while it rises nearly everywhere."""
+    metrics = in_columns([0.1, 0.2, 0.3], [0.15, 0.26, 0.35])
+    metrics["mixed"]["waterz"] = scores(0.1, 2.3)  # ARAND fell from .2, VOI rose from 2
+    verdict = verdict_of(metrics)
+    assert verdict.sentence == "Synthetic pairs lowered ARAND by 50.0 % but raised VOI by 15.0 % with waterz."
+    supported, contrary = verdict.certainty.split(". ")
+    assert "VOI with waterz (+0.533 ± 0.033)" in supported
+    assert "ARAND" not in supported
+    assert contrary == "In the columns clearly otherwise than in the whole: ARAND with waterz (+0.053 ± 0.003)."
+    metrics["mixed"]["waterz"] = scores(0.1, 1.0)
+    assert verdict_of(metrics).tone == "divided"
+    assert "Of these changes" not in verdict_of(metrics).certainty
+
+
 def test_columns_without_truth_and_single_ones_give_no_error() -> None:
     metrics = in_columns([0.1, 0.2], [0.2, 0.1])
     metrics["columns"]["real"]["waterz"][0] = None

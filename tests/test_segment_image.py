@@ -14,9 +14,10 @@ from tiny import neurodiff, settings
 from torch import Tensor, nn
 
 from connectomics_neurodiff.agglomerate import segment_image
-from connectomics_neurodiff.checkpoints import save_checkpoint
+from connectomics_neurodiff.checkpoints import Checkpoint, save_checkpoint
+from connectomics_neurodiff.commands import _warn_of_other_voxels
 from connectomics_neurodiff.config import load_config
-from connectomics_neurodiff.errors import ConfigError, ShapeMismatch, ValueRangeError
+from connectomics_neurodiff.errors import CheckpointMismatch, ConfigError, ShapeMismatch, ValueRangeError
 from connectomics_neurodiff.metrics import evaluate
 from connectomics_neurodiff.pipeline import run_pipeline
 from connectomics_neurodiff.pipeline.networks import check_networks
@@ -141,6 +142,13 @@ def test_sizes_that_do_not_fit_are_told_by_their_keys(tmp_path: Path) -> None:
         check_networks(cfg)
 
 
+@pytest.mark.parametrize("sizes", [[8, 8, 8], "x", [["a", 1, 2]], 8, [[8, 8, 0]]])
+def test_a_checkpoint_without_sensible_voxel_sizes_is_told(sizes: object) -> None:
+    checkpoint = Checkpoint("segmenter", "agq", {}, {}, {"voxel_nm": sizes})
+    with pytest.raises(CheckpointMismatch, match="voxel_nm must be a list of sizes"):
+        _warn_of_other_voxels(checkpoint, "a.h5", grow_phantom((4, 32, 32), (29.0, 6.0, 6.0), 0))
+
+
 def test_the_comparison_takes_no_region_beyond_the_test_part() -> None:
     compare = runpy.run_path(str(REPOSITORY / "projects" / "AGQ" / "compare.py"))["middle_of"]
     assert compare((9, 10, 11), (3, 10, 4)) == (slice(3, 6), slice(0, 10), slice(3, 7))
@@ -173,7 +181,7 @@ def test_the_command_segments_an_image(tmp_path: Path) -> None:
     made = neurodiff(*agq, "--checkpoint", weights, "--tile", "6", "32", "32")
     assert made.returncode == 0
     assert {path.name for path in tmp_path.iterdir()} == {"cells.h5", "out.h5", "weights.pt"}
-    assert "has voxels of (29.0, 6.0, 6.0) nm; the segmenter was trained on (8, 8, 8) nm" in made.stderr
+    assert "has voxels of (29.0, 6.0, 6.0) nm; the segmenter was trained on (8.0, 8.0, 8.0) nm" in made.stderr
     assert "arand" in json.loads(neurodiff("evaluate", out, "--truth", cells, "--json").stdout)
     for arguments, told in [
         (agq, "needs --checkpoint"),

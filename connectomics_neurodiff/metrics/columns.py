@@ -14,7 +14,7 @@ import cc3d
 import numpy as np
 
 from ..errors import ShapeMismatch, ValueRangeError
-from .overlap import Scores, evaluate
+from .overlap import Scores, evaluate, require_labels
 
 #: Columns along y and x.
 DEFAULT_COLUMNS = (3, 3)
@@ -59,6 +59,9 @@ def evaluate_columns(
         raise ValueRangeError(
             f"A volume of {size[0]} x {size[1]} pixels has 1 to as many columns along each axis. Got {tuple(columns)}."
         )
+    # Components of other types would be counted without a word.
+    require_labels(segmentation, "segmentation")
+    require_labels(truth, "truth")
     cuts = ([round(i * n / count) for i in range(count + 1)] for n, count in zip(size, columns, strict=True))
     boxes = product(*(pairwise(axis) for axis in cuts))
     return [_evaluate_column(segmentation[:, a:b, c:d], truth[:, a:b, c:d]) for (a, b), (c, d) in boxes]
@@ -91,11 +94,12 @@ def paired_difference(before: Sequence[float], after: Sequence[float]) -> tuple[
     Raises
     ------
     ValueRangeError
-        If there are fewer than two pairs.
+        If there are not as many of the one as of the other, or fewer than two pairs.
     """
     if len(before) != len(after) or len(before) < 2:
         raise ValueRangeError(
-            f"A paired difference needs two pairs at least. Got {len(before)} and {len(after)} values."
+            f"A paired difference needs as many values before as after, two at least. "
+            f"Got {len(before)} and {len(after)}."
         )
     differences = np.subtract(after, before)
     return float(differences.mean()), float(differences.std(ddof=1) / math.sqrt(len(differences)))

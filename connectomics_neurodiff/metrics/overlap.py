@@ -96,7 +96,7 @@ class Overlap:
         return np.bincount(self.segment_index, weights=self.voxels)
 
 
-def _labels(values: np.ndarray, name: str) -> np.ndarray:
+def require_labels(values: np.ndarray, name: str) -> np.ndarray:
     """`values` as an array of integers >= 0, flat; lazy arrays are read."""
     labels = np.asarray(values)
     if labels.dtype.kind not in "iu":
@@ -161,7 +161,7 @@ def contingency(segmentation: np.ndarray, truth: np.ndarray) -> Overlap:
         raise ShapeMismatch(
             f"Segmentation and truth must have the same shape. Got {np.shape(segmentation)} and {np.shape(truth)}."
         )
-    segments, neurons = _labels(segmentation, "segmentation"), _labels(truth, "truth")
+    segments, neurons = require_labels(segmentation, "segmentation"), require_labels(truth, "truth")
     if not neurons.any():
         raise ValueRangeError("The truth must label at least one voxel > 0; it is 0 (ignored) everywhere.")
     starts, lengths = _runs(segments, neurons)

@@ -50,11 +50,17 @@ def last_synthetic(share: float, samples: int) -> int | None:
     Raises
     ------
     ValueRangeError
-        If the share is not in (0, 1].
+        If the share is not in (0, 1], or less than half a sample.
     """
     if not 0 < share <= 1:
         raise ValueRangeError(f"The part of a training that sees synthetic samples must be in (0, 1]. Got {share}.")
-    return None if share == 1 else round(share * samples)
+    until = round(share * samples)
+    if not until:
+        raise ValueRangeError(
+            f"The part of a training that sees synthetic samples must be one of its {samples} samples at least. "
+            f"Got {share}."
+        )
+    return None if share == 1 else until
 
 
 def is_synthetic(i: int, ratio: float, until: int | None = None) -> bool:

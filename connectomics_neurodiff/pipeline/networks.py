@@ -12,6 +12,7 @@ from ..config import as_dict
 from ..config.project import HOST_ARCHITECTURES
 from ..engine import FitSettings, resolve_device, resolve_precision
 from ..errors import ConfigError, ValueRangeError
+from ..pairs import last_synthetic
 from .parts import makes_pairs
 
 if TYPE_CHECKING:
@@ -63,6 +64,8 @@ def check_networks(cfg: CfgNode) -> None:
             build_segmenter(cfg.MODEL.ARCHITECTURE, **segmenter_options(cfg))
         except ValueRangeError as error:  # networks know their options, not the keys
             raise ConfigError(f"MODEL.FILTERS (filters) and MODEL.ISOTROPY (z_pool) must fit. {error}") from error
+        if cfg.AUGMENTOR.SYNTHETIC.ENABLED:
+            last_synthetic_sample(cfg)
         if makes_pairs(cfg):
             build_denoiser(cfg.NEURODIFF.DIFFUSION.ARCHITECTURE, **denoiser_options(cfg))
 
@@ -162,6 +165,14 @@ def segmenter_samples(cfg: CfgNode) -> int:
     """Samples that an arm of the segmenter sees in all, on all devices together."""
     settings = segmenter_fit_settings(cfg)
     return settings.steps * settings.accumulate * settings.batch_size * world_size(cfg).get("WORLD_SIZE", 1)
+
+
+def last_synthetic_sample(cfg: CfgNode) -> int | None:
+    """Number of the sample from which on all are real; None if none is."""
+    try:
+        return last_synthetic(cfg.AUGMENTOR.SYNTHETIC.UNTIL, segmenter_samples(cfg))
+    except ValueRangeError as error:  # told by its key
+        raise ConfigError(f"AUGMENTOR.SYNTHETIC.UNTIL is too small. {error}") from error
 
 
 def denoiser_options(cfg: CfgNode) -> dict[str, Any]:

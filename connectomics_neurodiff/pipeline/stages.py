@@ -15,7 +15,7 @@ from ..affinities import CONVENTION
 from ..config import as_dict
 from ..errors import CheckpointMismatch, StaleArtifactError, UserError
 from ..metrics import evaluate, evaluate_columns
-from ..pairs import last_synthetic, open_pairs, read_reliability
+from ..pairs import open_pairs, read_reliability
 from ..provenance import hash_of, hash_of_file, write_json
 from ..seeding import rng_for
 from ..volume import Volume, open_array, write_volume
@@ -181,7 +181,7 @@ def _samples_and_loss(
         "patch": tuple(cfg.MODEL.INPUT_SIZE),
         "seed": cfg.NEURODIFF.SEED,
         "ratio": ratio,
-        "synthetic_until": last_synthetic(cfg.AUGMENTOR.SYNTHETIC.UNTIL, networks.segmenter_samples(cfg)),
+        "synthetic_until": networks.last_synthetic_sample(cfg) if ratio else None,
         "augment": AugmentOptions(**networks.augment_probabilities(cfg)),
         "label_erosion": cfg.NEURODIFF.SEGMENTER.LABEL_EROSION,
     }

@@ -29,6 +29,7 @@ from .field import DisplacementField
 from .inside import keep_inside
 from .library import SignatureLibrary
 from .pieces import PieceFinder, VolumePieces, components_of, touching
+from .placement import is_wanted
 from .sections import section_shifts
 
 logger = logging.getLogger("connectomics_neurodiff")
@@ -78,7 +79,7 @@ class BlockwiseSettings:
     section_drift_nm: float = 0.0
 
     def check(self) -> None:
-        """Raise ValueRangeError if a length is not valid; shares are checked where mitochondria are placed."""
+        """Raise ValueRangeError if a length is not valid; what concerns placing is checked with the shapes to place."""
         positive("The elastic amplitude in nm", self.elastic_sigma_nm, zero=True)
         positive("The spacing of the elastic grid in nm", self.elastic_spacing_nm)
         positive("The membrane's thickness in nm", self.membrane_thickness_nm, below=MOST_THICKNESS_NM)
@@ -143,7 +144,7 @@ class _Moved:
 
 @dataclass(frozen=True, eq=False)
 class BlockwiseRemodelling:
-    """A volume on disk that was read once, of which any number of masks can be made.
+    """A volume on disk that was surveyed once, of which any number of masks can be made; each reads its labels again.
 
     One field deforms the whole volume. Labels are taken apart and joined again across the faces of the blocks, so that
     a neuron counts as connected, lost or torn as it would in the whole volume; what is torn calms the field as there.
@@ -196,11 +197,10 @@ class BlockwiseRemodelling:
         source = _Source(label, mito, voxel_size(voxel_nm), blocks)
         place = settings.place_mitochondria
         pieces, shapes, share = _survey(source, library, measure=place and library is None and mito is not None)
-        if place and len(blocks) > 1:
+        share = share if settings.mito_fraction is None else settings.mito_fraction
+        if place and is_wanted(shapes, share, settings.candidate_fraction, settings.margin_nm) and len(blocks) > 1:
             _warn_of_shallow_blocks(sections * source.size.z, shapes)
-        return cls(
-            settings, pieces, shapes, share if settings.mito_fraction is None else settings.mito_fraction, source
-        )
+        return cls(settings, pieces, shapes, share, source)
 
     def make(self, path: str | os.PathLike[str], rng: np.random.Generator, attributes: Mapping[str, Any] = {}) -> float:
         """Make a mask. Parameters, result and errors as for :func:`remodel_blockwise`."""

@@ -299,8 +299,8 @@ class CandidateGroups:
         return len(self._groups)
 
     def largest(self, groups: int) -> list[Candidate]:
-        """Candidates of the first so many groups, largest first."""
-        while len(self._made) < groups:
+        """Candidates of the first so many groups, largest first; none where there are no neurons."""
+        while len(self._made) < min(groups, len(self)):
             self._made.append(self._candidates(self._groups[len(self._made)]))
         return [candidate for group in self._made[:groups] for candidate in group]
 

@@ -77,6 +77,11 @@ class Comparison:
         return self.in_columns is not None and abs(self.in_columns[0]) > _CLEAR * self.in_columns[1]
 
     @property
+    def is_contradicted(self) -> bool:
+        """Whether columns clearly show something else than the whole test part, where one large neuron may decide."""
+        return self.is_clear and not (self.in_columns or (0.0,))[0] * (self.change or 0.0) > 0
+
+    @property
     def judgement(self) -> str:
         """``"better"``, ``"worse"``, ``"unchanged"``, or ``""`` where there is no change to speak of."""
         if self.change is None:
@@ -93,10 +98,12 @@ class Verdict:
     sentence : str
         For example ``"Synthetic pairs lowered ARAND by 12.0 % and VOI by 5.1 % with waterz, and raised ..."``.
     tone : str
-        ``"better"`` if every score that changed fell, ``"worse"`` if every one rose, ``"divided"`` if some did,
-        ``"unchanged"`` if none did or no change is clear in the columns, or ``"open"`` where nothing can be compared.
+        ``"better"`` if every score that changed fell, ``"worse"`` if every one rose, ``"divided"`` if some did, or if
+        the columns clearly show the contrary of a change; ``"unchanged"`` if none did or no change is clear in the
+        columns, or ``"open"`` where nothing can be compared.
     certainty : str
-        Which changes are clear in the columns of the test part; empty where these were not scored.
+        Which changes are clear in the columns of the test part, and which of these contradict the whole; empty where
+        columns were not scored.
     """
 
     sentence: str
@@ -189,6 +196,8 @@ def verdict_of(metrics: Mapping[str, Any]) -> Verdict:
     tone = "unchanged" if not moved else moved.pop() if len(moved) == 1 else "divided"
     if tested and not any(row.is_clear for _, row in tested):
         tone = "unchanged"
+    elif any(row.is_contradicted for _, row in tested):
+        tone = "divided"
     return Verdict(f"Synthetic pairs {', and '.join(clauses)}.", tone, _certainty(tested))
 
 
@@ -198,10 +207,18 @@ def _certainty(tested: list[tuple[str, Comparison]]) -> str:
         return ""
     columns = max(row.in_columns[2] for _, row in tested if row.in_columns)
     over = f"more than twice its standard error over {columns} columns of the test part"
-    clear = [f"{row.name} with {method} ({row.columns_text})" for method, row in tested if row.is_clear]
-    return (
-        f"Of these changes, {over}: {', '.join(clear)}." if clear else f"No change is {over}: this may all be chance."
-    )
+    if not any(row.is_clear for _, row in tested):
+        return f"No change is {over}: this may all be chance."
+    sentences = []
+    for what, contrary in (
+        (f"Of these changes, {over}", False),
+        ("In the columns clearly otherwise than in the whole", True),
+    ):
+        rows = [(method, row) for method, row in tested if row.is_clear and row.is_contradicted == contrary]
+        if rows:
+            names = ", ".join(f"{row.name} with {method} ({row.columns_text})" for method, row in rows)
+            sentences.append(f"{what}: {names}.")
+    return " ".join(sentences)
 
 
 def _clause(rows: list[Comparison]) -> str:

@@ -219,7 +219,12 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--diversity", action="store_true", help="without and with each key of more diversity")
     parser.add_argument("--block-sections", type=int, default=0, metavar="N", help="make the masks in blocks")
     parser.add_argument("--cost", type=int, nargs=3, metavar=("Z", "Y", "X"), help="time and memory at that shape")
-    return parser.parse_args()
+    options = parser.parse_args()
+    if options.block_sections and (options.diversity or options.picture or options.cost):
+        parser.error("--block-sections makes masks without diversity, pictures or costs; give it alone.")
+    if options.block_sections < 0:
+        parser.error(f"--block-sections must be >= 0. Got {options.block_sections}.")
+    return options
 
 
 def main() -> None:

@@ -84,6 +84,12 @@ def load_synthetic(cfg: CfgNode, paths: Sequence[str], voxel_nm: Sequence[float]
             f"{' and '.join(sorted(SEMANTIC))}), DATASET.LABEL_BINARY or LABEL_MAG. Got MODEL.TARGET_OPT "
             f"{list(cfg.MODEL.TARGET_OPT)}."
         )
+    node = cfg.AUGMENTOR.SYNTHETIC
+    if node.UNTIL < 1 and cfg.SYSTEM.get("DISTRIBUTED", False) and not cfg.DATASET.get("DISTRIBUTED", False):
+        raise ConfigError(
+            "AUGMENTOR.SYNTHETIC.UNTIL must be 1 in a distributed training, in which PyTC draws samples in a random "
+            f"order: real ones would not come last. Got {node.UNTIL}."
+        )
     pairs = _open(paths, voxel_nm)
     _require_grey_type(cfg, paths)
     images, labels = [], []
@@ -92,7 +98,6 @@ def load_synthetic(cfg: CfgNode, paths: Sequence[str], voxel_nm: Sequence[float]
         images.append(_pad(_rescale(grey, cfg.DATASET.IMAGE_SCALE, 3), cfg.DATASET.PAD_SIZE, cfg.DATASET.PAD_MODE))
         label = _rescale(renumber(pair.array("label"))[0], cfg.DATASET.LABEL_SCALE, 0)
         labels.append(_pad(label, cfg.DATASET.PAD_SIZE, cfg.DATASET.PAD_MODE))
-    node = cfg.AUGMENTOR.SYNTHETIC
     until = last_synthetic(float(node.UNTIL), cfg.SOLVER.ITERATION_TOTAL * cfg.SOLVER.SAMPLES_PER_BATCH)
     return SyntheticVolumes(images, labels, float(node.RATIO), until, int(cfg.NEURODIFF.SEED))
 
