@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -461,17 +459,6 @@ def segment(options: argparse.Namespace) -> None:
     write_volume(options.output, {"label": label}, voxel_nm, {"method": options.method, "threshold": threshold})
 
 
-@contextmanager
-def _scratch_beside(output: str) -> Iterator[Path]:
-    """Folder for temporary files, where there is room for the volume; what a killed command left in it is removed."""
-    folder = Path(output).absolute().with_name(f".{Path(output).name}.stitching")
-    shutil.rmtree(folder, ignore_errors=True)
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
 def _segment_image(options: argparse.Namespace) -> None:
     import numpy as np
 
@@ -479,6 +466,7 @@ def _segment_image(options: argparse.Namespace) -> None:
     from .checkpoints import load_checkpoint
     from .engine import resolve_device
     from .pipeline.networks import trained_segmenter
+    from .provenance import scratch_beside
     from .volume import write_volume
 
     if not options.checkpoint or options.threshold is not None:
@@ -495,7 +483,7 @@ def _segment_image(options: argparse.Namespace) -> None:
             f"that is longer than 1. Got {tile}{'' if options.tile else ', as trained'}."
         )
     network = trained_segmenter(checkpoint)
-    with _scratch_beside(options.output) as scratch:
+    with scratch_beside(options.output) as scratch:
         label = segment_image(
             network,
             image,

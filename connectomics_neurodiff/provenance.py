@@ -8,7 +8,8 @@ import json
 import logging
 import os
 import platform
-from collections.abc import Iterator, Mapping
+import shutil
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -84,23 +85,40 @@ def atomic_write(path: str | os.PathLike[str], *, overwrite: bool = True) -> Ite
             temporary.unlink()
 
 
-def _temporary(target: Path, process: str) -> Path:
-    """Where a process of this machine writes a file; the suffix stays last: writers choose the format by it."""
-    return target.with_name(f".{target.stem}.{platform.node()}.{process}.part{target.suffix}")
+@contextmanager
+def scratch_beside(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yield a hidden folder beside `path` for temporary files, where there is room for them; it is made by who uses it.
+
+    It is removed at the end. What a killed process left of its own goes when the same path is written again.
+    """
+    target = Path(path).absolute()
+    folder = _temporary(target, str(os.getpid()), ".stitching")
+    _remove_leftovers(target, ".stitching", shutil.rmtree)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
-def _remove_leftovers(target: Path) -> None:
+def _temporary(target: Path, process: str, suffix: str = "") -> Path:
+    """Where a process of this machine writes; a file's suffix stays last: writers choose the format by it."""
+    return target.with_name(f".{target.stem}.{platform.node()}.{process}.part{suffix or target.suffix}")
+
+
+def _remove_leftovers(target: Path, suffix: str = "", remove: Callable[[str], None] = os.unlink) -> None:
     """Remove what processes that were killed have left beside a file; those that run are let alone."""
     import psutil
 
-    before, _, after = _temporary(target, "\n").name.partition("\n")
+    before, _, after = _temporary(target, "\n", suffix).name.partition("\n")
     if not os.access(target.parent, os.R_OK):
         return
     for entry in os.scandir(target.parent):
         process = entry.name.removeprefix(before).removesuffix(after)
         if entry.name == before + process + after and process.isdecimal() and not psutil.pid_exists(int(process)):
             try:
-                Path(entry).unlink(missing_ok=True)
+                remove(entry.path)
+            except FileNotFoundError:  # another writer was faster
+                continue
             except OSError as error:  # for example another user's, in a folder like /tmp
                 logger.warning(
                     "%s, left by a command that was killed, cannot be removed: %s.", entry.path, error.strerror

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import platform
 import runpy
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -175,12 +178,21 @@ def test_the_command_segments_an_image(tmp_path: Path) -> None:
     assert "is an input of this command" in lost.stderr
     assert np.array_equal(open_volume(cells).load().array("label"), volume.array("label"))
     agq = ["segment", cells, out, "--method", "agq", "--gpus", "0"]
-    left = tmp_path / ".out.h5.stitching" / "stitching-abc"  # by a command that was killed
-    left.mkdir(parents=True)
-    (left / "0-1.npy").touch()
+    # By a command that was killed, and by one that runs: this one.
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    left, running = (
+        tmp_path / f".out.{platform.node()}.{process}.part.stitching" / "stitching-abc"
+        for process in (ended.pid, os.getpid())
+    )
+    for folder in (left, running):
+        folder.mkdir(parents=True)
+        (folder / "0-1.npy").touch()
     made = neurodiff(*agq, "--checkpoint", weights, "--tile", "6", "32", "32")
     assert made.returncode == 0
-    assert {path.name for path in tmp_path.iterdir()} == {"cells.h5", "out.h5", "weights.pt"}
+    assert "left by a command that was killed, was removed" in made.stderr
+    assert {path.name for path in tmp_path.iterdir()} == {"cells.h5", "out.h5", "weights.pt", running.parent.name}
+    assert [path.name for path in running.iterdir()] == ["0-1.npy"]
     assert "has voxels of (29.0, 6.0, 6.0) nm; the segmenter was trained on (8.0, 8.0, 8.0) nm" in made.stderr
     assert "arand" in json.loads(neurodiff("evaluate", out, "--truth", cells, "--json").stdout)
     for arguments, told in [
