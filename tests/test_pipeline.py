@@ -58,8 +58,11 @@ def test_a_run_leaves_what_the_design_says(undisturbed: Path) -> None:
         assert (undisturbed / name).stat().st_size > 0, name
     metrics = json.loads((undisturbed / "metrics.json").read_text())
     assert set(metrics) == {"real", "mixed", "synthesis", "seconds", "provenance"}
+    columns = json.loads((undisturbed / "columns.json").read_text())
+    assert "Difference in columns" in (undisturbed / "report.html").read_text()
     for arm in ("real", "mixed"):
         for method in ("waterz", "multicut"):
+            assert len(columns[arm][method]) == 9
             assert set(metrics[arm][method]) == {"voi_split", "voi_merge", "voi", "arand"}
             assert all(math.isfinite(v) for v in metrics[arm][method].values())
     synthesis = metrics["synthesis"]

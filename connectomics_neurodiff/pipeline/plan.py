@@ -37,7 +37,7 @@ def artefacts_of(cfg: CfgNode, stage: str) -> list[Path]:
         "segmentations": [
             f"segmentations/{arm}_{method}.h5" for arm in arms for method in cfg.NEURODIFF.SEGMENT.METHODS
         ],
-        "metrics": ["metrics.json"],
+        "metrics": ["metrics.json", "columns.json"],
         "report": ["report.html"],
     }
     return [folder / name for name in names[stage]]

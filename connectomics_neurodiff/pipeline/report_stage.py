@@ -49,7 +49,7 @@ def make_report(run: Run) -> None:
     write_report(
         run.folder,
         title=f"{run.cfg.DATASET.IMAGE_NAME}, seed {run.cfg.NEURODIFF.SEED}",
-        metrics=run.metrics(),
+        metrics=run.metrics() | {"columns": run.columns()},
         figures=figures,
         config_text=dump_config(run.cfg),
         notes=_notes(run),

@@ -117,7 +117,14 @@ class Run:
 
     def metrics(self) -> dict[str, Any]:
         """Content of metrics.json; empty before that stage has run."""
-        path = self.folder / "metrics.json"
+        return self._read("metrics.json")
+
+    def columns(self) -> dict[str, Any]:
+        """Content of columns.json, scores of columns by arm and method; empty before that stage has run."""
+        return self._read("columns.json")
+
+    def _read(self, name: str) -> dict[str, Any]:
+        path = self.folder / name
         return json.loads(path.read_text()) if path.exists() else {}
 
     def add_seconds(self, stage: str, seconds: float) -> None:

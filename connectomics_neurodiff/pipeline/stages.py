@@ -230,7 +230,7 @@ def make_predictions(run: Run) -> None:
 
 
 def make_metrics(run: Run) -> None:
-    """Score every segmentation against the test part -> metrics.json."""
+    """Score every segmentation against the test part, whole and in columns -> metrics.json, columns.json."""
     truth = run.parts["test"].load().array("label")
     metrics: dict[str, Any] = {}
     thresholds: dict[str, Any] = {}
@@ -247,7 +247,6 @@ def make_metrics(run: Run) -> None:
             if method != QUERIES:
                 tuning = json.loads((run.folder / "segmentations" / f"{name}.tuning.json").read_text())
                 thresholds.setdefault(arm, {})[method] = tuning["threshold"]
-    metrics["columns"] = columns
     metrics["synthesis"] = synthesis_metrics(run)
     metrics["seconds"] = run.seconds
     provenance = run.provenance("metrics", as_dict(run.cfg), **{n: p.identity for n, p in run.parts.items()})
@@ -260,6 +259,7 @@ def make_metrics(run: Run) -> None:
         "thresholds": thresholds,
         "boxes": {name: [*part.box.start, *part.box.stop] for name, part in run.parts.items()},
     }
+    write_json(run.folder / "columns.json", columns)
     write_json(run.folder / "metrics.json", metrics)
 
 

@@ -38,7 +38,8 @@ def differences_of(runs: list[Path]) -> list[list[str]]:
     """One row per method and run: VOI split, VOI merge, VOI and ARAND, mixed - real, in columns of the test part."""
     rows = []
     for run in runs:
-        metrics = json.loads((run / "metrics.json").read_text())
+        scores, columns = (json.loads((run / f"{name}.json").read_text()) for name in ("metrics", "columns"))
+        metrics = scores | {"columns": columns}
         for method in methods_of(metrics):
             by_name = {row.name: row.columns_text for row in compare(metrics, method)}
             seed = str(metrics["provenance"]["seed"])
