@@ -6,7 +6,7 @@
 ``seams`` whether the tiles they were painted in show.
 """
 
-from .columns import DEFAULT_COLUMNS, evaluate_columns, paired_difference
+from .columns import evaluate_columns, paired_difference
 from .fid3d import FID3D, fid3d, patch_features
 from .frechet import bootstrap_interval, frechet_distance
 from .overlap import Overlap, RandScores, Scores, contingency, evaluate, rand_scores
@@ -15,7 +15,6 @@ from .tuning import CRITERIA, TuneResult, tune_threshold
 
 __all__ = [
     "CRITERIA",
-    "DEFAULT_COLUMNS",
     "FID3D",
     "Overlap",
     "RandScores",

@@ -16,12 +16,9 @@ import numpy as np
 from ..errors import ShapeMismatch, ValueRangeError
 from .overlap import Scores, evaluate, require_labels
 
-#: Columns along y and x.
-DEFAULT_COLUMNS = (3, 3)
-
 
 def evaluate_columns(
-    segmentation: np.ndarray, truth: np.ndarray, columns: Sequence[int] = DEFAULT_COLUMNS
+    segmentation: np.ndarray, truth: np.ndarray, columns: Sequence[int] = (3, 3)
 ) -> list[Scores | None]:
     """Scores of each column of a volume; a column runs through all sections.
 

@@ -79,7 +79,9 @@ class Comparison:
     @property
     def is_contradicted(self) -> bool:
         """Whether columns clearly show something else than the whole test part, where one large neuron may decide."""
-        return self.is_clear and not (self.in_columns or (0.0,))[0] * (self.change or 0.0) > 0
+        if self.in_columns is None or not self.is_clear:
+            return False
+        return self.in_columns[0] * (self.change or 0.0) <= 0
 
     @property
     def judgement(self) -> str:
