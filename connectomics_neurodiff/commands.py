@@ -14,6 +14,7 @@ from .provenance import require_writable
 
 if TYPE_CHECKING:
     from .checkpoints import Checkpoint
+    from .geometry import ZYX
     from .remodel import SignatureLibrary
     from .volume import ArrayLike, Volume
 
@@ -50,18 +51,25 @@ def _image_of(path: str, options: argparse.Namespace) -> tuple[Volume, ArrayLike
     return volume, volume.image
 
 
-def _warn_of_other_voxels(checkpoint: Checkpoint, path: str, volume: Volume) -> None:
-    """Warn if a segmenter meets voxels that it was not trained on; one that does not say is not judged."""
-    from .geometry import same_voxel_size, voxel_size
+def _trained_voxels(checkpoint: Checkpoint, volume: Volume) -> list[ZYX]:
+    """Voxel sizes that a segmenter was trained on; the volume's for one that does not say."""
+    from .geometry import voxel_size
 
     given = checkpoint.extra.get("voxel_nm") or [volume.voxel_nm]
     try:
-        trained = [voxel_size(size) for size in given]
+        return [voxel_size(size) for size in given]
     except (TypeError, ValueError, ValueRangeError) as error:
         raise CheckpointMismatch(
             f"The segmenter's checkpoint is damaged: its voxel_nm must be a list of sizes (z, y, x) in nm. "
             f"Got {given!r}."
         ) from error
+
+
+def _warn_of_other_voxels(checkpoint: Checkpoint, path: str, volume: Volume) -> None:
+    """Warn if a segmenter meets voxels that it was not trained on; one that does not say is not judged."""
+    from .geometry import same_voxel_size
+
+    trained = _trained_voxels(checkpoint, volume)
     if not any(same_voxel_size(volume.voxel_nm, size) for size in trained):
         sizes = " and ".join(f"{tuple(size)}" for size in trained)
         _warn(f"{path} has voxels of {tuple(volume.voxel_nm)} nm; the segmenter was trained on {sizes} nm.")
@@ -465,7 +473,7 @@ def _segment_image(options: argparse.Namespace) -> None:
     from .agglomerate import segment_image
     from .checkpoints import load_checkpoint
     from .engine import resolve_device
-    from .pipeline.networks import trained_segmenter
+    from .pipeline.networks import label_growth, trained_segmenter
     from .provenance import scratch_beside
     from .volume import write_volume
 
@@ -491,9 +499,20 @@ def _segment_image(options: argparse.Namespace) -> None:
             overlap=tuple(size // 2 for size in tile),
             precision=options.precision,
             device=resolve_device(options.gpus),
+            growth=label_growth(_label_erosion(checkpoint), _trained_voxels(checkpoint, volume)[0]),
             scratch=scratch,
         )
     write_volume(options.output, {"label": np.asarray(label)}, volume.voxel_nm, {"method": "agq"})
+
+
+def _label_erosion(checkpoint: Checkpoint) -> int:
+    """By how many voxels the labels of a segmenter's training were eroded; 0 if it does not say."""
+    erosion = checkpoint.extra.get("label_erosion", 0)
+    if type(erosion) is not int or erosion < 0:
+        raise CheckpointMismatch(
+            f"The segmenter's checkpoint is damaged: its label_erosion must be a whole number >= 0. Got {erosion!r}."
+        )
+    return erosion
 
 
 def evaluate(options: argparse.Namespace) -> None:

@@ -202,7 +202,7 @@ sys.meta_path.insert(0, Hide())
 #: Followed by a call: prints the message of the MissingDependency it raises.
 SHOW_ERROR = """
 import sys
-from connectomics_neurodiff.agglomerate import libraries
+from connectomics_neurodiff import libraries
 from connectomics_neurodiff.errors import MissingDependency
 sys.excepthook = lambda kind, error, _: print(error if kind is MissingDependency else "")
 """

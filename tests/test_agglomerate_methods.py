@@ -55,11 +55,25 @@ def test_multicut_merges_a_lone_edge_if_its_affinity_exceeds_beta(beta, expected
     assert partition(segment(affinities, "multicut", beta, SECTIONS, fragments=fragments)) == expected
 
 
-def test_waterz_takes_the_median_and_multicut_the_mean():
+def test_waterz_takes_the_largest_affinity_of_two_fragments_and_multicut_the_mean():
     affinities, fragments = stripes([0.9])
-    affinities[2, :, :2, 4] = 0.0  # 2 of 6 edges: median .9, mean .6
+    edges = affinities[2, :, :, 4]
+    edges.flat[1:] = 0.1  # of 6 edges one is strong: median .1, mean .23
+    assert edges.size == 6
     assert partition(segment(affinities, "waterz", 0.3, SECTIONS, fragments=fragments)) == [0, 0]
     assert partition(segment(affinities, "multicut", 0.7, SECTIONS, fragments=fragments)) == [0, 1]
+
+
+@pytest.mark.parametrize(("contacts", "merged"), [((0.1, 0.1, 0.9), False), ((0.1, 0.9, 0.9), True)])
+def test_waterz_takes_the_median_over_the_contacts_of_fragments(contacts, merged):
+    """A column of three fragments, merged first, beside a fourth that touches all of them."""
+    fragments = np.repeat(np.array([[1, 4], [2, 4], [3, 4]], np.uint64), 4, axis=0).repeat(5, axis=1)[None]
+    affinities = np.ones((3, *fragments.shape), np.float32)
+    affinities[2, 0, :, 5] = np.repeat(contacts, 4)
+    affinities[1, 0, [4, 8], :5] = 0.99
+    label = segment(affinities, "waterz", 0.3, SECTIONS, fragments=fragments)
+    assert len(np.unique(label[0, :, :5])) == 1
+    assert (label[0, 0, 0] == label[0, 0, 9]) == merged
 
 
 def square_of_regions() -> tuple[np.ndarray, np.ndarray]:

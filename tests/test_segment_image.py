@@ -13,10 +13,13 @@ import numpy as np
 import pytest
 import torch
 from conftest import REPOSITORY
+from hypothesis import given
+from hypothesis import settings as settings_of_hypothesis
+from hypothesis import strategies as st
 from tiny import neurodiff, settings
 from torch import Tensor, nn
 
-from connectomics_neurodiff.agglomerate import segment_image
+from connectomics_neurodiff.agglomerate import grow_labels, segment_image
 from connectomics_neurodiff.checkpoints import Checkpoint, save_checkpoint
 from connectomics_neurodiff.commands import _warn_of_other_voxels
 from connectomics_neurodiff.config import load_config
@@ -26,6 +29,7 @@ from connectomics_neurodiff.pipeline import run_pipeline
 from connectomics_neurodiff.pipeline.networks import check_networks
 from connectomics_neurodiff.pipeline.run import run_folder
 from connectomics_neurodiff.segmenters import build_segmenter
+from connectomics_neurodiff.training.patches import erode_contacts
 from connectomics_neurodiff.volume import grow_phantom, open_volume, write_volume
 
 SMALL = {
@@ -59,6 +63,52 @@ def test_an_oracle_gives_the_neurons_back_from_any_blocks() -> None:
     assert (found > 0).sum() == (label > 0).sum()
     assert len(network.modes) > 20
     assert all(network.modes)
+
+
+def test_neurons_grow_back_over_what_training_eroded() -> None:
+    label = grow_phantom((14, 50, 61), (29, 6, 6), 3).array("label")
+    eroded = erode_contacts(label, 1, in_plane=True)
+    lost = (eroded == 0) & (label > 0)
+    image = (eroded % 256).astype(np.float32) / 255
+    blocks = {"block": (6, 20, 30), "overlap": (3, 8, 10), "smallest_area": 3.0}
+    left, grown = (np.asarray(segment_image(Oracle(), image, growth=(0, n, n), **blocks)) for n in (0, 1))
+    assert lost.mean() > 0.05
+    assert not left[lost].any()
+    assert (grown[lost] > 0).mean() > 0.95
+    assert evaluate(grown, label).voi < 0.4 * evaluate(left, label).voi
+
+
+@settings_of_hypothesis(deadline=None, max_examples=60)
+@given(
+    seed=st.integers(0, 10**6),
+    shape=st.tuples(st.integers(1, 4), st.integers(1, 9), st.integers(1, 8)),
+    growth=st.tuples(st.integers(0, 2), st.integers(0, 2), st.integers(0, 3)),
+)
+def test_growth_gives_background_within_reach_to_the_nearest_instance(
+    seed: int, shape: tuple[int, int, int], growth: tuple[int, int, int]
+) -> None:
+    rng = np.random.default_rng(seed)
+    label = np.where(rng.random(shape) < 0.1, rng.integers(1, 5, shape), 0)
+    before = label.copy()
+    grown = grow_labels(label, growth)
+    assert np.array_equal(label, before)
+    instances = np.argwhere(label > 0)
+    for voxel in np.argwhere(np.ones(shape, bool)):
+        value, old = grown[tuple(voxel)], label[tuple(voxel)]
+        away = np.abs(instances - voxel)
+        allowed = away[:, [axis for axis in range(3) if growth[axis] == 0]].sum(axis=1) == 0
+        if old > 0 or not (away <= growth).all(axis=1).any():
+            assert value == old
+            continue
+        distance = np.where(allowed, (away**2).sum(axis=1), np.inf)
+        nearest = instances[distance == distance.min()]
+        assert value in label[tuple(nearest.T)]
+
+
+@pytest.mark.parametrize("growth", [(0, 1), (0, -1, 1), (0, 0.5, 1), 1])
+def test_growth_that_makes_no_sense_is_told(growth: object) -> None:
+    with pytest.raises(ValueRangeError, match="three whole sizes"):
+        grow_labels(np.zeros((2, 3, 4), np.int64), growth)  # type: ignore[arg-type]
 
 
 def test_what_cannot_be_segmented_is_told() -> None:

@@ -22,8 +22,10 @@ from connectomics_neurodiff.segmenters.agq.labelling import enlarge, labels_from
 from connectomics_neurodiff.segmenters.agq.network import PositionCode
 from connectomics_neurodiff.segmenters.agq.queries import (
     affinity_components,
+    agglomerated_components,
     component_masks,
     guided_queries,
+    largest_components,
     mean_features,
     padded_queries,
 )
@@ -352,21 +354,56 @@ def test_components_are_those_of_scipy(seed: int, smallest: int, most: int) -> N
     sizes = ndimage.sum_labels(np.ones(parts.shape), parts, range(1, count + 1))
     large = [i + 1 for i in range(count) if sizes[i] > smallest]
     largest = sorted((sizes[i - 1] for i in large), reverse=True)[:most]
-    found = affinity_components(affinity, smallest=smallest, most=most)
+    components = affinity_components(affinity)
+    found = largest_components(components, smallest=smallest, most=most)
     assert sorted(np.unique(found[found > 0])) == list(range(1, len(largest) + 1))
     assert sorted(np.bincount(found.ravel())[1:], reverse=True) == largest
     for number in range(1, len(largest) + 1):
         (part,) = np.unique(parts[found == number])
         assert part in large
         assert (parts == part).sum() == (found == number).sum()
-    drawn = affinity_components(affinity, smallest=smallest, most=most, rng=np.random.default_rng(seed))
-    again = affinity_components(affinity, smallest=smallest, most=most, rng=np.random.default_rng(seed))
+    drawn = largest_components(components, smallest=smallest, most=most, rng=np.random.default_rng(seed))
+    again = largest_components(components, smallest=smallest, most=most, rng=np.random.default_rng(seed))
     assert np.array_equal(drawn, again)
     assert drawn.max(initial=0) == len(largest)
 
 
 def test_constant_affinities_have_no_component() -> None:
-    assert not affinity_components(np.full((3, 2, 5, 5), 0.5, np.float32), smallest=0, most=9).any()
+    assert not affinity_components(np.full((3, 2, 5, 5), 0.5, np.float32)).any()
+
+
+def halves_with_a_gap(affinity_of_the_gap: float) -> np.ndarray:
+    """Two neurons of 5 x 14 x 8 and 5 x 14 x 9 voxels behind a membrane with a hole of 2 x 2 voxels."""
+    affinity = np.full((3, 5, 14, 17), 0.995, np.float32)
+    affinity[:, :, :, 8] = 0.02
+    affinity[:, 2:4, 6:8, 8] = affinity_of_the_gap
+    return affinity
+
+
+def test_a_gap_in_a_membrane_joins_connected_components_and_not_agglomerated_ones() -> None:
+    affinity = halves_with_a_gap(0.97)
+    joined = affinity_components(affinity)
+    assert joined[2, 7, 2] == joined[2, 7, 14] > 0
+    apart = agglomerated_components(affinity, 0.5)
+    left, right = (np.unique(part) for part in (apart[:, :, :7], apart[:, :, 9:]))
+    assert len(left) == len(right) == 1
+    assert 0 < left[0] != right[0] > 0
+    assert np.array_equal(agglomerated_components(affinity, 0.5), apart)
+
+
+def test_agglomerated_components_merge_what_the_mean_affinity_says() -> None:
+    affinity = halves_with_a_gap(0.02)
+    affinity[:, :, :, 8] = 0.6  # 1 - 0.6: between the two thresholds
+    assert len(np.unique(agglomerated_components(affinity, 0.3)[:, :, [2, 14]])) == 2
+    assert len(np.unique(agglomerated_components(affinity, 0.5)[:, :, [2, 14]])) == 1
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (1, 1, 7), (1, 5, 6), (4, 1, 1), (3, 9, 1)])
+@pytest.mark.parametrize("value", [0.0, 0.5, 1.0])
+def test_agglomerated_components_of_volumes_without_depth(shape: tuple[int, int, int], value: float) -> None:
+    found = agglomerated_components(np.full((3, *shape), value, np.float32), 0.3)
+    assert found.shape == shape
+    assert len(np.unique(found)) <= found.size
 
 
 def test_guided_queries_are_means_and_learn_from_features_only() -> None:
@@ -470,7 +507,8 @@ def test_with_a_strong_prior_the_masks_of_an_untrained_network_are_its_component
     network = with_clear_affinities(small(component_prior=100)).eval()
     label = network.segment(stripes(4, 21, 31), 1.0)[0, :, ::2, ::2]
     bands = (torch.arange(31) % 6 > 1)[::2].expand(4, 11, -1)
-    components = affinity_components(bands.float().numpy()[None].repeat(3, 0), smallest=3, most=6)
+    parts = affinity_components(bands.float().numpy()[None].repeat(3, 0))
+    components = largest_components(parts, smallest=3, most=6)
     assert components.max() > 3
     for number in range(1, components.max() + 1):
         assert len(label[torch.from_numpy(components == number)].unique()) == 1

@@ -27,8 +27,8 @@ from scipy import ndimage
 
 from ..errors import ShapeMismatch, ValueRangeError
 from ..geometry import is_anisotropic, voxel_size
+from ..libraries import bioimage_cpp
 from .affinity_input import as_affinities
-from .libraries import bioimage_cpp
 
 
 @dataclass(frozen=True)

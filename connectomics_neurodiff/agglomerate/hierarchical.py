@@ -1,7 +1,9 @@
 """Hierarchical agglomeration with waterz: merge the most similar neighbours first, until a threshold.
 
 The score of two neighbouring regions is 1 minus the median (50 % quantile, from a histogram of 256 bins) of the
-affinities between them; pairs are merged in the order of their score as long as it is below the threshold.
+affinities between them, where waterz counts of two fragments the largest affinity alone: so it is the median over the
+fragments' contacts, and one strong edge joins two fragments. Pairs are merged in the order of their score as long as it
+is below the threshold.
 Funke et al., Large scale image segmentation with structured loss based deep learning, IEEE TPAMI 41 (2019).
 """
 
@@ -11,10 +13,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from .libraries import silent_stdout, waterz
-
-#: Precompiled in waterz's wheels; other functions would be compiled at run time, which needs a compiler and boost.
-SCORING_FUNCTION = "OneMinus<HistogramQuantileAffinity<RegionGraphType, 50, ScoreValue, 256>>"
+from ..libraries import MEDIAN_OF_LARGEST_AFFINITIES, silent_stdout, waterz
 
 
 def waterz_sweep(
@@ -29,7 +28,7 @@ def waterz_sweep(
     fragments : numpy.ndarray
         (z, y, x) uint64, 0 = background; not modified.
     thresholds : sequence of float
-        In [0, 1]: merge while 1 - median affinity < threshold. A HIGHER threshold merges MORE.
+        In [0, 1]: merge while the score is below it. A HIGHER threshold merges MORE.
 
     Yields
     ------
@@ -42,7 +41,7 @@ def waterz_sweep(
             affinities,
             thresholds=wanted,
             fragments=np.array(fragments, dtype=np.uint64, order="C"),  # a copy: waterz merges in place
-            scoring_function=SCORING_FUNCTION,
+            scoring_function=MEDIAN_OF_LARGEST_AFFINITIES,
             discretize_queue=256,
         )
     for threshold in wanted:

@@ -17,6 +17,48 @@ if TYPE_CHECKING:
     from torch import nn
 
 
+def grow_labels(labels: np.ndarray, growth: Sequence[int]) -> np.ndarray:
+    """Give background next to instances to the nearest of them.
+
+    Parameters
+    ----------
+    labels : numpy.ndarray
+        (z, y, x) integers >= 0, 0 = background.
+    growth : sequence of 3 ints
+        Half sides (z, y, x) in voxels, >= 0, of the box around a voxel in which an instance must be seen for the voxel
+        to become part of one. Along an axis of 0 nothing grows.
+
+    Returns
+    -------
+    numpy.ndarray
+        (z, y, x) of the same type.
+
+    Raises
+    ------
+    ValueRangeError
+        If a size is negative or not whole.
+    """
+    from scipy.ndimage import distance_transform_edt, maximum_filter
+
+    _check_growth(growth)
+    background = labels == 0
+    if not any(growth) or not background.any() or background.all():
+        return labels
+    reached = maximum_filter(labels, [2 * n + 1 for n in growth], mode="nearest") > 0
+    # The nearest by Euclid, in voxels; along axes that do not grow no distance is short enough.
+    far = float(sum(growth) + 1)
+    pitch = [1.0 if n else far for n in growth]
+    nearest = distance_transform_edt(background, sampling=pitch, return_distances=False, return_indices=True)
+    grown = labels[tuple(nearest)]
+    return np.where(background & reached, grown, labels)
+
+
+def _check_growth(growth: Sequence[int]) -> None:
+    sized = isinstance(growth, Sequence) and len(growth) == 3
+    if not (sized and all(int(n) == n and n >= 0 for n in growth)):
+        raise ValueRangeError(f"Growth has three whole sizes >= 0, (z, y, x). Got {growth}.")
+
+
 def segment_image(
     network: nn.Module,
     image: Readable,
@@ -26,6 +68,7 @@ def segment_image(
     precision: str = "auto",
     device: str | torch.device = "cpu",
     smallest_area: float = 40.0,
+    growth: Sequence[int] = (0, 0, 0),
     out: WritableLabels | None = None,
     scratch: str | Path | None = None,
     label: str = "instances",
@@ -47,6 +90,10 @@ def segment_image(
         Where the network runs.
     smallest_area : float
         Instances of less probability mass, in voxels of the network's working grid, are dropped, >= 0.
+    growth : sequence of 3 ints
+        Voxels (z, y, x) by which instances grow over background, >= 0: those that training took from neurons in
+        contact. Left as background they count as one segment that touches all neurons: of FIB's labels an erosion by
+        one voxel takes 24 %, and what is left has a VOI of 1.97 bits.
     label : str
         Name on the progress bar.
 
@@ -77,6 +124,7 @@ def segment_image(
         )
     if len(image.shape) != 3 or 0 in image.shape:
         raise ShapeMismatch(f"An image has three axes (z, y, x), none empty. Got shape {tuple(image.shape)}.")
+    _check_growth(growth)
     if len(block) != 3 or min(block) < 1:
         raise ValueRangeError(f"A block has three sizes >= 1, (z, y, x). Got {tuple(block)}.")
     for _ in check_values(image, block[0]):  # before the first block is computed
@@ -90,6 +138,6 @@ def segment_image(
         pixels = torch.from_numpy(part.astype(np.float32, copy=False))[None, None].to(device)
         with torch.autocast(torch.device(device).type, dtype=dtype, enabled=dtype != torch.float32):
             labels: np.ndarray = segment(pixels, smallest_area)[0].cpu().numpy()
-        return labels
+        return grow_labels(labels, growth)
 
     return segment_blockwise(segment_block, image, block=block, overlap=overlap, out=out, scratch=scratch, label=label)

@@ -22,7 +22,7 @@ import numpy as np
 
 from ..affinities import OFFSETS
 from ..errors import ValueRangeError
-from .libraries import bioimage_cpp, elf_multicut
+from ..libraries import bioimage_cpp, elf_multicut
 
 
 def _region_graph(affinities: np.ndarray, fragments: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -347,6 +347,11 @@ def _add_segmenter(node: CfgNode) -> None:
     # the position code of its features decays, 0 = none. Both lower the loss of short trainings [ours]; 0 in [agq].
     node.SEGMENTER.COMPONENT_PRIOR = 0.0
     node.SEGMENTER.POSITION_LENGTH = 0.0
+    # agq: above 0, queries come from components that waterz makes at this threshold, 0..1, in place of connected ones,
+    # which one gap in a membrane joins; and whether the network sees where in the block a voxel lies: then it works in
+    # blocks of its training's size only. Both [ours]; 0 and true in [agq].
+    node.SEGMENTER.COMPONENT_THRESHOLD = 0.0
+    node.SEGMENTER.COORDINATES = True
 
 
 def _add_agglomeration(node: CfgNode) -> None:

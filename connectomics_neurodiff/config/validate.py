@@ -159,6 +159,8 @@ def _validate_segmenter(cfg: CfgNode) -> None:
     _require(width > 0 and width % 8 == 0, "NEURODIFF.SEGMENTER.QUERY_WIDTH", "a multiple of 8, > 0", width)
     _require_numbers(cfg, ["NEURODIFF.SEGMENTER.LEARNED_QUERIES"], 2)
     _require_numbers(cfg, ["NEURODIFF.SEGMENTER.GUIDED_QUERIES", "NEURODIFF.SEGMENTER.SMALLEST_COMPONENT"], 0)
+    threshold = node.COMPONENT_THRESHOLD
+    _require(0 <= threshold <= 1, "NEURODIFF.SEGMENTER.COMPONENT_THRESHOLD", "from 0 to 1", threshold)
     for offset in node.LONG_RANGE:
         listed = isinstance(offset, list | tuple) and len(offset) == 3
         fit = listed and all(
@@ -178,9 +180,10 @@ def _validate_segmenter(cfg: CfgNode) -> None:
                 "empty, 0 or false for agq, which learns neurons",
                 node[key],
             )
-        terms = dict(zip(cfg.MODEL.LOSS_OPTION, cfg.MODEL.LOSS_WEIGHT, strict=True))
-        as_it_is = "WeightedBCEWithLogitsLoss of weight 1 for agq, which has a loss of its own"
-        _require(terms == {"WeightedBCEWithLogitsLoss": 1.0}, "MODEL.LOSS_OPTION", as_it_is, terms)
+        alone = "WeightedBCEWithLogitsLoss alone for agq, whose other terms are its own"
+        _require(
+            cfg.MODEL.LOSS_OPTION == ["WeightedBCEWithLogitsLoss"], "MODEL.LOSS_OPTION", alone, cfg.MODEL.LOSS_OPTION
+        )
     if cfg.MODEL.ARCHITECTURE == "swin_unetr":
         whose = "empty for swin_unetr, whose size is MODEL.SWIN_UNETR_FEATURE_SIZE"
         _require(not cfg.MODEL.FILTERS, "MODEL.FILTERS", whose, cfg.MODEL.FILTERS)

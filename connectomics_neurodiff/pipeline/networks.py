@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from yacs.config import CfgNode
@@ -12,6 +13,7 @@ from ..config import as_dict
 from ..config.project import HOST_ARCHITECTURES
 from ..engine import FitSettings, resolve_device, resolve_precision
 from ..errors import ConfigError, ValueRangeError
+from ..geometry import is_anisotropic
 from ..pairs import last_synthetic
 from .parts import makes_pairs
 
@@ -250,6 +252,15 @@ def segmenter_options(cfg: CfgNode) -> dict[str, Any]:
     )
 
 
+#: Options that are younger than the first trainings, at the values that change nothing, as `_NEUTRAL`.
+_NEUTRAL_OPTIONS = {"component_threshold": 0.0, "coordinates": True}
+
+
+def segmenter_identity(options: dict[str, Any]) -> dict[str, Any]:
+    """Of a segmenter's options, those that its training is recorded with."""
+    return {n: value for n, value in options.items() if n not in _NEUTRAL_OPTIONS or value != _NEUTRAL_OPTIONS[n]}
+
+
 def auxiliary_targets(cfg: CfgNode) -> AuxiliaryTargets:
     """What the segmenter learns beside the affinities."""
     from ..training import AuxiliaryTargets
@@ -273,7 +284,14 @@ def shared_options(cfg: CfgNode) -> dict[str, Any]:
         "centred": node.CENTRED_FEATURES,
         "component_prior": node.COMPONENT_PRIOR,
         "position_length": node.POSITION_LENGTH,
+        "component_threshold": node.COMPONENT_THRESHOLD,
+        "coordinates": node.COORDINATES,
     }
+
+
+def label_growth(erosion: int, voxel_nm: Sequence[float]) -> tuple[int, int, int]:
+    """Voxels (z, y, x) by which instances grow to undo the label erosion of a training on such voxels."""
+    return 0 if is_anisotropic(voxel_nm) else erosion, erosion, erosion
 
 
 def tile_overlap(cfg: CfgNode) -> list[int]:

@@ -98,13 +98,15 @@ def _segment_with_queries(run: Run, arm: str) -> None:
     node = run.cfg.INFERENCE
     device, precision = networks.device_and_precision(run.cfg)
     weights, weights_hash = run.segmenter_of(arm)
+    test = run.parts["test"]
+    growth = networks.label_growth(run.cfg.NEURODIFF.SEGMENTER.LABEL_EROSION, test.volume.voxel_nm)
     settings = {
         "METHOD": QUERIES,
         "PRECISION": precision,
         "INPUT_SIZE": list(node.INPUT_SIZE),
         "STRIDE": list(node.STRIDE),
+        **({"GROWTH": list(growth)} if any(growth) else {}),
     }
-    test = run.parts["test"]
     provenance = run.provenance("segmentations", settings, segmenter=weights_hash, image=test.identity)
     target = run.folder / "segmentations" / f"{arm}_{QUERIES}.h5"
     if run.is_done(target, provenance):
@@ -117,6 +119,7 @@ def _segment_with_queries(run: Run, arm: str) -> None:
         overlap=networks.tile_overlap(run.cfg),
         precision=precision,
         device=device,
+        growth=growth,
         scratch=target.parent,
         label=f"instances, {arm}",
     )

@@ -123,7 +123,11 @@ def _train_arm(run: Run, arm: str) -> None:
     queries = cfg.MODEL.ARCHITECTURE == QUERIES
     weighted = cfg.NEURODIFF.SEGMENTER.RELIABILITY_WEIGHTS
     settings = {
-        "MODEL": {"ARCHITECTURE": cfg.MODEL.ARCHITECTURE, "INPUT_SIZE": list(cfg.MODEL.INPUT_SIZE), **options},
+        "MODEL": {
+            "ARCHITECTURE": cfg.MODEL.ARCHITECTURE,
+            "INPUT_SIZE": list(cfg.MODEL.INPUT_SIZE),
+            **networks.segmenter_identity(options),
+        },
         "LOSS": dict(zip(cfg.MODEL.LOSS_OPTION, cfg.MODEL.LOSS_WEIGHT, strict=True))
         | ({"PIXEL_DISCRIMINATION": cfg.NEURODIFF.SEGMENTER.PIXEL_DISCRIMINATION} if queries else {}),
         "SOLVER": networks.training_keys(cfg.SOLVER, ("ITERATION_SAVE",)),
@@ -159,6 +163,7 @@ def _train_arm(run: Run, arm: str) -> None:
         "affinities": CONVENTION,
         "arm": arm,
         "auxiliary_channels": networks.auxiliary_targets(cfg).channels,
+        "label_erosion": cfg.NEURODIFF.SEGMENTER.LABEL_EROSION,
     }
     save_checkpoint(
         target,
@@ -186,7 +191,9 @@ def _samples_and_loss(
         "label_erosion": cfg.NEURODIFF.SEGMENTER.LABEL_EROSION,
     }
     if cfg.MODEL.ARCHITECTURE == QUERIES:
-        weights = AGQLossWeights(pixel_discrimination=cfg.NEURODIFF.SEGMENTER.PIXEL_DISCRIMINATION)
+        weights = AGQLossWeights(
+            pixel_discrimination=cfg.NEURODIFF.SEGMENTER.PIXEL_DISCRIMINATION, affinity=cfg.MODEL.LOSS_WEIGHT[0]
+        )
         return InstancePatches([train], synthetic, **common), partial(
             agq_loss, seed=cfg.NEURODIFF.SEED, weights=weights
         )

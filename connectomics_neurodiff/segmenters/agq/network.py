@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ...errors import ShapeMismatch, ValueRangeError
+from ...libraries import waterz
 from ..build import SEGMENTERS
 from ..levels import Size, check_image, level_factors
 from .backbone import IN_PLANE, ISOTROPIC, Backbone, Fusion, conv, conv_norm_elu, with_coordinates
@@ -147,6 +148,12 @@ class AGQ(nn.Module):
     component_prior : float
         Logit by which a guided query prefers the component it comes from at the start of training, >= 0. 0 as
         published: a query then has to find its component again by the features alone, which takes long training.
+    component_threshold : float
+        Above 0: components come from waterz at this threshold, in (0, 1] (:func:`.agglomerated_components`), in place
+        of connected ones. 0 as published: then one gap in a membrane makes one query of two neurons.
+    coordinates : bool
+        Whether the heads see where in the block a voxel lies, each axis from -1 to 1, as published. A network that does
+        is at home in blocks of its training's size only.
     position_length : float
         Length in voxels over which the position code decays that mask and instance features get added, or 0 for none,
         as published (:class:`PositionCode`). Neurons far apart in a crop then differ from the first iteration on.
@@ -154,8 +161,10 @@ class AGQ(nn.Module):
     Raises
     ------
     ValueRangeError
-        If a number is too small, `z_pool` has another length, `heads` does not divide `width`, or `width` is odd and
-        there is a position code.
+        If a number is too small, `z_pool` has another length, `heads` does not divide `width`, `width` is odd and there
+        is a position code, or `component_threshold` is above 1.
+    MissingDependency
+        If waterz is needed and not installed.
 
     Notes
     -----
@@ -182,6 +191,8 @@ class AGQ(nn.Module):
         centred: bool = False,
         component_prior: float = 0.0,
         position_length: float = 0.0,
+        component_threshold: float = 0.0,
+        coordinates: bool = True,
     ) -> None:
         super().__init__()
         filters = list(filters) or list(PAPER_FILTERS)
@@ -196,7 +207,10 @@ class AGQ(nn.Module):
             heads=(heads, 1),
             component_prior=(component_prior, 0),
             position_length=(position_length, 0),
+            component_threshold=(component_threshold, 0),
         )
+        if component_threshold > 1:
+            raise ValueRangeError(f"AGQ needs component_threshold <= 1. Got {component_threshold}.")
         if width % heads:
             raise ValueRangeError(f"AGQ needs a number of heads that divides its width of {width}. Got {heads}.")
         if position_length > 0 and width % 2:
@@ -207,12 +221,17 @@ class AGQ(nn.Module):
         self.reach = tuple(math.prod(axis) for axis in zip(*strides, strict=True))
         self.most_components = guided_queries
         self.smallest_component = smallest_component
+        self.component_threshold = component_threshold
+        if component_threshold > 0:
+            waterz()  # told now rather than at the first image
+        self.coordinates = coordinates
         self.backbone = Backbone(in_channels, filters, strides)
         self.fusion = Fusion(filters, width, self.stride)
-        self.affinity_branch = Branch(width + 3, width, out_channels, ISOTROPIC, bias=True)
-        self.mask_branch = Branch(width + 3, width, width, IN_PLANE, bias=False)
+        shared = width + (3 if coordinates else 0)
+        self.affinity_branch = Branch(shared, width, out_channels, ISOTROPIC, bias=True)
+        self.mask_branch = Branch(shared, width, width, IN_PLANE, bias=False)
         self.centre: nn.Module = nn.BatchNorm3d(width, affine=False) if centred else nn.Identity()
-        self.instance_branch = InstanceBranch(width + 3, width)
+        self.instance_branch = InstanceBranch(shared, width)
         self.learned = nn.Embedding(learned_queries, width)
         self.position: nn.Module = (
             PositionCode(width, position_length, self.stride) if position_length > 0 else nn.Identity()
@@ -266,6 +285,7 @@ class AGQ(nn.Module):
             instance_features,
             smallest=self.smallest_component,
             most=self.most_components,
+            threshold=self.component_threshold,
             rngs=rngs if self.training else None,
         )
         queries, valid = padded_queries(self.learned.weight, [own for own, _ in guided])
@@ -324,12 +344,13 @@ class AGQ(nn.Module):
         )
 
     def _features(self, image: Tensor) -> Tensor:
-        """Fused features and coordinates (b, width + 3, z', y', x') on the working grid."""
+        """Fused features (b, width, z', y', x') on the working grid, and three coordinates if there are any."""
         check_image(image, self.in_channels)
         fused = self.fusion(self.backbone(self._pad(2 * image - 1)))
         z, y, x = (-(-(n - 1) // step) + 1 for n, step in zip(image.shape[2:], self.stride, strict=True))
         # At least two in the plane, or there is nothing to normalise over.
-        return with_coordinates(fused[..., :z, : max(y, 2), : max(x, 2)])
+        fused = fused[..., :z, : max(y, 2), : max(x, 2)]
+        return with_coordinates(fused) if self.coordinates else fused
 
     def _pad(self, image: Tensor) -> Tensor:
         """Replicate the far border up to a multiple of the coarsest level's spacing, plus one."""

@@ -1,24 +1,84 @@
-"""Affinity-guided queries: the connected components of the predicted affinities, each with its mean feature."""
+"""Affinity-guided queries: coarse neurons from the predicted affinities, each with its mean feature."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+import fastremap
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from ...libraries import MEAN_AFFINITY, silent_stdout, waterz
 
-def affinity_components(
-    affinity: np.ndarray, *, smallest: int, most: int, rng: np.random.Generator | None = None
-) -> np.ndarray:
-    """Coarse neurons: 26-connected components of the voxels whose mean affinity exceeds the volume's mean.
+# Affinities above the upper one belong together whatever follows, those below the lower one never do. On affinities of
+# three FIB crops of 33 x 97 x 97 (waterz, median of largest, at .4) VOI is 1.36 with these limits, 2.01 without.
+_WATERSHED_LOW, _WATERSHED_HIGH = 0.1, 0.99
+
+
+def affinity_components(affinity: np.ndarray) -> np.ndarray:
+    """Coarse neurons as published: 26-connected components of the voxels whose mean affinity exceeds the volume's mean.
 
     Parameters
     ----------
     affinity : numpy.ndarray
         (c, z, y, x) in [0, 1].
+
+    Returns
+    -------
+    numpy.ndarray
+        (z, y, x) integers: 0, or the number 1..n of the component.
+    """
+    import cc3d
+
+    mask = np.ascontiguousarray(affinity.mean(axis=0) > affinity.mean())  # cc3d 4.1 misreads views
+    return np.asarray(cc3d.connected_components(mask, connectivity=26))
+
+
+def agglomerated_components(affinity: np.ndarray, threshold: float) -> np.ndarray:
+    """Coarse neurons by waterz: its own watershed (Zlateski and Seung 2015), merged by mean affinity.
+
+    One gap in a membrane joins connected components for good; a mean over the whole contact hardly sees it.
+
+    Parameters
+    ----------
+    affinity : numpy.ndarray
+        (3, z, y, x) in [0, 1].
+    threshold : float
+        Neighbours are merged while 1 - the mean affinity between them is below this, in (0, 1].
+
+    Returns
+    -------
+    numpy.ndarray
+        (z, y, x) integers: 0 (no affinity above the watershed's lower threshold), or the number of the component.
+
+    Raises
+    ------
+    MissingDependency
+        If waterz is not installed.
+    """
+    with silent_stdout():
+        (components,) = waterz().agglomerate(
+            np.ascontiguousarray(affinity, dtype=np.float32),
+            thresholds=[threshold],
+            aff_threshold_low=_WATERSHED_LOW,
+            aff_threshold_high=_WATERSHED_HIGH,
+            scoring_function=MEAN_AFFINITY,
+            discretize_queue=256,
+        )
+    return fastremap.renumber(components)[0]
+
+
+def largest_components(
+    components: np.ndarray, *, smallest: int, most: int, rng: np.random.Generator | None = None
+) -> np.ndarray:
+    """The components that become queries.
+
+    Parameters
+    ----------
+    components : numpy.ndarray
+        (z, y, x) integers >= 0, 0 = none.
     smallest : int
         Components of this many voxels or fewer are dropped.
     most : int
@@ -32,11 +92,7 @@ def affinity_components(
     numpy.ndarray
         (z, y, x) int64: 0, or the number 1..n of the component, n <= `most`.
     """
-    import cc3d
-
-    mask = np.ascontiguousarray(affinity.mean(axis=0) > affinity.mean())  # cc3d 4.1 misreads views
-    parts = cc3d.connected_components(mask, connectivity=26)
-    voxels = np.bincount(parts.ravel())
+    voxels = np.bincount(components.ravel())
     voxels[0] = 0
     kept = np.flatnonzero(voxels > smallest)
     if len(kept) > most:
@@ -46,7 +102,7 @@ def affinity_components(
             kept = rng.choice(kept, most, replace=False)
     number = np.zeros(len(voxels), dtype=np.int64)
     number[np.sort(kept)] = np.arange(1, len(kept) + 1)
-    return number[parts]
+    return number[components]
 
 
 def mean_features(features: Tensor, components: Tensor) -> Tensor:
@@ -76,6 +132,7 @@ def guided_queries(
     *,
     smallest: int,
     most: int,
+    threshold: float = 0.0,
     rngs: Sequence[np.random.Generator] | None = None,
 ) -> list[tuple[Tensor, Tensor]]:
     """Queries of every sample of a batch, and where they come from.
@@ -87,7 +144,9 @@ def guided_queries(
     features : torch.Tensor
         (b, c, z, y, x) instance features.
     smallest, most, rngs
-        As for :func:`affinity_components`; one generator per sample.
+        As for :func:`largest_components`; one generator per sample.
+    threshold : float
+        Of :func:`agglomerated_components`; 0 for :func:`affinity_components`.
 
     Returns
     -------
@@ -98,8 +157,9 @@ def guided_queries(
     volumes = affinity.detach().float().cpu().numpy()
     found = []
     for i, volume in enumerate(volumes):
+        parts = agglomerated_components(volume, threshold) if threshold > 0 else affinity_components(volume)
         components = torch.from_numpy(
-            affinity_components(volume, smallest=smallest, most=most, rng=rngs[i] if rngs else None)
+            largest_components(parts, smallest=smallest, most=most, rng=rngs[i] if rngs else None)
         ).to(features.device)
         found.append((mean_features(features[i], components), components))
     return found
