@@ -12,10 +12,10 @@ from types import ModuleType
 
 from .errors import MissingDependency
 
-# Scores of two neighbours in waterz, those of its functions that are precompiled in its wheels; others would be compiled
-# at run time, which needs a compiler and boost.
-#: 1 minus the median, over the contacts of the fragments that two neighbours are made of, of the LARGEST affinity in each
-#: contact (waterz starts every histogram with the maximum): of two fragments it is the largest affinity alone.
+# Scores of two neighbours in waterz, those of its functions that are precompiled in its wheels; others would be
+# compiled at run time, which needs a compiler and boost.
+#: 1 minus the median, over the contacts of the fragments that two neighbours are made of, of the LARGEST affinity in
+#: each contact (waterz starts every histogram with the maximum): of two fragments it is the largest affinity alone.
 MEDIAN_OF_LARGEST_AFFINITIES = "OneMinus<HistogramQuantileAffinity<RegionGraphType, 50, ScoreValue, 256>>"
 #: 1 minus the mean affinity over the whole contact.
 MEAN_AFFINITY = "OneMinus<MeanAffinity<RegionGraphType, ScoreValue>>"

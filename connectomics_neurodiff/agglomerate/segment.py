@@ -50,8 +50,8 @@ def segment_sweep(
     method : str
         A name in ``AGGLOMERATORS``: "waterz" or "multicut".
     thresholds : sequence of float
-        In [0, 1]. waterz: merge while the score (:func:`waterz_sweep`) is below, higher merges more. multicut: beta, the mean
-        affinity at which an edge is indifferent, inside (0, 1), higher merges less.
+        In [0, 1]. waterz: merge while the score (:func:`waterz_sweep`) is below, higher merges more. multicut: beta,
+        the mean affinity at which an edge is indifferent, inside (0, 1), higher merges less.
 
     Returns
     -------
