@@ -1,6 +1,6 @@
 """AGQ against affinities with waterz: accuracy and seconds side by side; and stitched blocks against one block.
 
-    python projects/AGQ/compare.py outputs/agq-fib outputs/fib-0 [--arm mixed] [--region 48 160 160] [--json]
+    python projects/AGQ/compare.py outputs/agq-fib outputs/fib-0 [--arm mixed] [--region 56 220 220] [--json]
 
 Seconds are wall seconds from the image to the labels, on this machine, of one process, after a pass over one tile that
 does not count. The region is the middle of the test part.
@@ -26,14 +26,22 @@ from connectomics_neurodiff.pipeline.parts import open_parts
 from connectomics_neurodiff.predict import predict_affinities
 
 
-def instances(cfg: CfgNode, network: Any, image: np.ndarray, block: Sequence[int] | None = None) -> np.ndarray:
+def instances(
+    cfg: CfgNode, network: Any, image: np.ndarray, voxel_nm: Sequence[float], block: Sequence[int] | None = None
+) -> np.ndarray:
     """Labels of AGQ; in one block, or in those of the configuration."""
     node = cfg.INFERENCE
     overlap = [0, 0, 0] if block else networks.tile_overlap(cfg)
     device, precision = networks.device_and_precision(cfg)
     return np.asarray(
         segment_image(
-            network, image, block=block or node.INPUT_SIZE, overlap=overlap, precision=precision, device=device
+            network,
+            image,
+            block=block or node.INPUT_SIZE,
+            overlap=overlap,
+            precision=precision,
+            device=device,
+            growth=networks.label_growth(cfg.NEURODIFF.SEGMENTER.LABEL_EROSION, voxel_nm),
         )
     )
 
@@ -56,6 +64,14 @@ def middle_of(shape: Sequence[int], region: Sequence[int]) -> tuple[slice, ...]:
     return tuple(slice((n - size) // 2, (n + size) // 2) for n, size in zip(shape, region, strict=True))
 
 
+def tuned_threshold(folder: Path, arm: str) -> float:
+    """The threshold of waterz that a finished run has tuned."""
+    path = folder / "segmentations" / f"{arm}_waterz.tuning.json"
+    if not path.is_file():
+        raise SystemExit(f"The run needs segmentations of the arm '{arm}' by waterz. Got no {path}.")
+    return float(json.loads(path.read_text())["threshold"])
+
+
 def rows_of_run(folder: Path, arm: str, region: Sequence[int]) -> Iterator[dict[str, Any]]:
     """One row per way from the image to labels: scores, and seconds."""
     cfg = load_config(folder / "config.yaml")
@@ -64,7 +80,7 @@ def rows_of_run(folder: Path, arm: str, region: Sequence[int]) -> Iterator[dict[
     name = cfg.MODEL.ARCHITECTURE
     middle = middle_of(image.shape, region) if name == "agq" else ()
     network = networks.load_segmenter(str(folder / "segmenter" / arm / "checkpoint.pt"))
-    threshold = json.loads((folder / "metrics.json").read_text())["provenance"]["thresholds"][arm]["waterz"]
+    threshold = tuned_threshold(folder, arm)
     first = image[tuple(slice(0, size) for size in cfg.INFERENCE.INPUT_SIZE)]
     waterz_labels(cfg, network, first, test.voxel_nm, threshold)  # makes oneDNN's kernels
 
@@ -76,10 +92,10 @@ def rows_of_run(folder: Path, arm: str, region: Sequence[int]) -> Iterator[dict[
 
     yield row("waterz", lambda: waterz_labels(cfg, network, image, test.voxel_nm, threshold), truth)
     if name == "agq":
-        yield row("stitched blocks", lambda: instances(cfg, network, image), truth)
+        yield row("stitched blocks", lambda: instances(cfg, network, image, test.voxel_nm), truth)
         part = np.ascontiguousarray(image[middle])
-        yield row("stitched blocks, region", lambda: instances(cfg, network, part), truth[middle])
-        yield row("one block, region", lambda: instances(cfg, network, part, region), truth[middle])
+        yield row("stitched blocks, region", lambda: instances(cfg, network, part, test.voxel_nm), truth[middle])
+        yield row("one block, region", lambda: instances(cfg, network, part, test.voxel_nm, region), truth[middle])
 
 
 def main() -> None:
@@ -87,7 +103,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", type=Path, help="folders of finished runs with the same test part")
     parser.add_argument("--arm", choices=("real", "mixed"), default="mixed")
-    parser.add_argument("--region", nargs=3, type=int, default=[48, 160, 160], metavar=("Z", "Y", "X"))
+    parser.add_argument("--region", nargs=3, type=int, default=[56, 220, 220], metavar=("Z", "Y", "X"))
     parser.add_argument("--json", action="store_true", help="print JSON")
     options = parser.parse_args()
     rows = [row for run in options.runs for row in rows_of_run(run, options.arm, options.region)]
