@@ -9,12 +9,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .errors import CheckpointMismatch, ConfigError, MissingInput, OutputExists, ValueRangeError
+from .errors import ConfigError, MissingInput, OutputExists, ValueRangeError
 from .provenance import require_writable
 
 if TYPE_CHECKING:
     from .checkpoints import Checkpoint
-    from .geometry import ZYX
     from .remodel import SignatureLibrary
     from .volume import ArrayLike, Volume
 
@@ -51,25 +50,12 @@ def _image_of(path: str, options: argparse.Namespace) -> tuple[Volume, ArrayLike
     return volume, volume.image
 
 
-def _trained_voxels(checkpoint: Checkpoint, volume: Volume) -> list[ZYX]:
-    """Voxel sizes that a segmenter was trained on; the volume's for one that does not say."""
-    from .geometry import voxel_size
-
-    given = checkpoint.extra.get("voxel_nm") or [volume.voxel_nm]
-    try:
-        return [voxel_size(size) for size in given]
-    except (TypeError, ValueError, ValueRangeError) as error:
-        raise CheckpointMismatch(
-            f"The segmenter's checkpoint is damaged: its voxel_nm must be a list of sizes (z, y, x) in nm. "
-            f"Got {given!r}."
-        ) from error
-
-
 def _warn_of_other_voxels(checkpoint: Checkpoint, path: str, volume: Volume) -> None:
     """Warn if a segmenter meets voxels that it was not trained on; one that does not say is not judged."""
     from .geometry import same_voxel_size
+    from .pipeline.networks import trained_voxels
 
-    trained = _trained_voxels(checkpoint, volume)
+    trained = trained_voxels(checkpoint, volume.voxel_nm)
     if not any(same_voxel_size(volume.voxel_nm, size) for size in trained):
         sizes = " and ".join(f"{tuple(size)}" for size in trained)
         _warn(f"{path} has voxels of {tuple(volume.voxel_nm)} nm; the segmenter was trained on {sizes} nm.")
@@ -473,7 +459,7 @@ def _segment_image(options: argparse.Namespace) -> None:
     from .agglomerate import segment_image
     from .checkpoints import load_checkpoint
     from .engine import resolve_device
-    from .pipeline.networks import label_growth, trained_segmenter
+    from .pipeline.networks import label_growth, trained_erosion, trained_segmenter, trained_voxels
     from .provenance import scratch_beside
     from .volume import write_volume
 
@@ -490,6 +476,7 @@ def _segment_image(options: argparse.Namespace) -> None:
             f"Half of each block overlaps the next: --tile must be at least 2 on every axis of {tuple(image.shape)} "
             f"that is longer than 1. Got {tile}{'' if options.tile else ', as trained'}."
         )
+    growth = label_growth(trained_erosion(checkpoint), trained_voxels(checkpoint, volume.voxel_nm)[0])
     network = trained_segmenter(checkpoint)
     with scratch_beside(options.output) as scratch:
         label = segment_image(
@@ -499,20 +486,12 @@ def _segment_image(options: argparse.Namespace) -> None:
             overlap=tuple(size // 2 for size in tile),
             precision=options.precision,
             device=resolve_device(options.gpus),
-            growth=label_growth(_label_erosion(checkpoint), _trained_voxels(checkpoint, volume)[0]),
+            growth=growth,
             scratch=scratch,
         )
-    write_volume(options.output, {"label": np.asarray(label)}, volume.voxel_nm, {"method": "agq"})
-
-
-def _label_erosion(checkpoint: Checkpoint) -> int:
-    """By how many voxels the labels of a segmenter's training were eroded; 0 if it does not say."""
-    erosion = checkpoint.extra.get("label_erosion", 0)
-    if type(erosion) is not int or erosion < 0:
-        raise CheckpointMismatch(
-            f"The segmenter's checkpoint is damaged: its label_erosion must be a whole number >= 0. Got {erosion!r}."
-        )
-    return erosion
+    write_volume(
+        options.output, {"label": np.asarray(label)}, volume.voxel_nm, {"method": "agq", "growth": list(growth)}
+    )
 
 
 def evaluate(options: argparse.Namespace) -> None:

@@ -6,6 +6,7 @@ import ctypes
 import importlib
 import os
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 from types import ModuleType
@@ -54,21 +55,26 @@ def bioimage_cpp() -> ModuleType:
     return _library("bioimage_cpp", "bioimage-cpp", "Making fragments")
 
 
+#: One at a time: a second thread would take the first one's silence for the stdout to come back to.
+_SILENCE = threading.RLock()
+
+
 @contextmanager
 def silent_stdout() -> Iterator[None]:
     """Discard what a library writes to stdout, from Python or C++: stdout is for results (``evaluate --json``).
 
     File descriptor 1 is the process's: other threads must not print meanwhile.
     """
-    flush_c = ctypes.CDLL(None).fflush  # std::cout is buffered by C's stdio when stdout is a pipe
-    sys.stdout.flush()
-    flush_c(None)
-    saved = os.dup(1)
-    try:
-        with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
-            os.dup2(nowhere.fileno(), 1)
-            yield
-    finally:
+    with _SILENCE:
+        flush_c = ctypes.CDLL(None).fflush  # std::cout is buffered by C's stdio when stdout is a pipe
+        sys.stdout.flush()
         flush_c(None)
-        os.dup2(saved, 1)
-        os.close(saved)
+        saved = os.dup(1)
+        try:
+            with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
+                os.dup2(nowhere.fileno(), 1)
+                yield
+        finally:
+            flush_c(None)
+            os.dup2(saved, 1)
+            os.close(saved)

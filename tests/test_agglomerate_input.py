@@ -189,6 +189,22 @@ def test_a_missing_dependency_of_a_library_is_named(tmp_path):
     assert "'a_package_that_is_not_there', which waterz depends on" in message
 
 
+def test_stdout_comes_back_after_two_threads_were_silent_at_once():
+    script = """
+import threading, time
+from connectomics_neurodiff.libraries import silent_stdout
+def hold(before, during):
+    time.sleep(before)
+    with silent_stdout():
+        time.sleep(during)
+threads = [threading.Thread(target=hold, args=times) for times in ((0, 0.4), (0.2, 0.4))]
+[t.start() for t in threads]
+[t.join() for t in threads]
+print("heard", flush=True)
+"""
+    assert error_of(script) == "heard\n"
+
+
 #: Makes a top-level module impossible to find.
 HIDE = """
 import sys

@@ -23,10 +23,16 @@ from connectomics_neurodiff.agglomerate import grow_labels, segment_image
 from connectomics_neurodiff.checkpoints import Checkpoint, save_checkpoint
 from connectomics_neurodiff.commands import _warn_of_other_voxels
 from connectomics_neurodiff.config import load_config
-from connectomics_neurodiff.errors import CheckpointMismatch, ConfigError, ShapeMismatch, ValueRangeError
+from connectomics_neurodiff.errors import (
+    CheckpointMismatch,
+    ConfigError,
+    LabelTypeError,
+    ShapeMismatch,
+    ValueRangeError,
+)
 from connectomics_neurodiff.metrics import evaluate
 from connectomics_neurodiff.pipeline import run_pipeline
-from connectomics_neurodiff.pipeline.networks import check_networks
+from connectomics_neurodiff.pipeline.networks import check_networks, trained_erosion
 from connectomics_neurodiff.pipeline.run import run_folder
 from connectomics_neurodiff.segmenters import build_segmenter
 from connectomics_neurodiff.training.patches import erode_contacts
@@ -105,10 +111,58 @@ def test_growth_gives_background_within_reach_to_the_nearest_instance(
         assert value in label[tuple(nearest.T)]
 
 
-@pytest.mark.parametrize("growth", [(0, 1), (0, -1, 1), (0, 0.5, 1), 1])
+@pytest.mark.parametrize(
+    "growth", [(0, 1), (0, -1, 1), (0, 0.5, 1), 1, (0, np.nan, 1), (0, np.inf, 1), "abc", (0, None, 1), (True, 1, 1)]
+)
 def test_growth_that_makes_no_sense_is_told(growth: object) -> None:
     with pytest.raises(ValueRangeError, match="three whole sizes"):
         grow_labels(np.zeros((2, 3, 4), np.int64), growth)  # type: ignore[arg-type]
+
+
+def test_growth_takes_labels_alone() -> None:
+    with pytest.raises(ShapeMismatch, match="three axes"):
+        grow_labels(np.ones((3, 4), np.int64), (0, 1, 1))
+    with pytest.raises(LabelTypeError, match="float32"):
+        grow_labels(np.ones((2, 3, 4), np.float32), (0, 1, 1))
+
+
+@pytest.mark.parametrize("kind", [np.uint8, np.int32, np.uint64])
+def test_growth_beyond_the_volume_fills_the_section(kind: type) -> None:
+    label = np.zeros((3, 4, 5), kind)
+    label[1, 2, 3] = np.iinfo(kind).max
+    grown = grow_labels(label[:, ::-1], (0, 10**12, np.int64(9)))
+    assert grown.dtype == kind
+    assert (grown[1] == np.iinfo(kind).max).all()
+    assert not grown[[0, 2]].any()
+
+
+@pytest.mark.parametrize("erosion", [-1, 1.0, True, "1", None])
+def test_a_checkpoint_without_a_sensible_erosion_is_told(erosion: object) -> None:
+    with pytest.raises(CheckpointMismatch, match="label_erosion must be a whole number >= 0"):
+        trained_erosion(Checkpoint("segmenter", "agq", {}, {}, {"label_erosion": erosion}))
+
+
+def test_the_erosion_is_that_of_the_training() -> None:
+    told, silent = (Checkpoint("segmenter", "agq", {}, {}, extra) for extra in ({"label_erosion": 2}, {}))
+    assert [trained_erosion(told, 1), trained_erosion(silent, 1), trained_erosion(silent)] == [2, 1, 0]
+
+
+@pytest.mark.parametrize(("voxel", "growth"), [((8, 8, 8), [1, 1, 1]), ((30, 6, 6), [0, 1, 1])])
+def test_the_pipeline_grows_by_what_the_given_checkpoint_was_trained_with(
+    tmp_path: Path, voxel: tuple[int, int, int], growth: list[int]
+) -> None:
+    """The run itself erodes nothing."""
+    extra = {"label_erosion": 1, "voxel_nm": [list(voxel)]}
+    options = {"filters": [4, 6], "width": 8, "learned_queries": 2, "guided_queries": 2}
+    weights = build_segmenter("agq", **options).state_dict()
+    path = tmp_path / "other.pt"
+    save_checkpoint(path, kind="segmenter", architecture="agq", options=options, state_dict=weights, extra=extra)
+    methods = {"NEURODIFF__SEGMENT__METHODS": "['agq']", "AUGMENTOR__SYNTHETIC": "False"}
+    run_pipeline(
+        load_config(overrides=settings(tmp_path / "run", **SMALL, **methods)), inference=True, checkpoint=str(path)
+    )
+    (record,) = (tmp_path / "run").rglob("segmentations/real_agq*.json")
+    assert json.loads(record.read_text())["settings"]["GROWTH"] == growth
 
 
 def test_what_cannot_be_segmented_is_told() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -396,6 +397,17 @@ def test_agglomerated_components_merge_what_the_mean_affinity_says() -> None:
     affinity[:, :, :, 8] = 0.6  # 1 - 0.6: between the two thresholds
     assert len(np.unique(agglomerated_components(affinity, 0.3)[:, :, [2, 14]])) == 2
     assert len(np.unique(agglomerated_components(affinity, 0.5)[:, :, [2, 14]])) == 1
+
+
+@pytest.mark.parametrize("value", [-1, 1.5, math.nan, math.inf, "x"])
+def test_thresholds_of_components_are_told(value: object) -> None:
+    with pytest.raises(ValueRangeError, match="component_threshold"):
+        small(component_threshold=value)
+
+
+def test_components_of_waterz_need_three_affinities() -> None:
+    with pytest.raises(ValueRangeError, match="out_channels = 3"):
+        small(component_threshold=0.3, out_channels=4)
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 1), (1, 1, 7), (1, 5, 6), (4, 1, 1), (3, 9, 1)])

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..errors import ShapeMismatch, ValueRangeError
+from ..errors import LabelTypeError, ShapeMismatch, ValueRangeError
 from .blockwise import Readable, segment_blockwise
 from .stitching import WritableLabels
 
@@ -31,22 +32,32 @@ def grow_labels(labels: np.ndarray, growth: Sequence[int]) -> np.ndarray:
     Returns
     -------
     numpy.ndarray
-        (z, y, x) of the same type.
+        (z, y, x) of the same type; the input itself where nothing grows.
 
     Raises
     ------
     ValueRangeError
         If a size is negative or not whole.
+    ShapeMismatch
+        If the labels have not three axes.
+    LabelTypeError
+        If the labels are not integers.
     """
     from scipy.ndimage import distance_transform_edt, maximum_filter
 
     _check_growth(growth)
+    if labels.ndim != 3:
+        raise ShapeMismatch(f"Labels have three axes (z, y, x). Got shape {labels.shape}.")
+    if labels.dtype.kind not in "iu":
+        raise LabelTypeError(f"Labels must be integers >= 0, 0 = background. Got {labels.dtype}.")
     background = labels == 0
     if not any(growth) or not background.any() or background.all():
         return labels
-    reached = maximum_filter(labels, [2 * n + 1 for n in growth], mode="nearest") > 0
+    # No farther than the volume: the filter's memory grows with its size.
+    sides = [2 * min(int(n), size) + 1 for n, size in zip(growth, labels.shape, strict=True)]
+    reached = maximum_filter(~background, sides, mode="nearest")
     # The nearest by Euclid, in voxels; along axes that do not grow no distance is short enough.
-    far = float(sum(growth) + 1)
+    far = float(sum(labels.shape))
     pitch = [1.0 if n else far for n in growth]
     nearest = distance_transform_edt(background, sampling=pitch, return_distances=False, return_indices=True)
     grown = labels[tuple(nearest)]
@@ -55,8 +66,8 @@ def grow_labels(labels: np.ndarray, growth: Sequence[int]) -> np.ndarray:
 
 def _check_growth(growth: Sequence[int]) -> None:
     sized = isinstance(growth, Sequence) and len(growth) == 3
-    if not (sized and all(int(n) == n and n >= 0 for n in growth)):
-        raise ValueRangeError(f"Growth has three whole sizes >= 0, (z, y, x). Got {growth}.")
+    if not (sized and all(isinstance(n, Integral) and not isinstance(n, bool) and n >= 0 for n in growth)):
+        raise ValueRangeError(f"Growth is a list of three whole sizes >= 0, (z, y, x). Got {growth!r}.")
 
 
 def segment_image(

@@ -12,8 +12,8 @@ from yacs.config import CfgNode
 from ..config import as_dict
 from ..config.project import HOST_ARCHITECTURES
 from ..engine import FitSettings, resolve_device, resolve_precision
-from ..errors import ConfigError, ValueRangeError
-from ..geometry import is_anisotropic
+from ..errors import CheckpointMismatch, ConfigError, ValueRangeError
+from ..geometry import ZYX, is_anisotropic, voxel_size
 from ..pairs import last_synthetic
 from .parts import makes_pairs
 
@@ -287,6 +287,28 @@ def shared_options(cfg: CfgNode) -> dict[str, Any]:
         "component_threshold": node.COMPONENT_THRESHOLD,
         "coordinates": node.COORDINATES,
     }
+
+
+def trained_voxels(checkpoint: Checkpoint, otherwise: ZYX) -> list[ZYX]:
+    """Voxel sizes that a segmenter was trained on; `otherwise` for one that does not say."""
+    given = checkpoint.extra.get("voxel_nm") or [otherwise]
+    try:
+        return [voxel_size(size) for size in given]
+    except (TypeError, ValueError, ValueRangeError) as error:
+        raise CheckpointMismatch(
+            f"The segmenter's checkpoint is damaged: its voxel_nm must be a list of sizes (z, y, x) in nm. "
+            f"Got {given!r}."
+        ) from error
+
+
+def trained_erosion(checkpoint: Checkpoint, otherwise: int = 0) -> int:
+    """By how many voxels the labels of a segmenter's training were eroded; `otherwise` for one that does not say."""
+    erosion = checkpoint.extra.get("label_erosion", otherwise)
+    if type(erosion) is not int or erosion < 0:
+        raise CheckpointMismatch(
+            f"The segmenter's checkpoint is damaged: its label_erosion must be a whole number >= 0. Got {erosion!r}."
+        )
+    return erosion
 
 
 def label_growth(erosion: int, voxel_nm: Sequence[float]) -> tuple[int, int, int]:

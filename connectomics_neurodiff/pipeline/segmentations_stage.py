@@ -95,11 +95,16 @@ def _segment_arm(run: Run, arm: str, pending: list[tuple[str, Path, Provenance]]
 
 def _segment_with_queries(run: Run, arm: str) -> None:
     """Instances of the test part, block by block, straight from the segmenter; there is nothing to tune."""
+    from ..checkpoints import load_checkpoint
+
     node = run.cfg.INFERENCE
     device, precision = networks.device_and_precision(run.cfg)
     weights, weights_hash = run.segmenter_of(arm)
     test = run.parts["test"]
-    growth = networks.label_growth(run.cfg.NEURODIFF.SEGMENTER.LABEL_EROSION, test.volume.voxel_nm)
+    checkpoint = load_checkpoint(weights, kind="segmenter")
+    # Of the training, which need not be this run's; the configuration speaks for checkpoints older than the entry.
+    erosion = networks.trained_erosion(checkpoint, run.cfg.NEURODIFF.SEGMENTER.LABEL_EROSION)
+    growth = networks.label_growth(erosion, networks.trained_voxels(checkpoint, test.volume.voxel_nm)[0])
     settings = {
         "METHOD": QUERIES,
         "PRECISION": precision,
@@ -113,7 +118,7 @@ def _segment_with_queries(run: Run, arm: str) -> None:
         return
     volume = test.load()
     labels = segment_image(
-        networks.load_segmenter(weights),
+        networks.trained_segmenter(checkpoint),
         volume.array("image"),
         block=node.INPUT_SIZE,
         overlap=networks.tile_overlap(run.cfg),

@@ -31,6 +31,8 @@ PAPER_FILTERS = (32, 64, 96, 128, 160)
 _STEPS_IN_PLANE = 2
 
 _BRANCH_DEPTH = 4
+#: Affinities that waterz takes, one per axis.
+_AXES = 3
 
 
 @dataclass(frozen=True)
@@ -148,21 +150,21 @@ class AGQ(nn.Module):
     component_prior : float
         Logit by which a guided query prefers the component it comes from at the start of training, >= 0. 0 as
         published: a query then has to find its component again by the features alone, which takes long training.
+    position_length : float
+        Length in voxels over which the position code decays that mask and instance features get added, or 0 for none,
+        as published (:class:`PositionCode`). Neurons far apart in a crop then differ from the first iteration on.
     component_threshold : float
         Above 0: components come from waterz at this threshold, in (0, 1] (:func:`.agglomerated_components`), in place
         of connected ones. 0 as published: then one gap in a membrane makes one query of two neurons.
     coordinates : bool
         Whether the heads see where in the block a voxel lies, each axis from -1 to 1, as published. A network that does
         is at home in blocks of its training's size only.
-    position_length : float
-        Length in voxels over which the position code decays that mask and instance features get added, or 0 for none,
-        as published (:class:`PositionCode`). Neurons far apart in a crop then differ from the first iteration on.
 
     Raises
     ------
     ValueRangeError
         If a number is too small, `z_pool` has another length, `heads` does not divide `width`, `width` is odd and there
-        is a position code, or `component_threshold` is above 1.
+        is a position code, `component_threshold` is above 1, or above 0 without three affinities.
     MissingDependency
         If waterz is needed and not installed.
 
@@ -211,6 +213,8 @@ class AGQ(nn.Module):
         )
         if component_threshold > 1:
             raise ValueRangeError(f"AGQ needs component_threshold <= 1. Got {component_threshold}.")
+        if component_threshold > 0 and out_channels != _AXES:
+            raise ValueRangeError(f"AGQ needs out_channels = 3 for component_threshold > 0. Got {out_channels}.")
         if width % heads:
             raise ValueRangeError(f"AGQ needs a number of heads that divides its width of {width}. Got {heads}.")
         if position_length > 0 and width % 2:
