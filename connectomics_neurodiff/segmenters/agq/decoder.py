@@ -33,7 +33,8 @@ class QueryHead(nn.Module):
         # Statistics over valid queries only: padding must not move them.
         kernels = _scatter(self.kernel_norm(kernels[valid]), valid, 0.0)
         masks = torch.bmm(kernels, features.flatten(2))
-        scaled = self.mask_norm(masks[valid].flatten()[None, None]).reshape(-1, masks.shape[2])
+        rows = masks.flatten(0, 1) if bool(valid.all()) else masks[valid]  # choosing copies
+        scaled = self.mask_norm(rows.flatten()[None, None]).reshape(-1, masks.shape[2])
         return _scatter(scaled, valid, -torch.inf).unflatten(2, features.shape[2:]), self.background(features)
 
 

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import torch
+from scipy.ndimage import find_objects
 from torch import Tensor
 
 from ...errors import ValueRangeError
 from .backbone import Size, resize
-
-#: Channels that are enlarged at a time; bounds the memory at full resolution.
-_CHUNK = 16
 
 
 def enlarge(values: Tensor, stride: Size, size: Size) -> Tensor:
@@ -20,7 +18,7 @@ def enlarge(values: Tensor, stride: Size, size: Size) -> Tensor:
 
 
 def labels_from_masks(masks: Tensor, background: Tensor, stride: Size, size: Size, smallest_area: float) -> Tensor:
-    """The most probable query of each voxel.
+    """The most probable query of each voxel, of those that are the most probable at a grid point around it.
 
     Parameters
     ----------
@@ -49,9 +47,22 @@ def labels_from_masks(masks: Tensor, background: Tensor, stride: Size, size: Siz
     probabilities = probabilities[large]
     best = probabilities.new_full(size, -1.0)
     label = torch.zeros(size, dtype=torch.int64, device=masks.device)
-    for first in range(0, len(probabilities), _CHUNK):
-        value, channel = enlarge(probabilities[None, first : first + _CHUNK], stride, size)[0].max(dim=0)
-        better = value > best
-        label = torch.where(better, channel + first, label)
-        best = torch.where(better, value, best)
+    # Where no grid point around a voxel is won, the voxel is not won either: each query is enlarged in its own box.
+    for channel, box in enumerate(find_objects(probabilities.argmax(dim=0).cpu().numpy() + 1)):
+        if box is None:
+            continue
+        around = tuple(slice(max(side.start - 1, 0), side.stop + 1) for side in box)
+        starts = [side.start * step for side, step in zip(around, stride, strict=True)]
+        reach = [
+            min((n - 1) * step + 1, end - start)
+            for n, step, end, start in zip(probabilities[channel][around].shape, stride, size, starts, strict=True)
+        ]
+        if min(reach) < 1:  # beyond the image's far end
+            continue
+        z, y, x = reach
+        value = enlarge(probabilities[None, channel : channel + 1, *around], stride, (z, y, x))[0, 0]
+        here = tuple(slice(start, start + n) for start, n in zip(starts, reach, strict=True))
+        better = value > best[here]
+        label[here] = torch.where(better, channel, label[here])
+        best[here] = torch.where(better, value, best[here])
     return label
