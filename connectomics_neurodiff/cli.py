@@ -235,6 +235,12 @@ def _add_segmentation_commands(commands: Any) -> None:
     segment.add_argument("--method", choices=("waterz", "multicut", "agq"), required=True)
     segment.add_argument("--threshold", type=float, help="0..1 (default: waterz .30, multicut .25; agq has none)")
     segment.add_argument("--checkpoint", metavar="FILE", help="agq: the trained segmenter, which tells neurons apart")
+    segment.add_argument(
+        "--stitch-fraction",
+        type=float,
+        metavar="F",
+        help="agq: common share that joins two instances, 0..1 (default .5)",
+    )
     segment.add_argument("--tile", nargs=3, type=int, metavar=("Z", "Y", "X"), help="agq: block, halves overlap")
     _add_device(segment)
     _add_voxel_size(segment)

@@ -436,6 +436,7 @@ def segment(options: argparse.Namespace) -> None:
         return
     of_networks = {
         "--checkpoint": options.checkpoint,
+        "--stitch-fraction": options.stitch_fraction is not None,
         "--tile": options.tile,
         "--gpus": options.gpus > 0,
         "--precision": options.precision != "auto",
@@ -486,6 +487,7 @@ def _segment_image(options: argparse.Namespace) -> None:
             overlap=tuple(size // 2 for size in tile),
             precision=options.precision,
             device=resolve_device(options.gpus),
+            min_fraction=0.5 if options.stitch_fraction is None else options.stitch_fraction,
             growth=growth,
             scratch=scratch,
         )

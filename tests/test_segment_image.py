@@ -165,6 +165,32 @@ def test_the_pipeline_grows_by_what_the_given_checkpoint_was_trained_with(
     assert json.loads(record.read_text())["settings"]["GROWTH"] == growth
 
 
+class MergesInTheFirstBlock(nn.Module):
+    """Two neurons, y < 5 and y >= 5; the first block that it sees is all one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = 0
+
+    def segment(self, image: Tensor, smallest_area: float) -> Tensor:
+        self.blocks += 1
+        label = torch.ones(image[:, 0].shape, dtype=torch.int64)
+        if self.blocks > 1:
+            label[:, :, 5:] = 2
+        return label
+
+
+@pytest.mark.parametrize(("fraction", "instances"), [(0.5, 2), (0.62, 2), (0.63, 3), (0.8, 3)])
+def test_a_false_merger_is_passed_on_below_the_common_share(fraction: float, instances: int) -> None:
+    """In the common part the merged instance has 8 rows, of which the larger neuron holds 5: a share of .625."""
+    image = np.zeros((4, 8, 24), np.float32)
+    blocks = {"block": (4, 8, 14), "overlap": (0, 0, 4)}
+    found = np.asarray(segment_image(MergesInTheFirstBlock(), image, min_fraction=fraction, **blocks))
+    assert len(np.unique(found)) == instances
+    assert (found[0, 0, 0] == found[0, 0, 23]) == (instances == 2)
+    assert found[0, 7, 0] != found[0, 7, 23]
+
+
 def test_what_cannot_be_segmented_is_told() -> None:
     image = np.zeros((4, 8, 8), np.float32)
     image[0, 0, 0] = np.nan
@@ -305,6 +331,8 @@ def test_the_command_segments_an_image(tmp_path: Path) -> None:
         ([*agq, "--checkpoint", weights], "--tile must be at least 2 on every axis of (6, 40, 48) that is longer"),
         (["segment", cells, out, "--method", "waterz", "--precision", "bf16"], "takes affinities alone. Got --prec"),
         (["segment", cells, out, "--method", "waterz", "--checkpoint", weights], "go with --method agq"),
+        (["segment", cells, out, "--method", "waterz", "--stitch-fraction", "0"], "takes affinities alone. Got --stit"),
+        ([*agq, "--checkpoint", weights, "--tile", "6", "32", "32", "--stitch-fraction", "1.5"], "must lie in (0, 1]"),
     ]:
         result = neurodiff(*arguments, "--force")
         assert result.returncode == 2

@@ -80,6 +80,7 @@ def segment_image(
     device: str | torch.device = "cpu",
     smallest_area: float = 40.0,
     growth: Sequence[int] = (0, 0, 0),
+    min_fraction: float = 0.5,
     out: WritableLabels | None = None,
     scratch: str | Path | None = None,
     label: str = "instances",
@@ -93,7 +94,7 @@ def segment_image(
         evaluation mode, its mode is restored.
     image : array-like
         (z, y, x), values in [0, 1]; one block at a time is read.
-    block, overlap, out, scratch
+    block, overlap, min_fraction, out, scratch
         See :func:`.stitch_blocks`, by which the instances of the blocks are joined.
     precision : {"fp32", "bf16", "auto"}
         What the network computes in.
@@ -151,4 +152,13 @@ def segment_image(
             labels: np.ndarray = segment(pixels, smallest_area)[0].cpu().numpy()
         return grow_labels(labels, growth)
 
-    return segment_blockwise(segment_block, image, block=block, overlap=overlap, out=out, scratch=scratch, label=label)
+    return segment_blockwise(
+        segment_block,
+        image,
+        block=block,
+        overlap=overlap,
+        out=out,
+        min_fraction=min_fraction,
+        scratch=scratch,
+        label=label,
+    )

@@ -246,6 +246,8 @@ def _validate_names(cfg: CfgNode) -> None:
     _require(cfg.MODEL.IN_PLANES == 1, "MODEL.IN_PLANES", "1 (one grey image)", cfg.MODEL.IN_PLANES)
     _require(cfg.MODEL.OUT_PLANES == 3, "MODEL.OUT_PLANES", "3 (affinity z, y, x)", cfg.MODEL.OUT_PLANES)
     _require(bool(segment.METHODS), "NEURODIFF.SEGMENT.METHODS", "a list of waterz, multicut and agq", segment.METHODS)
+    fraction = segment.STITCH_FRACTION
+    _require(0 < fraction <= 1, "NEURODIFF.SEGMENT.STITCH_FRACTION", "above 0, at most 1", fraction)
     for method in segment.METHODS:
         _require_choice("NEURODIFF.SEGMENT.METHODS", method, ("waterz", "multicut", "agq"))
     _require(len(set(segment.METHODS)) == len(segment.METHODS), "NEURODIFF.SEGMENT.METHODS", "unique", segment.METHODS)

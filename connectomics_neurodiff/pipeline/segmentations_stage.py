@@ -110,6 +110,7 @@ def _segment_with_queries(run: Run, arm: str) -> None:
         "PRECISION": precision,
         "INPUT_SIZE": list(node.INPUT_SIZE),
         "STRIDE": list(node.STRIDE),
+        "STITCH_FRACTION": run.cfg.NEURODIFF.SEGMENT.STITCH_FRACTION,
         **({"GROWTH": list(growth)} if any(growth) else {}),
     }
     provenance = run.provenance("segmentations", settings, segmenter=weights_hash, image=test.identity)
@@ -125,6 +126,7 @@ def _segment_with_queries(run: Run, arm: str) -> None:
         precision=precision,
         device=device,
         growth=growth,
+        min_fraction=run.cfg.NEURODIFF.SEGMENT.STITCH_FRACTION,
         scratch=target.parent,
         label=f"instances, {arm}",
     )

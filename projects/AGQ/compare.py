@@ -41,6 +41,7 @@ def instances(
             overlap=overlap,
             precision=precision,
             device=device,
+            min_fraction=cfg.NEURODIFF.SEGMENT.STITCH_FRACTION,
             growth=networks.label_growth(cfg.NEURODIFF.SEGMENTER.LABEL_EROSION, voxel_nm),
         )
     )
