@@ -90,5 +90,6 @@ def test_a_guided_denoiser_paints_and_its_scratch_is_its_own(tmp_path: Any) -> N
         painted = synthesise(guide, process, membrane, None, (29, 6, 6), scratch=tmp_path, **options)
         images.append(np.asarray(painted))
     plain = synthesise(awake_denoiser(), process, membrane, None, (29, 6, 6), **options)
-    np.testing.assert_allclose(images[0], plain, atol=1e-5)
+    # u + 1 (c - u) is c but for rounding, which three steps of so much noise enlarge: 1.1e-5 on a CPU without AMX.
+    np.testing.assert_allclose(images[0], plain, atol=1e-4)
     assert np.abs(images[1] - images[0]).max() > 0.01
