@@ -18,7 +18,7 @@ def enlarge(values: Tensor, stride: Size, size: Size) -> Tensor:
 
 
 def labels_from_masks(masks: Tensor, background: Tensor, stride: Size, size: Size, smallest_area: float) -> Tensor:
-    """The most probable query of each voxel, of those that are the most probable at a grid point around it.
+    """The most probable query of each voxel; each is sought in the box around the grid points where it is that.
 
     Parameters
     ----------
@@ -47,7 +47,8 @@ def labels_from_masks(masks: Tensor, background: Tensor, stride: Size, size: Siz
     probabilities = probabilities[large]
     best = probabilities.new_full(size, -1.0)
     label = torch.zeros(size, dtype=torch.int64, device=masks.device)
-    # Where no grid point around a voxel is won, the voxel is not won either: each query is enlarged in its own box.
+    # Enlarging every query everywhere costs as much as the network. Between grid points that others win, a query could
+    # still be the largest, by a hair and for a voxel: that is given up.
     for channel, box in enumerate(find_objects(probabilities.argmax(dim=0).cpu().numpy() + 1)):
         if box is None:
             continue
