@@ -22,6 +22,8 @@ logger = logging.getLogger("connectomics_neurodiff")
 
 #: What a disk, a quota or a limit that is exhausted calls itself; HDF5 hides the error number in its message.
 _FULL = ("No space left", "Disk quota exceeded", "File too large")
+#: Temporary files of this process, for `remove_unfinished`.
+_being_written: set[Path] = set()
 
 
 def require_writable(path: str | os.PathLike[str]) -> None:
@@ -65,6 +67,7 @@ def atomic_write(path: str | os.PathLike[str], *, overwrite: bool = True) -> Ite
         raise OutputExists(f"{target} exists; nothing was overwritten. Name another output, or remove it first.")
     temporary = _temporary(target, str(os.getpid()))
     _remove_leftovers(target)
+    _being_written.add(temporary)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
@@ -81,6 +84,14 @@ def atomic_write(path: str | os.PathLike[str], *, overwrite: bool = True) -> Ite
             raise NotWritable(f"{target} cannot be written: {reason}.") from error
         raise
     finally:
+        with suppress(OSError):
+            temporary.unlink()
+        _being_written.discard(temporary)
+
+
+def remove_unfinished() -> None:
+    """Remove what `atomic_write` is writing in this process, which is about to end without unwinding its stack."""
+    for temporary in _being_written.copy():
         with suppress(OSError):
             temporary.unlink()
 

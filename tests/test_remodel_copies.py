@@ -166,11 +166,11 @@ if __name__ == "__main__":
 """
 
 
-def sleepers(folder: Path) -> subprocess.Popen[str]:
+def sleepers(folder: Path, program: str = SLEEPERS, *names: str) -> subprocess.Popen[str]:
     """A program, in a group of its own, whose jobs would take minutes."""
-    (folder / "sleepers.py").write_text(SLEEPERS)
+    (folder / "sleepers.py").write_text(program)
     return subprocess.Popen(
-        [sys.executable, str(folder / "sleepers.py")],
+        [sys.executable, str(folder / "sleepers.py"), *(str(folder / name) for name in names)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -218,3 +218,43 @@ def test_an_interruption_at_the_start_is_answered_by_one_process(tmp_path: Path)
     _, errors = process.communicate(timeout=30)
     assert (process.returncode, errors) == (130, "")
     assert_all_end(process.pid)
+
+
+FINALISERS = """
+import sys, time, weakref
+from connectomics_neurodiff.provenance import atomic_write
+from connectomics_neurodiff.remodel import in_processes
+
+class Volume:
+    pass
+
+def write(path):
+    with atomic_write(path) as temporary:
+        temporary.write_text("half a file")
+        volume = Volume()
+        reference = weakref.ref(volume, lambda _: time.sleep(60))
+        del volume
+
+if __name__ == "__main__":
+    try:
+        list(in_processes(write, sys.argv[1:], 2))
+    except KeyboardInterrupt:
+        sys.exit(130)
+"""
+
+
+@pytest.mark.usefixtures("interruptible")
+def test_an_interruption_while_a_callback_runs_leaves_no_half_written_file(tmp_path: Path) -> None:
+    """Python drops an exception that a handler of signals raises there, and goes on."""
+    process = sleepers(tmp_path, FINALISERS, "a.txt", "b.txt")
+    end = time.monotonic() + 30
+    while len(list(tmp_path.glob(".[ab].*"))) < 2:
+        assert process.poll() is None
+        assert time.monotonic() < end
+        time.sleep(0.01)
+    time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGINT)
+    _, errors = process.communicate(timeout=30)
+    assert (process.returncode, errors) == (130, "")
+    assert_all_end(process.pid)
+    assert [path.name for path in tmp_path.iterdir()] == ["sleepers.py"]

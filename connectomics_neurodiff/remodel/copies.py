@@ -6,7 +6,6 @@ import logging
 import multiprocessing
 import os
 import signal
-import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -15,6 +14,7 @@ from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from ..memory import available_main_bytes
+from ..provenance import remove_unfinished
 
 logger = logging.getLogger("connectomics_neurodiff")
 
@@ -23,8 +23,6 @@ Result = TypeVar("Result")
 
 #: What remodelling takes at its peak, with the source (docs/remodelling.md), and what a process takes by itself.
 BYTES_PER_VOXEL, BYTES_PER_PROCESS = 36, 300 << 20
-#: A process that is to end has so long for removing its half-written file.
-_GRACE_S = 10.0
 _TERMINATED = 128 + signal.SIGTERM
 #: In a worker: what it does with each item.
 _work: Callable[[Any], Any] | None = None
@@ -119,12 +117,8 @@ def _interruption_held_back() -> Iterator[None]:
 
 
 def _answer(item: Any) -> Any:
-    """Result of a job; the pool would take even the end of its process for one, and go on with the next job."""
     assert _work is not None
-    try:
-        return _work(item)
-    except SystemExit:
-        os._exit(_TERMINATED)
+    return _work(item)
 
 
 def _start_worker(function: Callable[[Any], Any]) -> None:
@@ -136,17 +130,14 @@ def _start_worker(function: Callable[[Any], Any]) -> None:
     cv2.setNumThreads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_leave_with_parent, daemon=True).start()
-    # At last: until now there is nothing to clean up, and the pool would print what interrupts this function.
     signal.signal(signal.SIGTERM, _leave)
 
 
 def _leave(*_: Any) -> None:
-    # A second request must not disturb the cleaning up, nor may the pool swallow the first one between two jobs.
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    end = threading.Timer(_GRACE_S, os._exit, [_TERMINATED])
-    end.daemon = True
-    end.start()
-    sys.exit(_TERMINATED)
+    # Not by an exception: Python prints and drops one that a handler raises inside a finaliser or the callback of a
+    # weak reference, the pool takes one for the result of a job, and the process would go on.
+    remove_unfinished()
+    os._exit(_TERMINATED)
 
 
 def _leave_with_parent() -> None:
