@@ -17,9 +17,11 @@ from torch.nn import functional
 
 from connectomics_neurodiff.errors import ShapeMismatch, UnknownName, UserError, ValueRangeError
 from connectomics_neurodiff.segmenters import AGQ, build_segmenter
+from connectomics_neurodiff.segmenters.agq import masks as masks_module
 from connectomics_neurodiff.segmenters.agq.backbone import Backbone, Fusion, with_coordinates
 from connectomics_neurodiff.segmenters.agq.decoder import KernelUpdate, QueryAttention, QueryDecoder, QueryHead
 from connectomics_neurodiff.segmenters.agq.labelling import enlarge, labels_from_masks
+from connectomics_neurodiff.segmenters.agq.masks import QueryMasks
 from connectomics_neurodiff.segmenters.agq.network import PositionCode
 from connectomics_neurodiff.segmenters.agq.queries import (
     affinity_components,
@@ -597,7 +599,51 @@ def test_voxels_are_shared_out_without_the_background() -> None:
     torch.testing.assert_close(gathered[0][0], expected)
 
 
+def settled(network: AGQ, image: Tensor, times: int = 5) -> AGQ:
+    """Batch statistics that are not the initial ones, in evaluation mode."""
+    network.train()
+    for _ in range(times):
+        network.predict_instances(image)
+    return network.eval()
+
+
+@pytest.mark.parametrize("options", [{}, {"component_prior": 3.0}, {"iterations": 0}, {"guided_queries": 0}])
+def test_masks_in_pieces_are_those_of_the_whole_prediction(
+    options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(masks_module, "VOXELS_AT_ONCE", 37)
+    image = torch.cat([stripes(3, 17, 29), stripes(3, 17, 29).flip(-1)])
+    network = settled(with_clear_affinities(small(**options)), image)
+    made = []
+    monkeypatch.setattr(network.decoder, "last_masks", lambda *given: made.append(last_masks(*given)) or made[-1])
+    last_masks = type(network.decoder).last_masks.__get__(network.decoder)
+    with torch.no_grad():
+        whole = network.predict_instances(image)
+    network.segment(image)
+    assert len(made) == 2
+    for sample, masks in enumerate(made):
+        logits = whole.masks[-1][sample][whole.valid[sample]]
+        assert len(logits) > 2 or options == {"guided_queries": 0}
+        found = torch.cat([masks.logits(piece) for piece in masks.pieces()])
+        torch.testing.assert_close(found.t(), logits.flatten(1), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(masks.background, whole.backgrounds[-1][sample, 0], rtol=1e-4, atol=1e-4)
+        box = (slice(1, 3), slice(0, 4), slice(5, 9))
+        for query in range(len(logits)):
+            torch.testing.assert_close(masks.logits_of(query, box), logits[query][box], rtol=1e-4, atol=1e-4)
+
+
+def test_masks_in_pieces_need_evaluation_mode() -> None:
+    decoder = QueryDecoder(6, 1, 2)
+    with pytest.raises(ValueRangeError, match="evaluation mode only"):
+        decoder.last_masks(torch.rand(3, 6), torch.rand(6, 2, 3, 4), torch.rand(6, 2, 3, 4))
+
+
 # Labels from masks.
+
+
+def masks_of(logits: Tensor, background: Tensor) -> QueryMasks:
+    """Masks whose logits are those given, (q, z, y, x) and (1, z, y, x)."""
+    return QueryMasks(torch.eye(len(logits)), torch.tensor(0.0), logits.flatten(1).t().contiguous(), background[0])
 
 
 @settings(deadline=None, max_examples=30)
@@ -623,7 +669,7 @@ def test_labels_are_the_argmax_of_what_is_large(
     won = functional.one_hot(probabilities[kept].argmax(0), len(kept)).permute(3, 0, 1, 2).float()
     nearby = functional.interpolate(won[None], size=full, mode="trilinear", align_corners=True)[0][:, :z, :y, :x] > 0
     expected = values.masked_fill(~nearby, -1).amax(0)
-    found = labels_from_masks(logits[1:], logits[:1], (1, 2, 2), size, area)
+    found = labels_from_masks(masks_of(logits[1:], logits[:1]), (1, 2, 2), size, area)
     assert found.shape == size
     chosen = values.gather(0, found[None])[0]
     assert (chosen >= expected - 1e-6).all()  # interpolated values may tie but for rounding
@@ -640,7 +686,7 @@ def test_a_small_mask_is_dropped_and_the_next_best_takes_over() -> None:
     masks = torch.full((2, 2, 4, 4), -9.0)
     masks[0, 0, 0, 0] = 9.0  # soft area about 1
     masks[1] = 3.0
-    assert labels_from_masks(masks, background, (1, 1, 1), (2, 4, 4), 0.5)[0, 0, 0] == 1
-    label = labels_from_masks(masks, background, (1, 1, 1), (2, 4, 4), 2.0)
+    assert labels_from_masks(masks_of(masks, background), (1, 1, 1), (2, 4, 4), 0.5)[0, 0, 0] == 1
+    label = labels_from_masks(masks_of(masks, background), (1, 1, 1), (2, 4, 4), 2.0)
     assert (label == 1).all()  # renumbered
-    assert (labels_from_masks(masks, background, (1, 1, 1), (2, 4, 4), 1000.0) == 0).all()
+    assert (labels_from_masks(masks_of(masks, background), (1, 1, 1), (2, 4, 4), 1000.0) == 0).all()

@@ -6,12 +6,15 @@ what stands in padded rows reaches no valid one.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from ...errors import ValueRangeError
 from .backbone import IN_PLANE, conv
+from .masks import QueryMasks
 
 
 class QueryHead(nn.Module):
@@ -36,6 +39,19 @@ class QueryHead(nn.Module):
         rows = masks.flatten(0, 1) if bool(valid.all()) else masks[valid]  # choosing copies
         scaled = self.mask_norm(rows.flatten()[None, None]).reshape(-1, masks.shape[2])
         return _scatter(scaled, valid, -torch.inf).unflatten(2, features.shape[2:]), self.background(features)
+
+    def masks_of(self, queries: Tensor, features: Tensor) -> QueryMasks:
+        """The masks of one sample's queries (q, c) with features (c, z, y, x), in evaluation mode."""
+        norm = self.mask_norm
+        assert norm.running_var is not None
+        assert norm.running_mean is not None
+        scale = norm.weight / torch.sqrt(norm.running_var + norm.eps)
+        return QueryMasks(
+            kernels=self.kernel_norm(self.kernel(queries)) * scale,
+            offset=norm.bias - norm.running_mean * scale,
+            features=features.flatten(1).t().contiguous(),
+            background=self.background(features[None])[0, 0],
+        )
 
 
 def _scatter(rows: Tensor, valid: Tensor, filling: float) -> Tensor:
@@ -142,3 +158,46 @@ class QueryDecoder(nn.Module):
             masks.append(mask)
             backgrounds.append(background)
         return masks, backgrounds
+
+    def last_masks(
+        self, queries: Tensor, mask_features: Tensor, instance_features: Tensor, components: Tensor | None = None
+    ) -> QueryMasks:
+        """Masks of the last stage for one sample, as from :meth:`forward` in evaluation mode.
+
+        Parameters
+        ----------
+        queries : torch.Tensor
+            (q, c).
+        mask_features, instance_features : torch.Tensor
+            (c, z, y, x).
+        components : torch.Tensor, optional
+            (z, y, x) int64: the index of the query that a voxel is a component of, or -1. Needed with a prior.
+
+        Returns
+        -------
+        QueryMasks
+            Computed in float32.
+        """
+        if self.training:
+            raise ValueRangeError("Masks are computed in pieces in evaluation mode only: statistics need all of them.")
+        with torch.autocast(queries.device.type, enabled=False):
+            queries, features = queries.float(), instance_features.float().flatten(1).t().contiguous()
+            masks = self._masks_of_stage(0, queries, mask_features.float(), components)
+            valid = torch.ones(1, len(queries), dtype=torch.bool, device=queries.device)
+            for stage, (update, attend) in enumerate(zip(self.update, self.attend, strict=True), start=1):
+                gathered = torch.zeros_like(queries)
+                for piece in masks.pieces():
+                    gathered.addmm_(masks.logits(piece).softmax(dim=1).t(), features[piece])
+                queries = attend(update(gathered[None], queries[None]), valid)[0]
+                masks = self._masks_of_stage(stage, queries, mask_features.float(), components)
+            return masks
+
+    def _masks_of_stage(self, stage: int, queries: Tensor, features: Tensor, components: Tensor | None) -> QueryMasks:
+        head = self.predict[stage]
+        assert isinstance(head, QueryHead)
+        masks = head.masks_of(queries, features)
+        if self.prior is None:
+            return masks
+        if components is None:
+            raise ValueRangeError("A component prior needs the components of the queries. Got none.")
+        return replace(masks, prior=(components.flatten(), self.prior[stage]))

@@ -280,18 +280,7 @@ class AGQ(nn.Module):
         """
         if rngs is not None and len(rngs) != len(image):
             raise ShapeMismatch(f"{len(image)} samples need as many generators. Got {len(rngs)}.")
-        shared = self._features(image)
-        affinity = self.affinity_branch(shared)
-        mask_features = functional.normalize(self.position(self.centre(self.mask_branch(shared))), dim=1)
-        instance_features = self.position(self.instance_branch(shared))
-        guided = guided_queries(
-            affinity.float().sigmoid(),
-            instance_features,
-            smallest=self.smallest_component,
-            most=self.most_components,
-            threshold=self.component_threshold,
-            rngs=rngs if self.training else None,
-        )
+        affinity, mask_features, instance_features, guided = self._evidence(image, rngs if self.training else None)
         queries, valid = padded_queries(self.learned.weight, [own for own, _ in guided])
         components = None
         if self.decoder.prior is not None:
@@ -331,21 +320,41 @@ class AGQ(nn.Module):
         was_training = self.training
         self.eval()
         try:
-            prediction = self.predict_instances(image)
+            affinity, mask_features, instance_features, guided = self._evidence(image)
+            if not torch.isfinite(affinity).all():  # their components would be none, and no query guided
+                raise ValueRangeError(
+                    "The network's affinities must be finite. Got NaN or infinity: its training has diverged."
+                )
+            z, y, x = image.shape[2:]
+            labels = []
+            for sample, (queries, numbers) in enumerate(guided):
+                learned = self.learned.weight
+                components = torch.where(numbers > 0, numbers - 1 + len(learned), -1)
+                queries = torch.cat([learned, queries.to(learned.dtype)])
+                masks = self.decoder.last_masks(queries, mask_features[sample], instance_features[sample], components)
+                labels.append(labels_from_masks(masks, self.stride, (z, y, x), smallest_area))
         finally:
             self.train(was_training)
-        if not torch.isfinite(prediction.affinity).all():  # their components would be none, and no query guided
-            raise ValueRangeError(
-                "The network's affinities must be finite. Got NaN or infinity: its training has diverged."
-            )
-        z, y, x = image.shape[2:]
-        samples = zip(prediction.masks[-1], prediction.backgrounds[-1], prediction.valid, strict=True)
-        return torch.stack(
-            [
-                labels_from_masks(masks[valid], background, self.stride, (z, y, x), smallest_area)
-                for masks, background, valid in samples
-            ]
+        return torch.stack(labels)
+
+    def _evidence(
+        self, image: Tensor, rngs: Sequence[np.random.Generator] | None = None
+    ) -> tuple[Tensor, Tensor, Tensor, list[tuple[Tensor, Tensor]]]:
+        """What masks are made from, on the working grid: affinity logits, mask features, instance features, and each
+        sample's queries with the numbers of their components."""
+        shared = self._features(image)
+        affinity = self.affinity_branch(shared)
+        mask_features = functional.normalize(self.position(self.centre(self.mask_branch(shared))), dim=1)
+        instance_features = self.position(self.instance_branch(shared))
+        guided = guided_queries(
+            affinity.float().sigmoid(),
+            instance_features,
+            smallest=self.smallest_component,
+            most=self.most_components,
+            threshold=self.component_threshold,
+            rngs=rngs,
         )
+        return affinity, mask_features, instance_features, guided
 
     def _features(self, image: Tensor) -> Tensor:
         """Fused features (b, width, z', y', x') on the working grid, and three coordinates if there are any."""
