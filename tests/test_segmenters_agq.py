@@ -436,6 +436,15 @@ def test_guided_queries_are_means_and_learn_from_features_only() -> None:
     assert (features.grad[..., 0] > 0).all()
 
 
+def test_mean_features_of_more_voxels_than_are_taken_at_once() -> None:
+    shape = (3, 55, 61)
+    assert math.prod(shape) > masks_module.VOXELS_AT_ONCE
+    features = torch.randn(5, *shape)
+    components = torch.randint(0, 4, shape)
+    expected = [features[:, components == number].mean(1) for number in (1, 2, 3)]
+    torch.testing.assert_close(mean_features(features, components), torch.stack(expected), rtol=1e-4, atol=1e-6)
+
+
 def test_no_component_no_query() -> None:
     assert mean_features(torch.rand(7, 2, 3, 4), torch.zeros(2, 3, 4, dtype=torch.int64)).shape == (0, 7)
 
