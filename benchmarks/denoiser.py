@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 import types
 from collections.abc import Callable
@@ -86,7 +87,7 @@ def measure(way: str, options: argparse.Namespace) -> Measured:
                 return network(torch.cat([noisy, condition], dim=1), t)
             return network(noisy, t, condition, voxel_nm, hints=hints)
 
-    with kept_memory() if options.kept_memory and not is_baseline else nullcontext():
+    with kept_memory(math.prod(options.patch)) if options.kept_memory and not is_baseline else nullcontext():
         if options.what == "training":
             return second_time(training_step(network, predict, noisy))
         with torch.inference_mode():

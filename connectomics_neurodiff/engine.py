@@ -111,8 +111,8 @@ def resolve_precision(precision: str, device: str | torch.device) -> torch.dtype
     Parameters
     ----------
     precision : str
-        ``"fp32"``, ``"bf16"`` or ``"auto"``. On the CPU, auto takes bf16 only where the processor has matrix
-        instructions for it (AMX); elsewhere bf16 is emulated and slower than fp32.
+        ``"fp32"``, ``"bf16"`` or ``"auto"``. On the CPU, auto takes bf16 only where the processor has instructions for
+        it (AMX or AVX512_BF16); elsewhere bf16 is emulated and slower than fp32.
     device : str or torch.device
         Where the network runs.
     """
@@ -122,9 +122,13 @@ def resolve_precision(precision: str, device: str | torch.device) -> torch.dtype
         )
     if precision == "auto":
         on_cpu = torch.device(device).type == "cpu"
-        native = torch.cpu._is_amx_tile_supported() if on_cpu else torch.cuda.is_bf16_supported()
+        native = _processor_has_bf16() if on_cpu else torch.cuda.is_bf16_supported()
         return torch.bfloat16 if native else torch.float32
     return torch.bfloat16 if precision == "bf16" else torch.float32
+
+
+def _processor_has_bf16() -> bool:
+    return bool(torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported())
 
 
 def resolve_device(gpus: int) -> torch.device:

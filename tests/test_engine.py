@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from connectomics_neurodiff.checkpoints import load_checkpoint, load_weights, save_checkpoint
-from connectomics_neurodiff.engine import FitSettings, fit, learning_rate_factor, read_loss_curve
+from connectomics_neurodiff.engine import FitSettings, fit, learning_rate_factor, read_loss_curve, resolve_precision
 from connectomics_neurodiff.errors import (
     CheckpointMismatch,
     MissingInput,
@@ -212,3 +212,15 @@ def test_pickled_code_is_never_executed(tmp_path: Path) -> None:
     with pytest.raises(CheckpointMismatch):
         load_checkpoint(tmp_path / "evil.pt", kind="segmenter")
     assert not (tmp_path / "pwned").exists()
+
+
+@pytest.mark.parametrize("amx", [False, True])
+@pytest.mark.parametrize("avx", [False, True])
+def test_auto_takes_bfloat16_where_the_processor_has_it(amx: bool, avx: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx)
+    assert resolve_precision("auto", "cpu") == (torch.bfloat16 if amx or avx else torch.float32)
+    assert resolve_precision("fp32", "cpu") == torch.float32
+    assert resolve_precision("bf16", "cpu") == torch.bfloat16
+    with pytest.raises(UnknownName, match="Did you mean 'bf16'"):
+        resolve_precision("bf61", "cpu")
