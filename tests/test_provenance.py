@@ -13,7 +13,14 @@ from pathlib import Path
 import pytest
 
 from connectomics_neurodiff.errors import NotEnoughSpace, NotWritable, OutputExists, StaleArtifactError
-from connectomics_neurodiff.provenance import Provenance, atomic_write, hash_of, is_reusable, write_provenance
+from connectomics_neurodiff.provenance import (
+    Provenance,
+    atomic_write,
+    hash_of,
+    is_reusable,
+    remove_unfinished,
+    write_provenance,
+)
 
 MADE = Provenance("masks", {"SIGMA_NM": 24.0, "BOX": (1, 2)}, {"train": "abc"}, seed=3)
 
@@ -142,3 +149,17 @@ def test_a_stale_artefact_names_the_difference(tmp_path: Path, change: dict, nam
 def test_hashes_do_not_depend_on_key_order() -> None:
     assert hash_of({"a": 1, "b": 2}) == hash_of({"b": 2, "a": 1})
     assert hash_of({"a": 1}) != hash_of({"a": 2})
+
+
+def test_what_is_unfinished_can_be_removed_at_once(tmp_path: Path) -> None:
+    with atomic_write(tmp_path / "a.txt") as first:
+        first.write_text("a")
+    with atomic_write(tmp_path / "b.txt") as second, atomic_write(tmp_path / "c.txt") as third:
+        second.write_text("b")
+        remove_unfinished()  # the third is not there yet
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["a.txt"]
+        second.write_text("b")
+        third.write_text("c")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.txt", "b.txt", "c.txt"]
+    remove_unfinished()
+    assert len(list(tmp_path.iterdir())) == 3

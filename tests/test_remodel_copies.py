@@ -132,13 +132,13 @@ def test_an_interruption_leaves_whole_files_and_no_process(cells: Path, tmp_path
         text=True,
         start_new_session=True,
     )
-    end = time.monotonic() + 60
+    end = time.monotonic() + 120
     while not (tmp_path / "m_002.h5").exists():
         assert process.poll() is None
         assert time.monotonic() < end
         time.sleep(0.02)
     os.killpg(process.pid, signal.SIGINT)  # as Ctrl-C does
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=120)
     assert process.returncode == 130
     assert "Traceback" not in errors
     assert errors.splitlines()[-1].startswith("neurodiff: interrupted; masks that were finished stay")
@@ -192,7 +192,7 @@ def test_an_interruption_does_not_wait_for_jobs_that_are_next(tmp_path: Path) ->
     assert process.stdout is not None
     assert process.stdout.readline() == "under way\n"
     os.killpg(process.pid, signal.SIGINT)
-    _, errors = process.communicate(timeout=30)
+    _, errors = process.communicate(timeout=120)
     assert (process.returncode, errors) == (130, "")
     assert_all_end(process.pid)
 
@@ -202,20 +202,20 @@ def test_processes_end_with_the_one_that_started_them(tmp_path: Path) -> None:
     assert process.stdout is not None
     assert process.stdout.readline() == "under way\n"
     process.kill()
-    process.communicate(timeout=30)
+    process.communicate(timeout=120)
     assert_all_end(process.pid)
 
 
 @pytest.mark.usefixtures("interruptible")
 def test_an_interruption_at_the_start_is_answered_by_one_process(tmp_path: Path) -> None:
     process = sleepers(tmp_path)
-    end = time.monotonic() + 30
+    end = time.monotonic() + 120
     while len(alive_in_group(process.pid)) < 4:  # with the tracker of resources
         assert time.monotonic() < end
         time.sleep(0.01)
     time.sleep(0.1)
     os.killpg(process.pid, signal.SIGINT)
-    _, errors = process.communicate(timeout=30)
+    _, errors = process.communicate(timeout=120)
     assert (process.returncode, errors) == (130, "")
     assert_all_end(process.pid)
 
@@ -247,14 +247,14 @@ if __name__ == "__main__":
 def test_an_interruption_while_a_callback_runs_leaves_no_half_written_file(tmp_path: Path) -> None:
     """Python drops an exception that a handler of signals raises there, and goes on."""
     process = sleepers(tmp_path, FINALISERS, "a.txt", "b.txt")
-    end = time.monotonic() + 30
+    end = time.monotonic() + 120
     while len(list(tmp_path.glob(".[ab].*"))) < 2:
         assert process.poll() is None
         assert time.monotonic() < end
         time.sleep(0.01)
     time.sleep(0.1)
     os.killpg(process.pid, signal.SIGINT)
-    _, errors = process.communicate(timeout=30)
+    _, errors = process.communicate(timeout=120)
     assert (process.returncode, errors) == (130, "")
     assert_all_end(process.pid)
     assert [path.name for path in tmp_path.iterdir()] == ["sleepers.py"]

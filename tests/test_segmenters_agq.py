@@ -641,6 +641,38 @@ def test_masks_in_pieces_are_those_of_the_whole_prediction(
             torch.testing.assert_close(masks.logits_of(query, box), logits[query][box], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("area", [0.0, 37.0])
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+def test_labels_are_those_of_all_masks_at_once(
+    area: float, precision: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Against the plain way on the working grid, where interpolation is exact; under autocast masks stay float32."""
+    monkeypatch.setattr(masks_module, "VOXELS_AT_ONCE", 23)
+    image = torch.cat([stripes(3, 17, 29), stripes(3, 17, 29).flip(-1)])
+    network = settled(with_clear_affinities(small(component_prior=2.0)), image)
+    given_out = []
+    logits_of_pieces = QueryMasks.logits
+    monkeypatch.setattr(
+        QueryMasks, "logits", lambda *given: given_out.append(logits_of_pieces(*given)) or given_out[-1]
+    )
+    with torch.autocast("cpu", torch.bfloat16, enabled=precision == torch.bfloat16):
+        found = network.segment(image, area)[:, :, ::2, ::2]
+    assert {logits.dtype for logits in given_out} == {torch.float32}
+    if precision == torch.bfloat16:  # the features behind them are rounded
+        return
+    with torch.no_grad():
+        whole = network.predict_instances(image)
+    for sample, label in enumerate(found):
+        logits = torch.cat([whole.backgrounds[-1][sample], whole.masks[-1][sample][whole.valid[sample]]])
+        probabilities = logits.softmax(0)
+        kept = probabilities.flatten(1).sum(1) >= area
+        kept[0] = True
+        assert kept.all() == (area == 0)
+        expected = probabilities[kept].argmax(0)
+        assert (label == expected).float().mean() > 0.99  # but for ties
+        assert len(expected.unique()) > 2
+
+
 def test_masks_in_pieces_need_evaluation_mode() -> None:
     decoder = QueryDecoder(6, 1, 2)
     with pytest.raises(ValueRangeError, match="evaluation mode only"):
@@ -688,6 +720,16 @@ def test_labels_are_the_argmax_of_what_is_large(
         values.topk(2, dim=0).values.diff(dim=0)[0].abs() > 1e-6 if len(kept) > 1 else True
     )
     assert (found == certain)[clear].all()
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("where", ["mask", "background"])
+def test_a_logit_that_is_not_finite_is_an_error(value: float, where: str) -> None:
+    masks, background = torch.zeros(2, 2, 3, 4), torch.zeros(1, 2, 3, 4)
+    (masks if where == "mask" else background)[0, 1, 2, 3] = value
+    made = QueryMasks(torch.ones(2, 1), torch.tensor(0.0), masks[0].reshape(-1, 1), background[0])
+    with pytest.raises(ValueRangeError, match="must be finite"):
+        labels_from_masks(made, (1, 1, 1), (2, 3, 4), 0.0)
 
 
 def test_a_small_mask_is_dropped_and_the_next_best_takes_over() -> None:

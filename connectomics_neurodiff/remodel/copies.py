@@ -117,6 +117,7 @@ def _interruption_held_back() -> Iterator[None]:
 
 
 def _answer(item: Any) -> Any:
+    """Result of a job, by the function that this process was given at its start: it is not sent with every job."""
     assert _work is not None
     return _work(item)
 

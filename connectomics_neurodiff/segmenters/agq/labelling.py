@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ...errors import ValueRangeError
 from .backbone import Size, resize
-from .masks import VOXELS_AT_ONCE, QueryMasks
+from .masks import QueryMasks, split
 
 
 def enlarge(values: Tensor, stride: Size, size: Size) -> Tensor:
@@ -40,6 +40,11 @@ def labels_from_masks(masks: QueryMasks, stride: Size, size: Size, smallest_area
     ValueRangeError
         If a logit is not finite.
     """
+    with torch.autocast(masks.kernels.device.type, enabled=False):
+        return _labels_from_masks(masks, stride, size, smallest_area)
+
+
+def _labels_from_masks(masks: QueryMasks, stride: Size, size: Size, smallest_area: float) -> Tensor:
     winner, normaliser, kept = _winners(masks, smallest_area)
     number = kept.cumsum(0) - 1
     best = normaliser.new_full(size, -1.0)
@@ -75,16 +80,18 @@ def _winners(masks: QueryMasks, smallest_area: float) -> tuple[Tensor, Tensor, T
     normaliser = torch.zeros_like(winner, dtype=area.dtype)
     for piece in masks.pieces():
         logits = masks.logits_with_background(piece)
+        if not torch.isfinite(logits).all():
+            raise ValueRangeError(
+                "The network's output must be finite. Got NaN or infinity: its training has diverged."
+            )
         probabilities = logits.softmax(dim=1)
         area += probabilities.sum(dim=0)
         value, winner[piece] = probabilities.max(dim=1)
         normaliser[piece] = logits.gather(1, winner[piece, None])[:, 0] - value.log()
-    if not torch.isfinite(normaliser).all():
-        raise ValueRangeError("The network's output must be finite. Got NaN or infinity: its training has diverged.")
     kept = area >= smallest_area
     kept[0] = True
     (contested,) = torch.nonzero(~kept[winner], as_tuple=True)
-    for voxels in torch.split(contested, VOXELS_AT_ONCE):
+    for voxels in split(contested):
         winner[voxels] = masks.logits_with_background(voxels).masked_fill(~kept, -torch.inf).argmax(dim=1)
     grid = masks.background.shape
     return winner.unflatten(0, grid), normaliser.unflatten(0, grid), kept

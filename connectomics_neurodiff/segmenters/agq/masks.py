@@ -12,8 +12,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-#: Voxels at a time: 410 queries of so many are 13 MB, which a processor's cache holds.
+#: Voxels at a time: 410 queries of so many are 13 MB, and a few such arrays live at once.
 VOXELS_AT_ONCE = 8192
+
+
+def split(rows: Tensor) -> tuple[Tensor, ...]:
+    """Rows, one per voxel, a few thousand at a time."""
+    return rows.split(VOXELS_AT_ONCE)
 
 
 @dataclass(frozen=True)

@@ -45,7 +45,7 @@ class InstancePrediction:
         (b, 3, z, y, x) logits at full resolution.
     masks, backgrounds : list of torch.Tensor
         Per stage the logits of the queries (b, q, z', y', x'), -inf for padding, and of the background (b, 1, z', y',
-        x'). A softmax over both gives the probabilities. Labels are taken from the last stage.
+        x'). A softmax over both gives the probabilities.
     valid : torch.Tensor
         (b, q) bool: which queries a sample has. The learned ones come first.
     features : torch.Tensor
@@ -314,7 +314,8 @@ class AGQ(nn.Module):
 
         Notes
         -----
-        Computed in evaluation mode; the network's own mode is restored.
+        Computed in evaluation mode; the network's own mode is restored. Queries and their masks are computed in float32
+        under autocast, too.
         """
         _check_least(smallest_area=(smallest_area, 0))
         was_training = self.training
