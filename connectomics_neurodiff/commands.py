@@ -51,14 +51,11 @@ def _image_of(path: str, options: argparse.Namespace) -> tuple[Volume, ArrayLike
 
 
 def _warn_of_other_voxels(checkpoint: Checkpoint, path: str, volume: Volume) -> None:
-    """Warn if a segmenter meets voxels that it was not trained on; one that does not say is not judged."""
-    from .geometry import same_voxel_size
-    from .pipeline.networks import trained_voxels
+    """Warn if a segmenter meets voxels that it was not trained on."""
+    from .pipeline.networks import other_voxels
 
-    trained = trained_voxels(checkpoint, volume.voxel_nm)
-    if not any(same_voxel_size(volume.voxel_nm, size) for size in trained):
-        sizes = " and ".join(f"{tuple(size)}" for size in trained)
-        _warn(f"{path} has voxels of {tuple(volume.voxel_nm)} nm; the segmenter was trained on {sizes} nm.")
+    if told := other_voxels(checkpoint, volume.voxel_nm):
+        _warn(f"{path} {told}.")
 
 
 def _warn(message: str) -> None:

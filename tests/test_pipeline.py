@@ -20,7 +20,7 @@ import torch
 from conftest import REPOSITORY
 from tiny import command, settings
 
-from connectomics_neurodiff.checkpoints import load_checkpoint
+from connectomics_neurodiff.checkpoints import load_checkpoint, save_checkpoint
 from connectomics_neurodiff.config import load_config
 from connectomics_neurodiff.errors import ConfigError, MissingInput, OutputExists, StaleArtifactError, UserError
 from connectomics_neurodiff.pairs import read_reliability
@@ -228,8 +228,20 @@ def test_another_checkpoint_can_be_used_for_inference(undisturbed: Path, tmp_pat
     cfg = load_config(overrides=settings(tmp_path / "run", AUGMENTOR__SYNTHETIC="False"))
     metrics = run_pipeline(cfg, inference=True, checkpoint=str(undisturbed / "segmenter" / "mixed" / "checkpoint.pt"))
     assert metrics["real"] == scores(undisturbed)["mixed"]
+    assert "was trained on" not in (tmp_path / "run" / "run.log").read_text()
     with pytest.raises(ConfigError, match="goes with --inference"):
         run_pipeline(cfg, checkpoint=str(undisturbed / "segmenter" / "mixed" / "checkpoint.pt"))
+
+
+def test_a_checkpoint_of_other_voxels_is_told(undisturbed: Path, tmp_path: Path) -> None:
+    found = load_checkpoint(undisturbed / "segmenter" / "real" / "checkpoint.pt", kind="segmenter")
+    other = tmp_path / "other.pt"
+    save_checkpoint(other, **vars(found) | {"extra": found.extra | {"voxel_nm": [[8.0, 8.0, 8.0]]}})
+    cfg = load_config(overrides=settings(tmp_path / "run", AUGMENTOR__SYNTHETIC="False"))
+    run_pipeline(cfg, stages=["predictions"], checkpoint=str(other))
+    told = (tmp_path / "run" / "run.log").read_text()
+    assert "The test part has voxels of" in told
+    assert "the segmenter was trained on (8.0, 8.0, 8.0) nm." in told
 
 
 def test_one_checkpoint_is_scored_as_one_arm(undisturbed: Path, tmp_path: Path) -> None:

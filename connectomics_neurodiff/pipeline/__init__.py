@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from yacs.config import CfgNode
 
 from ..errors import ConfigError, UnknownName, did_you_mean
+
+if TYPE_CHECKING:
+    from ..checkpoints import Checkpoint
 
 #: Stages in order. The first three need AUGMENTOR.SYNTHETIC and no pairs made before.
 STAGES = ("diffusion", "masks", "pairs", "segmenter", "predictions", "segmentations", "metrics", "report")
@@ -94,14 +97,15 @@ def run_pipeline(
     load_engine(engine)
     if NETWORK_STAGES & set(chosen):
         networks.check_networks(cfg)
-    arm = ""
+    arm, given = "", None
     if checkpoint:
         trained = [name for name in chosen if name not in INFERENCE_STAGES]
         if trained:
             raise ConfigError(
                 f"--checkpoint replaces the trained segmenter; it goes with --inference. Got {trained[0]}."
             )
-        arm = check_checkpoint(checkpoint, cfg.NEURODIFF.SEGMENT.METHODS)
+        given = check_checkpoint(checkpoint, cfg.NEURODIFF.SEGMENT.METHODS)
+        arm = "mixed" if given.extra.get("arm") == "mixed" else "real"
     _use_threads(cfg.SYSTEM.NUM_THREADS)
     parts = parts_of.open_parts(cfg)
     extra = parts_of.open_extra_volumes(cfg, parts)
@@ -126,6 +130,8 @@ def run_pipeline(
     }
     with run_folder(cfg) as folder:
         run = Run(cfg, folder, parts, force, checkpoint, arm, engine, extra)
+        if given and (told := networks.other_voxels(given, parts["test"].volume.voxel_nm)):
+            logger.warning("The test part %s.", told)
         for name in chosen:
             logger.info("stage %s", name)
             with timed(run, name):
@@ -134,7 +140,7 @@ def run_pipeline(
         return run.metrics()
 
 
-def check_checkpoint(path: str, methods: Sequence[str] = ()) -> str:
+def check_checkpoint(path: str, methods: Sequence[str] = ()) -> Checkpoint:
     """Build the segmenter given by --checkpoint, so that a wrong file is told before any work.
 
     Raises
@@ -146,8 +152,8 @@ def check_checkpoint(path: str, methods: Sequence[str] = ()) -> str:
 
     Returns
     -------
-    str
-        The arm that it was trained in: ``"mixed"``, or else ``"real"``.
+    Checkpoint
+        The content of the file.
     """
     from ..checkpoints import load_checkpoint
     from .networks import trained_segmenter
@@ -158,7 +164,7 @@ def check_checkpoint(path: str, methods: Sequence[str] = ()) -> str:
         raise ConfigError(
             f"NEURODIFF.SEGMENT.METHODS has agq, which needs a segmenter 'agq'. {path} holds '{found.architecture}'."
         )
-    return "mixed" if found.extra.get("arm") == "mixed" else "real"
+    return found
 
 
 def _use_threads(count: int) -> None:

@@ -13,7 +13,7 @@ from ..config import as_dict
 from ..config.project import HOST_ARCHITECTURES
 from ..engine import FitSettings, resolve_device, resolve_precision
 from ..errors import CheckpointMismatch, ConfigError, ValueRangeError
-from ..geometry import ZYX, is_anisotropic, voxel_size
+from ..geometry import ZYX, is_anisotropic, same_voxel_size, voxel_size
 from ..pairs import last_synthetic
 from .parts import makes_pairs
 
@@ -299,6 +299,15 @@ def trained_voxels(checkpoint: Checkpoint, otherwise: ZYX) -> list[ZYX]:
             f"The segmenter's checkpoint is damaged: its voxel_nm must be a list of sizes (z, y, x) in nm. "
             f"Got {given!r}."
         ) from error
+
+
+def other_voxels(checkpoint: Checkpoint, voxel_nm: ZYX) -> str:
+    """What to say of voxels that a segmenter was not trained on; nothing of those it was, or if it does not say."""
+    trained = trained_voxels(checkpoint, voxel_nm)
+    if any(same_voxel_size(voxel_nm, size) for size in trained):
+        return ""
+    sizes = " and ".join(f"{tuple(size)}" for size in trained)
+    return f"has voxels of {tuple(voxel_nm)} nm; the segmenter was trained on {sizes} nm"
 
 
 def trained_erosion(checkpoint: Checkpoint, otherwise: int = 0) -> int:
