@@ -186,15 +186,20 @@ def assert_all_end(group: int) -> None:
         time.sleep(0.1)
 
 
+def assert_interruptible(process: subprocess.Popen[str]) -> None:
+    """Ctrl-C ends the program and all its processes, and nothing is printed."""
+    os.killpg(process.pid, signal.SIGINT)
+    _, errors = process.communicate(timeout=120)
+    assert (process.returncode, errors) == (130, "")
+    assert_all_end(process.pid)
+
+
 @pytest.mark.usefixtures("interruptible")
 def test_an_interruption_does_not_wait_for_jobs_that_are_next(tmp_path: Path) -> None:
     process = sleepers(tmp_path)
     assert process.stdout is not None
     assert process.stdout.readline() == "under way\n"
-    os.killpg(process.pid, signal.SIGINT)
-    _, errors = process.communicate(timeout=120)
-    assert (process.returncode, errors) == (130, "")
-    assert_all_end(process.pid)
+    assert_interruptible(process)
 
 
 def test_processes_end_with_the_one_that_started_them(tmp_path: Path) -> None:
@@ -214,10 +219,7 @@ def test_an_interruption_at_the_start_is_answered_by_one_process(tmp_path: Path)
         assert time.monotonic() < end
         time.sleep(0.01)
     time.sleep(0.1)
-    os.killpg(process.pid, signal.SIGINT)
-    _, errors = process.communicate(timeout=120)
-    assert (process.returncode, errors) == (130, "")
-    assert_all_end(process.pid)
+    assert_interruptible(process)
 
 
 FINALISERS = """
@@ -253,8 +255,5 @@ def test_an_interruption_while_a_callback_runs_leaves_no_half_written_file(tmp_p
         assert time.monotonic() < end
         time.sleep(0.01)
     time.sleep(0.1)
-    os.killpg(process.pid, signal.SIGINT)
-    _, errors = process.communicate(timeout=120)
-    assert (process.returncode, errors) == (130, "")
-    assert_all_end(process.pid)
+    assert_interruptible(process)
     assert [path.name for path in tmp_path.iterdir()] == ["sleepers.py"]

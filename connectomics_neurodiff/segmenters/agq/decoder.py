@@ -176,22 +176,21 @@ class QueryDecoder(nn.Module):
         Returns
         -------
         QueryMasks
-            In float32; the weights must be, too.
+            In float32, if the weights are and autocast is off.
         """
         if self.training:
             raise ValueRangeError("Masks are computed in pieces in evaluation mode only: statistics need all of them.")
-        with torch.autocast(queries.device.type, enabled=False):
-            queries, mask_features = queries.float(), mask_features.float()
-            features = instance_features.float().flatten(1).t().contiguous()
-            masks = self._masks_of_stage(0, queries, mask_features, components)
-            valid = torch.ones(1, len(queries), dtype=torch.bool, device=queries.device)
-            for stage, (update, attend) in enumerate(zip(self.update, self.attend, strict=True), start=1):
-                gathered = torch.zeros_like(queries)
-                for piece in masks.pieces():
-                    gathered.addmm_(masks.logits(piece).softmax(dim=1).t(), features[piece])
-                queries = attend(update(gathered[None], queries[None]), valid)[0]
-                masks = self._masks_of_stage(stage, queries, mask_features, components)
-            return masks
+        queries, mask_features = queries.float(), mask_features.float()
+        features = instance_features.float().flatten(1).t().contiguous()
+        masks = self._masks_of_stage(0, queries, mask_features, components)
+        valid = torch.ones(1, len(queries), dtype=torch.bool, device=queries.device)
+        for stage, (update, attend) in enumerate(zip(self.update, self.attend, strict=True), start=1):
+            gathered = torch.zeros_like(queries)
+            for piece in masks.pieces():
+                gathered.addmm_(masks.logits(piece).softmax(dim=1).t(), features[piece])
+            queries = attend(update(gathered[None], queries[None]), valid)[0]
+            masks = self._masks_of_stage(stage, queries, mask_features, components)
+        return masks
 
     def _masks_of_stage(self, stage: int, queries: Tensor, features: Tensor, components: Tensor | None) -> QueryMasks:
         head = self.predict[stage]

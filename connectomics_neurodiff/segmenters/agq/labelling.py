@@ -40,11 +40,6 @@ def labels_from_masks(masks: QueryMasks, stride: Size, size: Size, smallest_area
     ValueRangeError
         If a logit is not finite.
     """
-    with torch.autocast(masks.kernels.device.type, enabled=False):
-        return _labels_from_masks(masks, stride, size, smallest_area)
-
-
-def _labels_from_masks(masks: QueryMasks, stride: Size, size: Size, smallest_area: float) -> Tensor:
     winner, normaliser, kept = _winners(masks, smallest_area)
     number = kept.cumsum(0) - 1
     best = normaliser.new_full(size, -1.0)

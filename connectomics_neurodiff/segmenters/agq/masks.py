@@ -71,6 +71,5 @@ class QueryMasks:
 
     def pieces(self) -> Iterator[slice]:
         """The voxels, a few thousand at a time."""
-        voxels = len(self.features)
-        for start in range(0, voxels, VOXELS_AT_ONCE):
-            yield slice(start, min(start + VOXELS_AT_ONCE, voxels))
+        for start in range(0, len(self.features), VOXELS_AT_ONCE):
+            yield slice(start, start + VOXELS_AT_ONCE)

@@ -326,14 +326,16 @@ class AGQ(nn.Module):
                 raise ValueRangeError(
                     "The network's affinities must be finite. Got NaN or infinity: its training has diverged."
                 )
+            learned, labels = self.learned.weight, []
             z, y, x = image.shape[2:]
-            labels = []
-            for sample, (queries, numbers) in enumerate(guided):
-                learned = self.learned.weight
-                components = torch.where(numbers > 0, numbers - 1 + len(learned), -1)
-                queries = torch.cat([learned, queries.to(learned.dtype)])
-                masks = self.decoder.last_masks(queries, mask_features[sample], instance_features[sample], components)
-                labels.append(labels_from_masks(masks, self.stride, (z, y, x), smallest_area))
+            with torch.autocast(image.device.type, enabled=False):
+                for (own, numbers), of_masks, of_instances in zip(
+                    guided, mask_features, instance_features, strict=True
+                ):
+                    queries = torch.cat([learned, own.to(learned.dtype)])
+                    components = torch.where(numbers > 0, numbers - 1 + len(learned), -1)
+                    masks = self.decoder.last_masks(queries, of_masks, of_instances, components)
+                    labels.append(labels_from_masks(masks, self.stride, (z, y, x), smallest_area))
         finally:
             self.train(was_training)
         return torch.stack(labels)
