@@ -15,7 +15,7 @@ from connectomics_neurodiff.errors import ShapeMismatch, UnknownName, ValueRange
 from connectomics_neurodiff.registry import Registry
 from connectomics_neurodiff.synthesis import SYNTHESISERS, build_denoiser
 from connectomics_neurodiff.synthesis.nets import Mamba
-from connectomics_neurodiff.synthesis.nets.blocks import Pointwise, resize_sections, time_embedding
+from connectomics_neurodiff.synthesis.nets.blocks import Pointwise, ResidualBlock, resize_sections, time_embedding
 from connectomics_neurodiff.synthesis.nets.norm import NormSiLU
 from connectomics_neurodiff.synthesis.nets.resolution import ResolutionEmbedding
 from connectomics_neurodiff.synthesis.nets.rgm import physical_coordinates
@@ -170,6 +170,7 @@ def test_the_fast_parts_are_the_plain_network(monkeypatch: pytest.MonkeyPatch) -
     batch = inputs((3, 24, 40), b=1)
     with torch.no_grad():
         hints = network.encode_condition_path(batch["condition"])
+        overwriting = network(**batch)
     fast = network(**batch)
     with_hints = network(**batch, hints=hints)
     found = torch.autograd.grad(fast.square().sum(), list(network.parameters()))
@@ -178,7 +179,7 @@ def test_the_fast_parts_are_the_plain_network(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(NormSiLU, "forward", lambda norm, x: nn.functional.silu(nn.GroupNorm.forward(norm, x)))
     network.to(memory_format=torch.contiguous_format)
     plain = network(**batch)
-    for one in (fast, with_hints):
+    for one in (fast, with_hints, overwriting):
         torch.testing.assert_close(one, plain, rtol=0, atol=1e-5 * float(plain.detach().abs().max()))
     wanted = torch.autograd.grad(plain.square().sum(), list(network.parameters()))
     for (name, _), one, other in zip(network.named_parameters(), found, wanted, strict=True):
@@ -300,6 +301,38 @@ def test_norm_and_silu_in_one_are_those_of_torch(layout: torch.memory_format, gr
     got = torch.autograd.grad(mine, [values[0], norm.weight, norm.bias], direction)
     for one, other in zip(got, torch.autograd.grad(theirs, values, direction), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last_3d])
+@pytest.mark.parametrize("groups", [1, 2, 6, 10, 30])
+def test_norm_and_silu_over_their_input(layout: torch.memory_format, groups: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = 3 + torch.randn(2, 30, 3, 5, 7, generator=generator).contiguous(memory_format=layout)
+    norm = NormSiLU(30, groups)
+    norm.weight.data, norm.bias.data = torch.randn(2, 30, generator=generator)
+    with torch.no_grad():
+        wanted = nn.functional.silu(nn.functional.group_norm(x, groups, norm.weight, norm.bias))
+        found = norm.overwrite(x)
+    assert found is x
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("in_channels", "spent", "gradients", "overwritten"),
+    [(8, True, False, True), (8, False, False, False), (8, True, True, False), (4, True, False, False)],
+    ids=["spent", "not spent", "a gradient needs it", "the skip connection needs it"],
+)
+def test_a_residual_block_overwrites_only_a_spent_image(
+    in_channels: int, spent: bool, gradients: bool, overwritten: bool
+) -> None:
+    block = awake(ResidualBlock(in_channels, 4, 6, groups=2))
+    x, time = torch.randn(1, in_channels, 3, 5, 7, generator=torch.Generator().manual_seed(0)), torch.ones(1, 6)
+    before = x.clone()
+    wanted = block(x, time)
+    with torch.set_grad_enabled(gradients):
+        found = block(x, time, spent=spent)
+    assert torch.equal(x, before) is not overwritten
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
 
 
 def test_norm_and_silu_in_bfloat16() -> None:

@@ -43,9 +43,12 @@ class Stage(nn.Module):
             else None
         )
 
-    def forward(self, x: Tensor, time: Tensor, voxel_nm: Tensor, hint: Tensor | None = None) -> Tensor:
-        """Map (b, in, z, y, x) to (b, out, z, y, x); `hint` may have another in-plane resolution."""
-        x = self.residual(x, time)
+    def forward(
+        self, x: Tensor, time: Tensor, voxel_nm: Tensor, hint: Tensor | None = None, *, spent: bool = False
+    ) -> Tensor:
+        """Map (b, in, z, y, x) to (b, out, z, y, x); `hint` may have another in-plane resolution, a `spent` image may
+        be overwritten."""
+        x = self.residual(x, time, spent=spent)
         if hint is not None:
             x += resize_sections(hint, (x.shape[3], x.shape[4]))  # f_i <- f_i + c_i
         if self.rgm is not None:
@@ -203,7 +206,7 @@ class NeuroDiffDenoiser(nn.Module):
                     h = self._kept(_joined, stage, h, skips.pop(), time, voxel_nm)
                 else:  # nothing may hold what has been joined
                     h = torch.cat([h, skips.pop()], dim=1)
-                    h = stage(h, time, voxel_nm)
+                    h = stage(h, time, voxel_nm, spent=True)
             if level < len(self.upsamples):
                 h = self._kept(self.upsamples[level], h)
         return h

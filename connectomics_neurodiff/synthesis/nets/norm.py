@@ -18,6 +18,8 @@ from torch.nn import functional as F
 
 #: Numbers of a piece in the backward pass: the handful alive, 1 MiB each in float32, stay near the cache.
 PIECE = 1 << 18
+#: Parts of the channels that :meth:`NormSiLU.overwrite` normalises one after the other.
+PARTS = 4
 
 
 class NormSiLU(nn.GroupNorm):
@@ -34,9 +36,24 @@ class NormSiLU(nn.GroupNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (b, c, z, y, x) to the same shape."""
+        return self._of_groups(x, 0, self.num_groups)
+
+    def overwrite(self, x: Tensor) -> Tensor:
+        """:meth:`forward` in the memory of `x` (b, c, z, y, x), which it returns; without gradients."""
+        size = x.shape[1] // self.num_groups
+        step = math.ceil(self.num_groups / PARTS)
+        for first in range(0, self.num_groups, step):
+            last = min(first + step, self.num_groups)
+            x[:, first * size : last * size] = self._of_groups(x[:, first * size : last * size], first, last)
+        return x
+
+    def _of_groups(self, x: Tensor, first: int, last: int) -> Tensor:
+        """Map the channels of the groups `first` to `last`, exclusively."""
+        size, groups = self.num_channels // self.num_groups, last - first
+        weight, bias = (of_channel[first * size : last * size] for of_channel in (self.weight, self.bias))
         if x.device.type != "cpu":
-            return F.silu(super().forward(x), inplace=not torch.is_grad_enabled())
-        result: Tensor = _NormSiLU.apply(x, self.weight, self.bias, self.num_groups, self.eps)
+            return F.silu(F.group_norm(x, groups, weight, bias, self.eps), inplace=not torch.is_grad_enabled())
+        result: Tensor = _NormSiLU.apply(x, weight, bias, groups, self.eps)
         return result
 
 
