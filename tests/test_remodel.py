@@ -24,8 +24,8 @@ from connectomics_neurodiff.remodel import (
     remodel,
 )
 from connectomics_neurodiff.remodel.ellipse import equivalent_ellipse
-from connectomics_neurodiff.remodel.placement import _section_of
-from connectomics_neurodiff.remodel.room import CandidateGroups, Room, depth_map
+from connectomics_neurodiff.remodel.placement import _cross_section, _section_of
+from connectomics_neurodiff.remodel.room import Candidate, CandidateGroups, Room, depth_map
 from connectomics_neurodiff.seeding import rng_for
 
 VOXEL = (29.0, 6.0, 6.0)
@@ -265,6 +265,25 @@ def test_orientation_follows_the_neuron() -> None:
             found.append(np.rad2deg(ellipse.angle))
     assert len(found) >= 2
     assert np.median(found) == pytest.approx(30, abs=12)
+
+
+@pytest.mark.parametrize("pitch", [(6.0, 6.0), (5.0, 3.0), (1.5, 2.0), (20.0, 16.0)])
+@pytest.mark.parametrize("anchor_nm", [(600, 800), (520, 931)])
+def test_cross_section_of_a_slanted_neuron(pitch: tuple[float, float], anchor_nm: tuple[int, int]) -> None:
+    """However fine the pixels, and wherever the anchor lies among those that are looked at."""
+    y, x = (np.arange(n) * p for n, p in zip((int(1200 / pitch[0]), int(1500 / pitch[1])), pitch, strict=True))
+    turned = np.array([[np.cos(0.4), np.sin(0.4)], [-np.sin(0.4), np.cos(0.4)]])
+    along, across = np.einsum("ij,jyx->iyx", turned, np.stack(np.meshgrid(x - 800, y - 600, indexing="xy")))
+    label = np.zeros((2, len(y), len(x)), dtype=np.uint32)
+    label[1][(along / 480) ** 2 + (across / 210) ** 2 <= 1] = 3
+    label[1][:, x < 120] = 3  # another piece, which the anchor is not in
+    room = Room.of(label, np.zeros_like(label), (30.0, *pitch), 10.0)
+    candidate = Candidate(3, (slice(1, 2), slice(0, len(y)), slice(0, len(x))), np.array([0]))
+    at = (1, *(round(a / p) for a, p in zip(anchor_nm, pitch, strict=True)))
+    found = _cross_section(room, candidate, at)
+    assert found.major_nm == pytest.approx(960, rel=0.02)
+    assert found.minor_nm == pytest.approx(420, rel=0.04)
+    assert found.angle == pytest.approx(0.4, abs=0.03)
 
 
 @pytest.mark.parametrize("voxel", [VOXEL, (29.0, 6.0, 5.0), ISOTROPIC])

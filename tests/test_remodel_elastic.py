@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import ndimage
+from scipy.interpolate import BSpline
 
 from connectomics_neurodiff.errors import LabelTypeError, ShapeMismatch, ValueRangeError
 from connectomics_neurodiff.remodel import DisplacementField, elastic_deform, jacobian_minimum
@@ -62,6 +63,27 @@ def test_nothing_crosses_the_border(shape, voxel) -> None:
         faces = np.moveaxis(u[component], axis, 0)[[0, -1]]
         assert np.abs(faces).max() < 1e-5
         assert np.abs(u[component]).max() > 0.1
+
+
+@pytest.mark.parametrize(("shape", "voxel"), [((7, 90, 140), (29, 6, 6)), ((46, 50, 62), (8, 8, 8))])
+def test_displacement_is_scipy_s_spline_away_from_the_border(shape, voxel) -> None:
+    field = field_of(shape, voxel, seed=3, spacing_nm=70.0)
+    bump = BSpline.basis_element(np.arange(-2, 3), extrapolate=False)
+    weights = []
+    for axis, pitch in zip(field.axes, voxel, strict=True):
+        step = np.diff(axis.positions_nm)[0]
+        at = np.arange(axis.even.shape[0])[:, None] * pitch
+        weights.append(np.nan_to_num(bump((at - axis.positions_nm) / step)))
+    expected = np.einsum("zk,yl,xm,cklm->czyx", *weights, field.coefficients)
+    expected /= np.array(voxel)[list(field.moves)].reshape(-1, 1, 1, 1)
+    # Mirrored control points reach two intervals far from a face; in thick sections they are not mirrored along z.
+    far = [
+        0 if field.moves == (1, 2) and i == 0 else int(np.ceil(a.reach_nm / v))
+        for i, (a, v) in enumerate(zip(field.axes, voxel, strict=True))
+    ]
+    inner = (slice(None), *(slice(f, n - f) for f, n in zip(far, shape, strict=True)))
+    assert dense(field)[inner].size > 500
+    np.testing.assert_allclose(dense(field)[inner], expected[inner], rtol=1e-4, atol=1e-5)
 
 
 def test_sections_move_alike_but_not_identically() -> None:

@@ -105,6 +105,10 @@ def _settle(room: Room, pose: Pose, z: int, wanted: np.ndarray, need_nm: float) 
     pitch = room.voxel_nm[1:]
     reach = [max(ceil(0.75 * need_nm / p), 1) for p in pitch]
     at = [round(w / p) for w, p in zip(wanted.tolist(), pitch, strict=True)]
+    inside = all(0 <= a < n for a, n in zip(at, room.label.shape[1:], strict=True))
+    if inside and room.label[z, *at] == pose.label and room.depth[z, *at] >= need_nm:
+        # Nothing scores higher than the nearest pixel if that is deep enough.
+        return np.array([a * p for a, p in zip(at, pitch, strict=True)])
     window = _inside(
         [a - r for a, r in zip(at, reach, strict=True)],
         [a + r + 1 for a, r in zip(at, reach, strict=True)],
@@ -132,6 +136,8 @@ def _fit(room: Room, pose: Pose, z: int, contour: np.ndarray, centre: np.ndarray
         return 0.0
     origin = np.array([window[0].start, window[1].start])
     free = room.free(pose.label, (slice(z, z + 1), *window))[0].view(np.uint8)
+    if cv2.countNonZero(free) == free.size:
+        return _SHRINKS[0]
     for size in _SHRINKS:
         drawn = _polygon(free.shape, centre + size * contour, origin, pitch)
         if cv2.countNonZero(drawn & free) >= (1 - MAX_OUTSIDE) * cv2.countNonZero(drawn):

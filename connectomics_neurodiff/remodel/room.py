@@ -9,11 +9,10 @@ import cc3d
 import cv2
 import edt
 import numpy as np
-from scipy import ndimage
 
 from ..geometry import is_anisotropic
 
-_CUBE = np.ones((3, 3, 3), dtype=bool)
+_SQUARE = np.ones((3, 3), dtype=np.uint8)
 #: Deepest need of a template, unless told otherwise.
 _NEED_NM = 400.0
 
@@ -52,6 +51,15 @@ def depth_map(inside: np.ndarray, voxel_nm: Sequence[float]) -> np.ndarray:
     else:
         depth[:] = edt.edt(inside, anisotropy=(z, y, x), black_border=False, parallel=1)
     return np.minimum(depth, diagonal, out=depth)
+
+
+def _with_neighbours(mask: np.ndarray) -> np.ndarray:
+    """Mask (z, y, x) uint8 and the 26 neighbours of its voxels, as bool."""
+    flat = np.stack([cv2.dilate(section, _SQUARE) for section in mask])
+    grown = flat.copy()
+    grown[1:] |= flat[:-1]
+    grown[:-1] |= flat[1:]
+    return grown != 0
 
 
 def _eroded(inside: np.ndarray, pitch_nm: Sequence[float], by_nm: float) -> np.ndarray:
@@ -211,14 +219,14 @@ class Room:
         if not mito.any():
             return
         self.mito |= mito
-        self.depth[ndimage.binary_dilation(self.mito, _CUBE)] = 0
+        self.depth[_with_neighbours(self.mito)] = 0
         self._keep_off(tuple(slice(0, n) for n in mito.shape))
 
     def put(self, mask: np.ndarray, box: tuple[slice, ...]) -> None:
         """Place a mitochondrion: mark it, and lower the depth around it."""
         self.mito[box][mask] = 1
         near = self._grown(box, (1, 1, 1))
-        self.depth[near][ndimage.binary_dilation(self.mito[near], _CUBE)] = 0
+        self.depth[near][_with_neighbours(self.mito[near])] = 0
         around = self._grown(box, self._reach(self.need_nm))
         # Within another neuron a membrane is always nearer; and what is nowhere deeper than that is lowered no further.
         same = self.label[around] == self.label[box][mask][0]
