@@ -55,7 +55,7 @@ def depth_map(inside: np.ndarray, voxel_nm: Sequence[float]) -> np.ndarray:
 
 def _with_neighbours(mask: np.ndarray) -> np.ndarray:
     """Mask (z, y, x) uint8 and the 26 neighbours of its voxels, as bool."""
-    flat = np.stack([cv2.dilate(section, _SQUARE) for section in mask])
+    flat: np.ndarray = np.stack([cv2.dilate(section, _SQUARE) for section in mask])
     grown = flat.copy()
     grown[1:] |= flat[:-1]
     grown[:-1] |= flat[1:]
