@@ -327,6 +327,12 @@ def test_a_part_without_labels_is_told_before_any_training(tmp_path: Path) -> No
     assert not (tmp_path / "out").exists()
 
 
+def test_an_erosion_that_leaves_no_neuron_is_told_before_any_training(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="LABEL_EROSION must leave something.*Got 60 voxels"):
+        run(tmp_path / "out", NEURODIFF__SEGMENTER__LABEL_EROSION="60")
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_copy_of_the_training_volume_is_no_test_volume(tmp_path: Path) -> None:
     name = write_volume(tmp_path / "v.h5")
     shutil.copy(tmp_path / name, tmp_path / "renamed.h5")

@@ -11,7 +11,7 @@ import numpy as np
 from yacs.config import CfgNode
 
 from ..errors import ConfigError, MissingInput, ValueRangeError
-from ..geometry import Box
+from ..geometry import Box, is_anisotropic
 from ..pairs import open_pairs
 from ..provenance import hash_of, hash_of_file
 from ..volume import Volume, check_training_volume, grow_phantom, open_volume
@@ -117,6 +117,7 @@ def open_parts(cfg: CfgNode) -> dict[str, Part]:
         parts[name] = Part(name, source, volume, box, hash_of([identity, box.start, box.stop]), image)
     for part in parts.values():
         _require_labels(part)
+    _require_neurons_left(parts["train"], cfg.NEURODIFF.SEGMENTER.LABEL_EROSION)
     for second, first in combinations(reversed(parts), 2):
         _require_disjoint(parts[first], parts[second])
     voxel = {tuple(part.volume.voxel_nm) for part in parts.values()}
@@ -164,6 +165,19 @@ def _require_labels(part: Part) -> None:
             f"The {part.name} part has no labelled voxel, background only. Got {part.box.start}-{part.box.stop} of "
             f"{part.source}; set {_box_key(part.name)}."
         )
+
+
+def _require_neurons_left(part: Part, erosion: int) -> None:
+    """The segmenter cannot learn neurons that were eroded away; better told before the denoiser is trained."""
+    if erosion:
+        from ..training.patches import erode_contacts
+
+        label = part.load().array("label")
+        if not erode_contacts(label, erosion, in_plane=is_anisotropic(part.volume.voxel_nm)).any():
+            raise ValueRangeError(
+                f"NEURODIFF.SEGMENTER.LABEL_EROSION must leave something of the neurons of the {part.name} part. "
+                f"Got {erosion} voxels, nothing is left."
+            )
 
 
 def _require_disjoint(first: Part, second: Part) -> None:
