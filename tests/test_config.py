@@ -102,6 +102,7 @@ def test_an_extra_volume_may_be_a_name_or_a_group(tmp_path: Path) -> None:
         (["NEURODIFF.SEGMENT.METHODS", "[1]"], "METHODS is '1'"),
         (["NEURODIFF.SEGMENT.METHODS", "[['agq']]"], r"METHODS is '\['agq'\]'"),
         (["NEURODIFF.SEGMENTER.QUERY_WIDTH", "0"], "a multiple of 8, > 0. Got 0"),
+        (["NEURODIFF.SEGMENTER.POSITION_LENGTH", "0.5"], "POSITION_LENGTH must be 0, or at least 1 voxel. Got 0.5"),
         (["NEURODIFF.SEGMENTER.COMPONENT_THRESHOLD", "1.5"], "COMPONENT_THRESHOLD must be from 0 to 1. Got 1.5"),
         (["NEURODIFF.SEGMENTER.COMPONENT_THRESHOLD", "nan"], "COMPONENT_THRESHOLD must be from 0 to 1"),
         (["NEURODIFF.SEGMENT.STITCH_FRACTION", "0"], "STITCH_FRACTION must be above 0, at most 1"),

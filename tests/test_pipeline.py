@@ -328,7 +328,7 @@ def test_a_part_without_labels_is_told_before_any_training(tmp_path: Path) -> No
 
 
 def test_an_erosion_that_leaves_no_neuron_is_told_before_any_training(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="LABEL_EROSION must leave something.*Got 60 voxels"):
+    with pytest.raises(UserError, match=r"LABEL_EROSION must leave something.*Got 60 voxels"):
         run(tmp_path / "out", NEURODIFF__SEGMENTER__LABEL_EROSION="60")
     assert not (tmp_path / "out").exists()
 

@@ -291,6 +291,7 @@ def test_bfloat16_trains() -> None:
         ({"component_prior": float("nan")}, ValueRangeError, "component_prior >= 0. Got nan"),
         ({"component_prior": float("inf")}, ValueRangeError, "component_prior >= 0. Got inf"),
         ({"position_length": -1.0}, ValueRangeError, "position_length >= 0"),
+        ({"position_length": 0.01}, ValueRangeError, "position_length = 0, or at least 1 voxel. Got 0.01"),
         ({"position_length": 4.0, "width": 9, "heads": 3}, ValueRangeError, "even width. Got 9"),
         ({"out_channels": 0}, ValueRangeError, "out_channels"),
     ],

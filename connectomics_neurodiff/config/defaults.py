@@ -343,8 +343,9 @@ def _add_segmenter(node: CfgNode) -> None:
     # the weight of the loss that tells the voxels of neurons apart, >= 0. [agq] 0.1.
     node.SEGMENTER.CENTRED_FEATURES = False
     node.SEGMENTER.PIXEL_DISCRIMINATION = 0.1
-    # agq: logit by which a query prefers the component it comes from at the start, >= 0; length in voxels over which
-    # the position code of its features decays, 0 = none. Both lower the loss of short trainings [ours]; 0 in [agq].
+    # agq: logit by which a query prefers the component it comes from at the start, >= 0; length in voxels, >= 1, over
+    # which the position code of its features decays, 0: none. Both lower the loss of short trainings [ours]; 0 in
+    # [agq].
     node.SEGMENTER.COMPONENT_PRIOR = 0.0
     node.SEGMENTER.POSITION_LENGTH = 0.0
     # agq: above 0, queries come from components that waterz makes at this threshold, 0..1, in place of connected ones,

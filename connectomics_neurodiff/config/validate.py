@@ -159,6 +159,8 @@ def _validate_segmenter(cfg: CfgNode) -> None:
     _require(width > 0 and width % 8 == 0, "NEURODIFF.SEGMENTER.QUERY_WIDTH", "a multiple of 8, > 0", width)
     _require_numbers(cfg, ["NEURODIFF.SEGMENTER.LEARNED_QUERIES"], 2)
     _require_numbers(cfg, ["NEURODIFF.SEGMENTER.GUIDED_QUERIES", "NEURODIFF.SEGMENTER.SMALLEST_COMPONENT"], 0)
+    length = node.POSITION_LENGTH
+    _require(not 0 < length < 1, "NEURODIFF.SEGMENTER.POSITION_LENGTH", "0, or at least 1 voxel", length)
     threshold = node.COMPONENT_THRESHOLD
     _require(0 <= threshold <= 1, "NEURODIFF.SEGMENTER.COMPONENT_THRESHOLD", "from 0 to 1", threshold)
     for offset in node.LONG_RANGE:

@@ -151,8 +151,8 @@ class AGQ(nn.Module):
         Logit by which a guided query prefers the component it comes from at the start of training, >= 0. 0 as
         published: a query then has to find its component again by the features alone, which takes long training.
     position_length : float
-        Length in voxels over which the position code decays that mask and instance features get added, or 0 for none,
-        as published (:class:`PositionCode`). Neurons far apart in a crop then differ from the first iteration on.
+        Length in voxels, >= 1, over which the position code decays that mask and instance features get added, or 0 for
+        none, as published (:class:`PositionCode`). Neurons far apart in a crop then differ from the first iteration on.
     component_threshold : float
         Above 0: components come from waterz at this threshold, in (0, 1] (:func:`.agglomerated_components`), in place
         of connected ones. 0 as published: then one gap in a membrane makes one query of two neurons.
@@ -217,6 +217,9 @@ class AGQ(nn.Module):
             raise ValueRangeError(f"AGQ needs out_channels = 3 for component_threshold > 0. Got {out_channels}.")
         if width % heads:
             raise ValueRangeError(f"AGQ needs a number of heads that divides its width of {width}. Got {heads}.")
+        if 0 < position_length < 1:
+            # Neighbours on the grid would have nothing in common; far below, the phase overflows.
+            raise ValueRangeError(f"AGQ needs position_length = 0, or at least 1 voxel. Got {position_length}.")
         if position_length > 0 and width % 2:
             raise ValueRangeError(f"The position code needs an even width. Got {width}.")
         self.in_channels = in_channels
