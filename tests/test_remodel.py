@@ -10,6 +10,8 @@ import cc3d
 import h5py
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from scipy import ndimage
 
 from connectomics_neurodiff.conditions import membrane_from_labels
@@ -23,9 +25,10 @@ from connectomics_neurodiff.remodel import (
     quality_report,
     remodel,
 )
+from connectomics_neurodiff.remodel.chain import Pose, _settle
 from connectomics_neurodiff.remodel.ellipse import equivalent_ellipse
 from connectomics_neurodiff.remodel.placement import _cross_section, _section_of
-from connectomics_neurodiff.remodel.room import Candidate, CandidateGroups, Room, depth_map
+from connectomics_neurodiff.remodel.room import Candidate, CandidateGroups, Room, Window, depth_map
 from connectomics_neurodiff.seeding import rng_for
 
 VOXEL = (29.0, 6.0, 6.0)
@@ -270,7 +273,6 @@ def test_orientation_follows_the_neuron() -> None:
 @pytest.mark.parametrize("pitch", [(6.0, 6.0), (5.0, 3.0), (1.5, 2.0), (20.0, 16.0)])
 @pytest.mark.parametrize("anchor_nm", [(600, 800), (520, 931)])
 def test_cross_section_of_a_slanted_neuron(pitch: tuple[float, float], anchor_nm: tuple[int, int]) -> None:
-    """However fine the pixels, and wherever the anchor lies among those that are looked at."""
     y, x = (np.arange(n) * p for n, p in zip((int(1200 / pitch[0]), int(1500 / pitch[1])), pitch, strict=True))
     turned = np.array([[np.cos(0.4), np.sin(0.4)], [-np.sin(0.4), np.cos(0.4)]])
     along, across = np.einsum("ij,jyx->iyx", turned, np.stack(np.meshgrid(x - 800, y - 600, indexing="xy")))
@@ -284,6 +286,29 @@ def test_cross_section_of_a_slanted_neuron(pitch: tuple[float, float], anchor_nm
     assert found.major_nm == pytest.approx(960, rel=0.02)
     assert found.minor_nm == pytest.approx(420, rel=0.04)
     assert found.angle == pytest.approx(0.4, abs=0.03)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 2**32 - 1), st.floats(1.0, 60.0), st.floats(-8.0, 140.0), st.floats(-8.0, 190.0))
+def test_a_section_s_place_scores_best(seed: int, need_nm: float, y_nm: float, x_nm: float) -> None:
+    """Depth, as far as it is needed, less .3 of the way there, over the pixels within .75 of the need."""
+    rng = rng_for(seed, "settle")
+    label = rng.integers(1, 3, (1, 22, 45)).astype(np.uint32)
+    depth = (rng.uniform(0, 50, label.shape) * (rng.random(label.shape) < 0.7)).astype(np.float32)
+    room = Room(label, depth, (30.0, 6.0, 4.0), 10.0, 100.0, Window.whole(1))
+    wanted = np.array([y_nm, x_nm])
+    found = _settle(room, Pose(1, (0, 0, 0), 0.0, False, True, 1.0), 0, wanted, need_nm)
+    scores = {}
+    for y, x in np.argwhere((label[0] == 1) & (depth[0] > 0)):
+        steps = np.abs([y - round(y_nm / 6), x - round(x_nm / 4)])
+        if (steps <= [max(np.ceil(0.75 * need_nm / 6), 1), max(np.ceil(0.75 * need_nm / 4), 1)]).all():
+            away = np.hypot(y * 6 - y_nm, x * 4 - x_nm)
+            scores[y * 6.0, x * 4.0] = min(depth[0, y, x], need_nm) - 0.3 * away
+    if not scores:
+        assert found is None
+    else:
+        assert found is not None
+        assert scores[tuple(found)] == pytest.approx(max(scores.values()), abs=1e-4)
 
 
 @pytest.mark.parametrize("voxel", [VOXEL, (29.0, 6.0, 5.0), ISOTROPIC])

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from connectomics_neurodiff.convolution import Convolution
 from connectomics_neurodiff.errors import ShapeMismatch, UnknownName, ValueRangeError
+from connectomics_neurodiff.memory import peak_bytes
 from connectomics_neurodiff.registry import Registry
 from connectomics_neurodiff.synthesis import SYNTHESISERS, build_denoiser
 from connectomics_neurodiff.synthesis.nets import Mamba
@@ -176,7 +177,9 @@ def test_the_fast_parts_are_the_plain_network(monkeypatch: pytest.MonkeyPatch) -
     found = torch.autograd.grad(fast.square().sum(), list(network.parameters()))
     monkeypatch.setattr(Convolution, "_conv_forward", nn.Conv3d._conv_forward)
     monkeypatch.setattr(Pointwise, "forward", nn.Conv3d.forward)
-    monkeypatch.setattr(NormSiLU, "forward", lambda norm, x: nn.functional.silu(nn.GroupNorm.forward(norm, x)))
+    monkeypatch.setattr(
+        NormSiLU, "forward", lambda norm, x, over=False: nn.functional.silu(nn.GroupNorm.forward(norm, x))
+    )
     network.to(memory_format=torch.contiguous_format)
     plain = network(**batch)
     for one in (fast, with_hints, overwriting):
@@ -312,8 +315,8 @@ def test_norm_and_silu_over_their_input(layout: torch.memory_format, groups: int
     norm.weight.data, norm.bias.data = torch.randn(2, 30, generator=generator)
     with torch.no_grad():
         wanted = nn.functional.silu(nn.functional.group_norm(x, groups, norm.weight, norm.bias))
-        found = norm.overwrite(x)
-    assert found is x
+        found = norm(x, over=True)
+    assert (found is x) == (groups > 2), "with one or two groups it would save nothing"
     torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
 
 
@@ -325,7 +328,7 @@ def test_norm_and_silu_over_their_input(layout: torch.memory_format, groups: int
 def test_a_residual_block_overwrites_only_a_spent_image(
     in_channels: int, spent: bool, gradients: bool, overwritten: bool
 ) -> None:
-    block = awake(ResidualBlock(in_channels, 4, 6, groups=2))
+    block = awake(ResidualBlock(in_channels, 4, 6, groups=4))
     x, time = torch.randn(1, in_channels, 3, 5, 7, generator=torch.Generator().manual_seed(0)), torch.ones(1, 6)
     before = x.clone()
     wanted = block(x, time)
@@ -333,6 +336,28 @@ def test_a_residual_block_overwrites_only_a_spent_image(
         found = block(x, time, spent=spent)
     assert torch.equal(x, before) is not overwritten
     torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_the_widest_image_alone_is_overwritten_and_that_saves_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    with torch.device("meta"):
+        network = build_denoiser("neurodiff", preset="paper")
+    image = {name: tensor.to("meta") for name, tensor in inputs((4, 64, 64), b=1).items()}
+    overwriting = []
+    plain = NormSiLU.forward
+
+    def watched(norm: NormSiLU, x: Tensor, *, over: bool = False) -> Tensor:
+        overwriting.extend([x.numel()] if over else [])
+        return plain(norm, x, over=over)
+
+    def never(norm: NormSiLU, x: Tensor, *, over: bool = False) -> Tensor:
+        return plain(norm, x)
+
+    monkeypatch.setattr(NormSiLU, "forward", watched)
+    least = peak_bytes(network, *image.values())
+    network(**image)
+    assert overwriting == [96 * 4 * 64 * 64], "64 channels from below and 32 from the encoder, once, without gradients"
+    monkeypatch.setattr(NormSiLU, "forward", never)
+    assert least < 0.95 * peak_bytes(network, *image.values())
 
 
 def test_norm_and_silu_in_bfloat16() -> None:

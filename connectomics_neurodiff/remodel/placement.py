@@ -21,8 +21,6 @@ _RATIO_SPREAD = 0.35
 _LIKENESS = 0.25
 #: Of a neuron's cross-section, what lies within this distance gives its width and direction.
 _NEAR_NM = 1500.0
-#: It is looked at in pixels of at most this size, unless the volume's are larger.
-_LOOK_NM = 12.0
 #: Jitter of the orientation, published: +-5 degrees.
 _TURN_JITTER = np.deg2rad(5.0)
 _SCALE_JITTER = (0.92, 1.08)
@@ -224,20 +222,13 @@ def _section_of(template: Signature, scale: float, up: bool, room: Room, rng: np
 
 def _cross_section(room: Room, candidate: Candidate, at: tuple[int, int, int]) -> Ellipse:
     """Ellipse of the piece of the neuron's cross-section that holds the voxel `at`, as far as it is near."""
-    z, *centre = at
-    pitch = room.voxel_nm[1:]
-    step = [max(1, int(_LOOK_NM / p)) for p in pitch]
-    # As many whole steps to either side of the voxel as there are.
-    before = [
-        min(c - part.start, int(_NEAR_NM / p)) // s
-        for c, part, p, s in zip(centre, candidate.box[1:], pitch, step, strict=True)
-    ]
+    z, y, x = at
     window = tuple(
-        slice(c - n * s, min(part.stop, c + int(_NEAR_NM / p) + 1), s)
-        for c, n, part, p, s in zip(centre, before, candidate.box[1:], pitch, step, strict=True)
+        slice(max(part.start, centre - int(_NEAR_NM / pitch)), min(part.stop, centre + int(_NEAR_NM / pitch) + 1))
+        for part, centre, pitch in zip(candidate.box[1:], (y, x), room.voxel_nm[1:], strict=True)
     )
-    section = piece_at(room.label[z][window] == candidate.label, before[0], before[1])
-    return equivalent_ellipse(section, (step[0] * pitch[0], step[1] * pitch[1]))
+    section = piece_at(room.label[z][window] == candidate.label, y - window[0].start, x - window[1].start)
+    return equivalent_ellipse(section, room.voxel_nm[1:])
 
 
 def _depth_near(room: Room, candidate: Candidate, at: tuple[int, int, int], reach_nm: float) -> float:

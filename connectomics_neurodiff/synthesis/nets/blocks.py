@@ -90,12 +90,12 @@ class ResidualBlock(nn.Module):
     def forward(self, x: Tensor, time: Tensor, *, spent: bool = False) -> Tensor:
         """Map (b, in, z, y, x) with the time embedding (b, time) to (b, out, z, y, x).
 
-        A `spent` image is needed by nobody else: where no gradient asks for it either, it is overwritten, which saves
-        a copy of the widest image that there is.
+        A `spent` image is needed by nobody else. Unless a gradient or the skip connection needs it, it is overwritten,
+        which saves a third of its memory.
         """
         overwrites = spent and not isinstance(self.skip, nn.Identity) and not torch.is_grad_enabled()
         skip = self.skip(x) if overwrites else None
-        h = self.conv_in(self.norm_in.overwrite(x) if overwrites else self.norm_in(x))
+        h = self.conv_in(self.norm_in(x, over=overwrites))
         h += self.time(F.silu(time))[:, :, None, None, None]  # in place: no convolution keeps its result
         h = self.norm_out(h)  # what was normalised can go before the convolution
         h = self.conv_out(h)

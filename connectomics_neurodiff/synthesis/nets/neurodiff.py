@@ -201,12 +201,14 @@ class NeuroDiffDenoiser(nn.Module):
 
     def _decode(self, h: Tensor, skips: list[Tensor], time: Tensor, voxel_nm: Tensor) -> Tensor:
         for level, stages in enumerate(cast("list[nn.ModuleList]", self.decoder)):
-            for stage in stages:
+            for index, stage in enumerate(stages):
                 if self._checkpoints:
                     h = self._kept(_joined, stage, h, skips.pop(), time, voxel_nm)
                 else:  # nothing may hold what has been joined
                     h = torch.cat([h, skips.pop()], dim=1)
-                    h = stage(h, time, voxel_nm, spent=True)
+                    # The first image of the finest level is the widest: it alone decides the peak of memory.
+                    widest = level == len(self.decoder) - 1 and index == 0
+                    h = stage(h, time, voxel_nm, spent=widest)
             if level < len(self.upsamples):
                 h = self._kept(self.upsamples[level], h)
         return h

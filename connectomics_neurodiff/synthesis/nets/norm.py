@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 #: Numbers of a piece in the backward pass: the handful alive, 1 MiB each in float32, stay near the cache.
 PIECE = 1 << 18
-#: Parts of the channels that :meth:`NormSiLU.overwrite` normalises one after the other.
+#: At most so many parts of the channels are normalised one after the other where the result overwrites the image.
 PARTS = 4
 
 
@@ -34,14 +34,15 @@ class NormSiLU(nn.GroupNorm):
     def __init__(self, channels: int, groups: int) -> None:
         super().__init__(math.gcd(groups, channels), channels)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Map (b, c, z, y, x) to the same shape."""
-        return self._of_groups(x, 0, self.num_groups)
+    def forward(self, x: Tensor, *, over: bool = False) -> Tensor:
+        """Map (b, c, z, y, x) to the same shape; `over` itself, and without gradients, it takes less memory.
 
-    def overwrite(self, x: Tensor) -> Tensor:
-        """:meth:`forward` in the memory of `x` (b, c, z, y, x), which it returns; without gradients."""
-        size = x.shape[1] // self.num_groups
-        step = math.ceil(self.num_groups / PARTS)
+        Written over `x`, channels are normalised in :data:`PARTS`, for twice the time or more. With fewer than three
+        groups that would save nothing.
+        """
+        if not over or self.num_groups < 3:
+            return self._of_groups(x, 0, self.num_groups)
+        size, step = self.num_channels // self.num_groups, math.ceil(self.num_groups / PARTS)
         for first in range(0, self.num_groups, step):
             last = min(first + step, self.num_groups)
             x[:, first * size : last * size] = self._of_groups(x[:, first * size : last * size], first, last)
