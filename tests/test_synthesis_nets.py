@@ -341,7 +341,7 @@ def test_a_residual_block_overwrites_only_a_spent_image(
 def test_the_widest_image_alone_is_overwritten_and_that_saves_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     with torch.device("meta"):
         network = build_denoiser("neurodiff", preset="paper")
-    image = {name: tensor.to("meta") for name, tensor in inputs((4, 64, 64), b=1).items()}
+    image = {name: tensor.to("meta") for name, tensor in inputs((4, 256, 256), b=1).items()}
     overwriting = []
     plain = NormSiLU.forward
 
@@ -355,7 +355,7 @@ def test_the_widest_image_alone_is_overwritten_and_that_saves_memory(monkeypatch
     monkeypatch.setattr(NormSiLU, "forward", watched)
     least = peak_bytes(network, *image.values())
     network(**image)
-    assert overwriting == [96 * 4 * 64 * 64], "64 channels from below and 32 from the encoder, once, without gradients"
+    assert overwriting == [96 * 4 * 256 * 256], "64 channels from below and 32 from the encoder, once, without gradients"
     monkeypatch.setattr(NormSiLU, "forward", never)
     assert least < 0.95 * peak_bytes(network, *image.values())
 
