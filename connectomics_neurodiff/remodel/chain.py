@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from math import ceil, floor
+from math import ceil, cos, floor, sin
 from typing import Any
 
 import cc3d
@@ -61,7 +61,7 @@ class Pose:
 
     @cached_property
     def _matrix(self) -> np.ndarray:
-        c, s, flip = np.cos(self.turn), np.sin(self.turn), -1.0 if self.mirror else 1.0
+        c, s, flip = cos(self.turn), sin(self.turn), -1.0 if self.mirror else 1.0
         return self.scale * np.array([[flip * c, -flip * s], [s, c]])
 
     def transform(self, points_nm: np.ndarray) -> np.ndarray:
@@ -88,9 +88,11 @@ def _polygon(shape: tuple[int, int], points_nm: np.ndarray, origin: np.ndarray, 
     return mask
 
 
-def _window(points_nm: np.ndarray, pitch: np.ndarray, frame: tuple[int, ...]) -> tuple[slice, slice] | None:
-    """Pixels that cover the points, or None if that is outside the frame."""
-    lows, highs = (points_nm.min(axis=0) / pitch).tolist(), (points_nm.max(axis=0) / pitch).tolist()
+def _window(
+    low_nm: np.ndarray, high_nm: np.ndarray, pitch: np.ndarray, frame: tuple[int, ...]
+) -> tuple[slice, slice] | None:
+    """Pixels that cover the points between two corners, or None if that is outside the frame."""
+    lows, highs = (low_nm / pitch).tolist(), (high_nm / pitch).tolist()
     return _inside([floor(v) - 1 for v in lows], [ceil(v) + 2 for v in highs], frame)
 
 
@@ -128,10 +130,12 @@ def _settle(room: Room, pose: Pose, z: int, wanted: np.ndarray, need_nm: float) 
     return np.array([(window[0].start + row) * pitch[0], (window[1].start + column) * pitch[1]])
 
 
-def _fit(room: Room, pose: Pose, z: int, contour: np.ndarray, centre: np.ndarray) -> float:
+def _fit(
+    room: Room, pose: Pose, z: int, contour: np.ndarray, corners: tuple[np.ndarray, np.ndarray], centre: np.ndarray
+) -> float:
     """Largest of the allowed sizes at which enough of the section lies in free space; 0 if none does."""
-    pitch = np.array(room.voxel_nm[1:])
-    window = _window(centre + contour, pitch, room.label.shape[1:])
+    pitch = room.pitch_nm
+    window = _window(centre + corners[0], centre + corners[1], pitch, room.label.shape[1:])
     if window is None:
         return 0.0
     origin = np.array([window[0].start, window[1].start])
@@ -166,6 +170,7 @@ def _lead(room: Room, template: Signature, pose: Pose, hoped_for: range, least: 
     """
     contours, centroids, minors = template.at(_height(template, pose, np.array(hoped_for), room.voxel_nm[0]))
     contours, drift, minors = pose.transform(contours), pose.transform(centroids), pose.scale * minors
+    low, high = contours.min(axis=1), contours.max(axis=1)
 
     def section(z: int, previous: _Section | None) -> _Section | None:
         """The chain's section at z next to the previous one; None where the template or the room ends."""
@@ -173,11 +178,11 @@ def _lead(room: Room, template: Signature, pose: Pose, hoped_for: range, least: 
             return None
         i = z - hoped_for.start
         if previous is None:
-            wanted = np.array(pose.anchor[1:]) * np.array(room.voxel_nm[1:])
+            wanted = np.array(pose.anchor[1:]) * room.pitch_nm
         else:
             wanted = previous.centre + drift[i] - drift[previous.z - hoped_for.start]
         centre = _settle(room, pose, z, wanted, minors[i] / 2)
-        fit = 0.0 if centre is None else _fit(room, pose, z, contours[i], centre)
+        fit = 0.0 if centre is None else _fit(room, pose, z, contours[i], (low[i], high[i]), centre)
         return _Section(z, contours[i], centre, minors[i], fit) if centre is not None and fit else None
 
     start = section(pose.anchor[0], None)
@@ -238,7 +243,7 @@ def _refine_section(mask: np.ndarray, minor_nm: float, pitch: np.ndarray) -> np.
 
 def _refine(mask: np.ndarray, free: np.ndarray, minors: np.ndarray, room: Room) -> np.ndarray:
     """Smooth a drawn chain inside the free space and keep its largest connected part."""
-    pitch = np.array(room.voxel_nm[1:])
+    pitch = room.pitch_nm
     smooth = np.empty_like(mask)
     for i, minor in enumerate(minors):
         smooth[i] = _refine_section(mask[i], float(minor), pitch)
@@ -282,11 +287,12 @@ def grow_chain(
     chain = _lead(room, template, pose, hoped_for, least)
     if not chain:
         return None
-    pitch = np.array(room.voxel_nm[1:])
+    pitch = room.pitch_nm
     centres, fits = _smoothed(chain, room.voxel_nm[0])
     sizes = fits * _caps(room, template, pose, chain)
     outlines = [c + k * s.contour for s, c, k in zip(chain, centres, sizes, strict=True)]
-    window = _window(np.concatenate(outlines), pitch, room.label.shape[1:])
+    points = np.concatenate(outlines)
+    window = _window(points.min(axis=0), points.max(axis=0), pitch, room.label.shape[1:])
     if window is None:
         return None
     box = (slice(chain[0].z, chain[-1].z + 1), *window)

@@ -33,7 +33,9 @@ def compact_labels(label: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     ShapeMismatch
         If there are not three axes of at least one voxel.
     """
-    compact, table = fastremap.renumber(unsigned_labels(label), in_place=False)
+    unsigned = unsigned_labels(label)
+    narrow = unsigned.astype(np.uint32 if unsigned.max() < 2**32 else np.uint64)
+    compact, table = fastremap.renumber(narrow, in_place=True)
     ids = np.zeros(int(max(table.values(), default=0)) + 1, dtype=np.uint64)
     for name, index in table.items():
         ids[int(index)] = name

@@ -95,8 +95,10 @@ def largest_piece(mask: np.ndarray) -> np.ndarray:
     return (pieces == 1 + int(stats[1:, cv2.CC_STAT_AREA].argmax())).astype(np.uint8)
 
 
-def piece_at(mask: np.ndarray, y: int, x: int) -> np.ndarray:
-    """The 8-connected piece of a 2D mask that contains pixel (y, x), as uint8 in its bounding box; (y, x) is inside."""
-    filled = (mask != 0).view(np.uint8)
-    _, _, _, (left, top, width, height) = cv2.floodFill(filled, None, (x, y), 2, flags=8)
-    return (filled[top : top + height, left : left + width] == 2).view(np.uint8)
+def piece_at(section: np.ndarray, y: int, x: int) -> np.ndarray:
+    """The 8-connected piece of equal labels in a section, (y, x) uint32, around a pixel: uint8 in its bounding box."""
+    filled = np.zeros((section.shape[0] + 2, section.shape[1] + 2), dtype=np.uint8)
+    _, _, _, (left, top, width, height) = cv2.floodFill(
+        section.view(np.int32), filled, (x, y), 0, flags=8 | cv2.FLOODFILL_MASK_ONLY
+    )
+    return filled[top + 1 : top + 1 + height, left + 1 : left + 1 + width]

@@ -216,15 +216,23 @@ class DisplacementField:
         rows, columns = np.ogrid[: self.shape[1], : self.shape[2]]
         for z, section in zip(wanted, out, strict=True):
             displacement = dict(zip(self.moves, self.section(z), strict=True))
-            corner = (z - first) * strides[0] + rows * strides[1] + columns
-            fractions = []
+            # Where the cell starts: its pixel, which needs no 64 bits, and its section.
+            pixel, fractions = np.zeros(self.shape[1:], dtype=np.int32), []
+            start = np.full((1, 1), z - first, dtype=np.intp)
             for axis in axes:
-                here = (z, rows, columns)[axis]
-                at = np.clip(displacement[axis] + np.float32(here), 0, self.shape[axis] - 1)
-                below = np.minimum(at.astype(np.int32), self.shape[axis] - 2)
-                corner += (below - np.int32(here)) * np.intp(strides[axis])
-                fractions.append(np.subtract(at, below, dtype=np.float32).ravel())
-            corner = corner.ravel()
+                at = displacement[axis]
+                at += np.float32((z, rows, columns)[axis])
+                np.clip(at, 0, self.shape[axis] - 1, out=at)
+                below = at.astype(np.int32)
+                np.minimum(below, self.shape[axis] - 2, out=below)
+                at -= below
+                fractions.append(at.ravel())
+                if axis == 0:
+                    start = below.astype(np.intp) - first
+                else:
+                    below *= np.int32(strides[axis])
+                    pixel += below
+            corner = (start * strides[0] + pixel).ravel()
             flat.take(corner, out=section, mode="clip")
             voting = np.flatnonzero(mixed.take(corner, mode="clip"))
             section[voting] = _elect(flat, corner[voting], [f[voting] for f in fractions], [strides[a] for a in axes])

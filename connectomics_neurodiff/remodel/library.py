@@ -350,7 +350,7 @@ def _host_section(
 ) -> np.ndarray:
     """Mask of the host's cross-section piece at section z that contains pixel `at`, in the host's box."""
     y, x = at[0] - host_box[1].start, at[1] - host_box[2].start
-    return piece_at(compact[z][host_box[1:]] == host, y, x)
+    return piece_at(compact[z][host_box[1:]], y, x)
 
 
 def _measure(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -151,7 +152,7 @@ class Choice:
     scale: np.ndarray
     weight: np.ndarray
 
-    @property
+    @cached_property
     def least_depth_nm(self) -> float:
         """Depth that the least demanding of the likely templates needs; infinite if there is none."""
         likely = (self.weight > 0) & (self.weight >= 0.05 * self.weight.max())
@@ -220,14 +221,14 @@ def _section_of(template: Signature, scale: float, up: bool, room: Room, rng: np
     return int(np.clip(round(wanted), window.core.start, window.core.stop - 1)) - window.seen.start
 
 
-def _cross_section(room: Room, candidate: Candidate, at: tuple[int, int, int]) -> Ellipse:
+def _cross_section(room: Room, at: tuple[int, int, int]) -> Ellipse:
     """Ellipse of the piece of the neuron's cross-section that holds the voxel `at`, as far as it is near."""
     z, y, x = at
     window = tuple(
-        slice(max(part.start, centre - int(_NEAR_NM / pitch)), min(part.stop, centre + int(_NEAR_NM / pitch) + 1))
-        for part, centre, pitch in zip(candidate.box[1:], (y, x), room.voxel_nm[1:], strict=True)
+        slice(max(0, centre - int(_NEAR_NM / pitch)), centre + int(_NEAR_NM / pitch) + 1)
+        for centre, pitch in zip((y, x), room.voxel_nm[1:], strict=True)
     )
-    section = piece_at(room.label[z][window] == candidate.label, y - window[0].start, x - window[1].start)
+    section = piece_at(room.label[z][window], y - window[0].start, x - window[1].start)
     return equivalent_ellipse(section, room.voxel_nm[1:])
 
 
@@ -248,7 +249,7 @@ def _draw(
         at = _anchor(room, candidate, choice.least_depth_nm, section, rng)
         if at is None:
             return None
-        host = _cross_section(room, candidate, at)
+        host = _cross_section(room, at)
         # One template for all places: a large one would lose to small ones if it were redrawn at each failure.
         if chosen is None:
             depth = _depth_near(room, candidate, at, host.minor_nm / 2)
