@@ -168,6 +168,18 @@ def _add_synthesis_commands(commands: Any) -> None:
         "--save-library", metavar="FILE.npz", help="write the shapes that are placed, for other volumes"
     )
     remodel.add_argument(
+        "--mito-fraction",
+        type=float,
+        metavar="SHARE",
+        help="share of the volume that mitochondria fill, 0 to 1 (default: VOLUME's, or else that of the libraries)",
+    )
+    remodel.add_argument(
+        "--mito-count",
+        type=int,
+        metavar="N",
+        help="mitochondria that make up that share, of other sizes in proportion (default: as many as in real tissue)",
+    )
+    remodel.add_argument(
         "--membrane-nm", type=float, default=25.0, help="membrane width in nm, at most 200 (default: 25)"
     )
     remodel.add_argument("--rearrange", action="store_true", help="join with tissue from another place of VOLUME")

@@ -245,6 +245,9 @@ def remodel(options: argparse.Namespace) -> None:
         _require_free(str(output), options.volume, force=options.force)
     if options.no_mito and options.library and not options.save_library:
         raise ConfigError("--library says which mitochondria to place; it does not go with --no-mito.")
+    for flag in ("mito_fraction", "mito_count"):
+        if options.no_mito and getattr(options, flag) is not None:
+            raise ConfigError(f"--{flag.replace('_', '-')} is of mitochondria to place; it does not go with --no-mito.")
     if options.save_library:
         if not options.save_library.endswith(".npz"):
             raise ValueRangeError(f"--save-library writes a file whose name ends in .npz. Got {options.save_library}.")
@@ -296,6 +299,8 @@ def _remodel_in_blocks(options: argparse.Namespace, volume: Volume, outputs: Seq
         settings=BlockwiseSettings(
             elastic=not options.no_elastic,
             place_mitochondria=not options.no_mito,
+            mito_fraction=options.mito_fraction,
+            mito_count=options.mito_count,
             membrane_thickness_nm=options.membrane_nm,
             section_jump_nm=options.section_jump,
             section_drift_nm=options.section_drift,
@@ -322,6 +327,8 @@ def _remodel_copy(
         elastic=not options.no_elastic,
         place_mitochondria=not options.no_mito,
         library=library,
+        mito_fraction=options.mito_fraction,
+        mito_count=options.mito_count,
         membrane_thickness_nm=options.membrane_nm,
         rearrange=options.rearrange,
         neuron_spread_nm=options.neuron_spread,

@@ -411,10 +411,19 @@ def test_shapes_of_one_volume_serve_another_without_mitochondria(cells: Path, tm
         file.attrs["resolution_nm"] = source.attrs["resolution_nm"]
     done("remodel", str(bare), str(tmp_path / "with.h5"), "--library", shapes)
     done("remodel", str(bare), str(tmp_path / "without.h5"))
+    asked = ("--library", shapes, "--mito-fraction", "0.03", "--mito-count", "1")
+    done("remodel", str(bare), str(tmp_path / "asked.h5"), *asked)
     with h5py.File(tmp_path / "with.h5") as placed, h5py.File(tmp_path / "without.h5") as none:
         assert placed["mito"][:].any()
         assert not none["mito"][:].any()
+    with h5py.File(tmp_path / "asked.h5") as placed:
+        assert 0 < placed["mito"][:].mean() < 0.033
     out = str(tmp_path / "o.h5")
+    refused("the signature library has none", "remodel", str(bare), out, "--mito-fraction", "0.03")
+    refused("the signature library has none", "remodel", str(bare), out, "--mito-count", "3", "--block-sections", "8")
+    refused("must lie in [1, ", "remodel", str(cells), out, "--mito-count", "100000")
+    refused("a number in [0, 1]", "remodel", str(cells), out, "--mito-fraction", "nan")
+    refused("--mito-count is of mitochondria to place", "remodel", str(cells), out, "--no-mito", "--mito-count", "3")
     refused("exists", "remodel", str(cells), out, "--save-library", shapes)
     refused("ends in .npz", "remodel", str(cells), out, "--save-library", str(tmp_path / "shapes.h5"))
     refused("volume with mitochondria", "remodel", str(bare), out, "--save-library", str(tmp_path / "new.npz"))

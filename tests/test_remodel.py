@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import cc3d
@@ -27,8 +28,8 @@ from connectomics_neurodiff.remodel import (
 )
 from connectomics_neurodiff.remodel.chain import Pose, _settle
 from connectomics_neurodiff.remodel.ellipse import equivalent_ellipse
-from connectomics_neurodiff.remodel.placement import _cross_section, _section_of
-from connectomics_neurodiff.remodel.room import Candidate, CandidateGroups, Room, Window, depth_map
+from connectomics_neurodiff.remodel.placement import _cross_section, _section_of, plan_of
+from connectomics_neurodiff.remodel.room import CandidateGroups, Room, Window, depth_map
 from connectomics_neurodiff.seeding import rng_for
 
 VOXEL = (29.0, 6.0, 6.0)
@@ -194,6 +195,53 @@ def test_cut_templates_lie_on_faces_as_often_as_real_ones(depth: int, up: bool) 
     assert on_face.mean() == pytest.approx(expected + chance, abs=0.05)
     assert below.min() == 0
     assert above.max() == depth - 1
+
+
+@pytest.mark.parametrize("count", [4, 8, 12])
+def test_asked_number_makes_up_the_share(library: SignatureLibrary, count: int) -> None:
+    options = {"library": library, "mito_fraction": 0.06, "candidate_fraction": 0.5}
+    label, _ = tissue()
+    made = [remodel(label, None, VOXEL, rng_for(seed), mito_count=count, **options).mito for seed in range(3)]
+    assert np.mean([mito.mean() for mito in made]) == pytest.approx(0.06, rel=0.1)
+    assert np.mean([ndimage.label(mito, np.ones((3, 3, 3)))[1] for mito in made]) == pytest.approx(count, rel=0.3)
+
+
+def test_plan_has_the_library_s_sizes_or_the_number_asked_for(library: SignatureLibrary) -> None:
+    volumes = sorted((s.volume_nm3 for s in library.signatures), reverse=True)
+    voxels, voxel = library.mito_nm3 / np.prod(VOXEL), np.prod(VOXEL)
+    assert [w.volume * voxel for w in plan_of(library, voxels, VOXEL)] == pytest.approx(volumes)
+    assert len(plan_of(library, 3 * voxels, VOXEL)) == 3 * len(volumes)
+    assert len(plan_of(library, voxels / 1e6, VOXEL)) == 1
+    (one,) = plan_of(library, voxels, VOXEL, 1)
+    assert one.volume == pytest.approx(voxels)
+    few = plan_of(library, voxels, VOXEL, len(volumes) // 2)
+    assert sum(w.volume for w in few) == pytest.approx(voxels)
+    larger = few[0].volume * voxel / max(volumes)
+    assert larger > 1.5
+    assert few[0].height_nm == pytest.approx(
+        np.cbrt(larger) * max(library.signatures, key=lambda s: s.volume_nm3).z_extent_nm
+    )
+
+
+def test_what_the_plan_lacks_is_made_up_by_few(library: SignatureLibrary) -> None:
+    """A large mitochondrion finds no room in thin neurons: others of the tissue's sizes stand for it, not a crowd."""
+    label, _ = tissue()
+    volumes = np.array([s.volume_nm3 for s in library.signatures])
+    giant = max(library.signatures, key=lambda s: s.volume_nm3)
+    scale = 3.0
+    giant = replace(
+        giant,
+        contours=scale * giant.contours,
+        axes=scale * giant.axes,
+        areas_nm2=scale**2 * giant.areas_nm2,
+        volume_nm3=scale**2 * giant.volume_nm3,
+    )
+    mixed = SignatureLibrary((*library.signatures, giant), float(volumes.sum() + giant.volume_nm3), library.tissue_nm3)
+    made = remodel(label, None, VOXEL, rng_for(0), library=mixed, mito_fraction=0.04, candidate_fraction=0.5)
+    assert made.mito.mean() == pytest.approx(0.04, rel=0.1)
+    planned = len(plan_of(mixed, 0.04 * label.size, VOXEL))
+    missing = giant.volume_nm3 / volumes.mean()
+    assert ndimage.label(made.mito, np.ones((3, 3, 3)))[1] < planned + missing
 
 
 def test_impossible_fraction_ends_below_it_with_a_valid_mask(library: SignatureLibrary) -> None:
@@ -443,6 +491,11 @@ def test_neurons_too_thin_for_any_template_stay_empty(library: SignatureLibrary)
         ({"candidate_fraction": 1.5}, ValueRangeError),
         ({"mito_fraction": -0.1}, ValueRangeError),
         ({"mito_fraction": 1.1}, ValueRangeError),
+        ({"mito_fraction": 0.0, "mito_count": 3}, ValueRangeError),
+        ({"mito_count": 0}, ValueRangeError),
+        ({"mito_count": 2.5}, ValueRangeError),
+        ({"mito_count": 10**9}, ValueRangeError),
+        ({"mito": None, "mito_count": 3}, ValueRangeError),
         ({"margin_nm": -1.0}, ValueRangeError),
         ({"membrane_thickness_nm": 0.0}, ValueRangeError),
         ({"membrane_thickness_nm": 201.0}, ValueRangeError),

@@ -205,7 +205,9 @@ def test_where_there_is_no_neuron_there_is_no_mitochondrion(sections: int, tmp_p
     assert not remodel(np.zeros_like(label), None, VOXEL, rng_for(0), **options).mito.any()
 
 
-@pytest.mark.parametrize("change", [{"candidate_fraction": 0.0}, {"margin_nm": -1.0}, {"mito_fraction": 2.0}])
+@pytest.mark.parametrize(
+    "change", [{"candidate_fraction": 0.0}, {"margin_nm": -1.0}, {"mito_fraction": 2.0}, {"mito_count": 10**9}]
+)
 def test_what_concerns_placing_is_refused_before_any_mask_is_made(change) -> None:
     label, mito = tissue((12, 60, 72), VOXEL)
     with pytest.raises(ValueRangeError):

@@ -112,6 +112,16 @@ def test_limits_are_kept(sound, change: dict[str, float], reason: str) -> None:
     assert bool(verdict) == bool(reason)
 
 
+def test_share_asked_for_stands_for_the_source_s(sound) -> None:
+    report = quality_report(*sound, VOXEL) | {"mito_count": 20.0, "mito_fraction": 0.1}
+    assert "of the source" in mask_gate(report, MaskLimits())
+    assert not mask_gate(report, MaskLimits(), 0.1)
+    assert "12.00 % were asked for" in mask_gate(report, MaskLimits(), 0.12)
+    none = report | {"mito_count": 0.0, "mito_fraction": 0.0, "source_mito_count": 0.0}
+    assert not mask_gate(none, MaskLimits())
+    assert "0.00 % of it, 12.00 % were" in mask_gate(none, MaskLimits(), 0.12).replace("fill ", "")
+
+
 def test_numbers_by_hand() -> None:
     """Two neurons of 4 x 6 and 4 x 4 voxels in 2 sections, one of which moves by a row."""
     label = np.zeros((2, 8, 12), dtype=np.uint8)
@@ -166,7 +176,7 @@ def test_the_stage_writes_a_report_and_draws_a_bad_mask_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     verdicts = iter(["It is bad.", ""])
-    monkeypatch.setattr(masks_stage, "mask_gate", lambda report, limits: next(verdicts))
+    monkeypatch.setattr(masks_stage, "mask_gate", lambda report, *_: next(verdicts))
     folder = masks_of(tmp_path)
     report = json.loads((folder / "copy_000.quality.json").read_text())
     assert report["attempt"] == 1
@@ -177,11 +187,20 @@ def test_the_stage_writes_a_report_and_draws_a_bad_mask_again(
 
 def test_after_the_last_attempt_there_is_one_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tried = []
-    monkeypatch.setattr(masks_stage, "mask_gate", lambda report, limits: tried.append(report) or "It is bad.")
+    monkeypatch.setattr(masks_stage, "mask_gate", lambda report, *_: tried.append(report) or "It is bad.")
     with pytest.raises(UserError, match=r"3 attempts .*It is bad\..*LIMITS"):
         masks_of(tmp_path, "NEURODIFF.REMODEL.ATTEMPTS", "3")
     assert len({report["mito_overlap"] + report["label_overlap"] for report in tried}) == 3
     assert not list((tmp_path / "out" / "masks").glob("*.h5"))
+
+
+def test_the_stage_places_the_share_and_the_number_asked_for(tmp_path: Path) -> None:
+    """More than the source has passes its gate when it was asked for."""
+    keys = ["NEURODIFF.REMODEL.CANDIDATE_FRACTION", "1.0", "NEURODIFF.REMODEL.MITO_FRACTION", "0.05"]
+    folder = masks_of(tmp_path, *keys, "NEURODIFF.REMODEL.MITO_COUNT", "2")
+    report = json.loads((folder / "copy_000.quality.json").read_text())
+    assert report["mito_fraction"] == pytest.approx(0.05, rel=0.1)
+    assert report["limits"]["MITO_HEIGHT_P"] == 0.05
 
 
 def test_the_stage_hands_on_the_keys_of_diversity(tmp_path: Path) -> None:

@@ -212,6 +212,11 @@ def _add_remodel(node: CfgNode) -> None:
     node.REMODEL.SECTION_DRIFT_NM = 0.0
     # Neurons that may receive mitochondria: this fraction, largest by volume. [paper] top 10 %.
     node.REMODEL.CANDIDATE_FRACTION = 0.1
+    # Share of the volume that mitochondria fill, 0 to 1, and their number. 0: as in the train part, or else as in the
+    # LIBRARY's tissue. A number of one's own changes their sizes, in proportion: their heights are then not compared
+    # with the train part's (LIMITS.MITO_HEIGHT_P). [ours]
+    node.REMODEL.MITO_FRACTION = 0.0
+    node.REMODEL.MITO_COUNT = 0
     # File below INPUT_PATH with shapes of mitochondria, written by `neurodiff remodel --save-library`, to place beside
     # the train part's own, if it has any; lengths are in nm, so the voxel size may differ. "": none. [ours]
     node.REMODEL.LIBRARY = ""

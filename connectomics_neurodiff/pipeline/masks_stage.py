@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -82,6 +83,9 @@ def _passing_mask(
     """
     node, membrane_nm = cfg.NEURODIFF.REMODEL, cfg.NEURODIFF.MEMBRANE_NM
     limits = MaskLimits(**{name.lower(): value for name, value in node.LIMITS.items()})
+    if node.MITO_COUNT:
+        limits = replace(limits, mito_height_p=0.0)
+    mito_fraction = node.MITO_FRACTION or None
     rejections: list[str] = []
     for attempt in range(node.ATTEMPTS):
         mask = remodel(
@@ -92,6 +96,8 @@ def _passing_mask(
             elastic=node.ELASTIC,
             place_mitochondria=node.MITOCHONDRIA,
             library=library,
+            mito_fraction=mito_fraction,
+            mito_count=node.MITO_COUNT or None,
             elastic_sigma_nm=node.SIGMA_NM,
             elastic_spacing_nm=node.SPACING_NM,
             candidate_fraction=node.CANDIDATE_FRACTION,
@@ -107,7 +113,7 @@ def _passing_mask(
         # Mitochondria that only move along are the source's own, less what is clipped; without shapes none are placed.
         source_mito = train.mito_array if library is not None else None
         report = quality_report(train.array("label"), source_mito, mask, train.voxel_nm, membrane_nm)
-        reason = mask_gate(report, limits)
+        reason = mask_gate(report, limits, mito_fraction if node.MITOCHONDRIA else None)
         if not reason:
             return mask, {"attempt": attempt, "limits": dict(node.LIMITS), **report}, rejections
         rejections.append(reason)

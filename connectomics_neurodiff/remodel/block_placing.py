@@ -65,7 +65,7 @@ class BlockwisePlacing:
     candidate_fraction: float
     margin_nm: float
 
-    def place(self, library: SignatureLibrary, mito_fraction: float, seed: int) -> None:
+    def place(self, library: SignatureLibrary, mito_fraction: float, mito_count: int | None, seed: int) -> None:
         """:func:`.place_mitochondria`, block by block.
 
         The plan is that of the whole volume. Each mitochondrion of it is given to a block, by how many voxels deep
@@ -76,12 +76,12 @@ class BlockwisePlacing:
 
         One block gives the bytes of :func:`.place_in` with ``numpy.random.default_rng(seed)``.
         """
-        if not is_wanted(library, mito_fraction, self.candidate_fraction, self.margin_nm):
+        if not is_wanted(library, mito_fraction, mito_count, self.candidate_fraction, self.margin_nm):
             return
         templates = Templates.of(library, len(self.label), self.voxel_nm)
         group = volume_groups(self.neurons.volumes, self.candidate_fraction)
         wanted = mito_fraction * self.label.size
-        plan = plan_of(library, wanted, self.voxel_nm)
+        plan = plan_of(library, wanted, self.voxel_nm, mito_count)
         plans = self._shared_out(plan, templates, group, seed)
         ends = np.cumsum([sum(each.volume for each in part) for part in plans])
         budget = Budget(0.0)
@@ -98,7 +98,7 @@ class BlockwisePlacing:
             # Less than one mitochondrion is not made up by specks here, but by larger ones there.
             budget.slack = wanted / len(plan) if i < len(plans) - 1 else 0.0
             rng = rng_for(seed, "block", i) if i else np.random.default_rng(seed)
-            fill(room, groups, templates, plans[i], budget, rng)
+            fill(room, groups, templates, plans[i], budget, rng, sizes=plan)
             reserve_space(self.mito.file, room.mito.nbytes)
             self.mito[part] = room.mito
 

@@ -29,7 +29,7 @@ from .field import DisplacementField
 from .inside import keep_inside
 from .library import SignatureLibrary
 from .pieces import PieceFinder, VolumePieces, components_of, touching
-from .placement import is_wanted
+from .placement import is_wanted, plan_of
 from .sections import section_shifts
 
 logger = logging.getLogger("connectomics_neurodiff")
@@ -69,6 +69,7 @@ class BlockwiseSettings:
     elastic: bool = True
     place_mitochondria: bool = True
     mito_fraction: float | None = None
+    mito_count: int | None = None
     elastic_sigma_nm: float = 24.0
     elastic_spacing_nm: float = 300.0
     min_jacobian: float = 0.2
@@ -198,8 +199,12 @@ class BlockwiseRemodelling:
         place = settings.place_mitochondria
         pieces, shapes, share = _survey(source, library, measure=place and library is None and mito is not None)
         share = share if settings.mito_fraction is None else settings.mito_fraction
-        if place and is_wanted(shapes, share, settings.candidate_fraction, settings.margin_nm) and len(blocks) > 1:
-            _warn_of_shallow_blocks(sections * source.size.z, shapes)
+        count = settings.mito_count
+        if place and is_wanted(shapes, share, count, settings.candidate_fraction, settings.margin_nm):
+            # A number that the share has no room for is refused before the volume is deformed.
+            plan_of(shapes, share * float(np.prod(label.shape)), source.size, count)
+            if len(blocks) > 1:
+                _warn_of_shallow_blocks(sections * source.size.z, shapes)
         return cls(settings, pieces, shapes, share, source)
 
     def make(self, path: str | os.PathLike[str], rng: np.random.Generator, attributes: Mapping[str, Any] = {}) -> float:
@@ -227,7 +232,7 @@ class BlockwiseRemodelling:
                     neurons,
                     settings.candidate_fraction,
                     settings.margin_nm,
-                ).place(self.shapes, self.share, place_seed)
+                ).place(self.shapes, self.share, settings.mito_count, place_seed)
             else:
                 self._carry(mito, label, membrane, moved.field)
             if settings.section_jump_nm or settings.section_drift_nm:

@@ -72,14 +72,33 @@ class Wanted:
     height_nm: float
 
 
-def plan_of(library: SignatureLibrary, voxels: float, voxel_nm: Sequence[float]) -> list[Wanted]:
-    """As many mitochondria as make up so many voxels in the library's tissue, of its sizes, largest first."""
+def plan_of(
+    library: SignatureLibrary, voxels: float, voxel_nm: Sequence[float], count: int | None = None
+) -> list[Wanted]:
+    """Mitochondria that make up so many voxels, of the library's sizes, largest first.
+
+    With None as many as in the library's tissue; a `count` that was given is made up by other sizes, in proportion.
+
+    Raises
+    ------
+    ValueRangeError
+        If `count` leaves less to each than the smallest template.
+    """
     ranked = sorted(library.signatures, key=lambda s: -s.volume_nm3)
     in_voxels = float(np.prod(voxel_nm))
-    count = max(1, round(len(ranked) * voxels * in_voxels / library.mito_nm3))
+    planned = max(1, round(len(ranked) * voxels * in_voxels / library.mito_nm3)) if count is None else count
+    most = max(1, int(voxels * in_voxels / LEAST_VOLUME_NM3))
+    if count is not None and count > most:
+        raise ValueRangeError(
+            f"The number of mitochondria must lie in [1, {most}], so that each of those that make up the share of "
+            f"mitochondria is at least {LEAST_VOLUME_NM3:g} nm^3 large. Got {count}."
+        )
     # The quantiles of the library's sizes; the sizes themselves where as many are wanted as it holds.
-    of = ((np.arange(count) + 0.5) * len(ranked) / count).astype(int)
-    return [Wanted(max(ranked[i].volume_nm3, LEAST_VOLUME_NM3) / in_voxels, ranked[i].z_extent_nm) for i in of]
+    of = [ranked[i] for i in ((np.arange(planned) + 0.5) * len(ranked) / planned).astype(int)]
+    larger = 1.0 if count is None else voxels * in_voxels / sum(s.volume_nm3 for s in of)
+    return [
+        Wanted(max(larger * s.volume_nm3, LEAST_VOLUME_NM3) / in_voxels, np.cbrt(larger) * s.z_extent_nm) for s in of
+    ]
 
 
 @dataclass(frozen=True, eq=False)
@@ -322,14 +341,57 @@ def fill(
     plan: Sequence[Wanted],
     budget: Budget,
     rng: np.random.Generator,
+    *,
+    sizes: Sequence[Wanted],
 ) -> None:
-    """Place the mitochondria of a plan, and others until the volume wanted is reached or no candidate takes another."""
+    """Place the mitochondria of a plan, and others until the volume wanted is reached or no candidate takes another.
+
+    The others are as few as possible: each as large as what is missing, with the height of the one of `sizes` that
+    comes nearest, or as there is room for; only then of any size.
+    """
+    _place_plan(room, groups, templates, plan, budget, rng)
+    _make_up(room, groups, templates, sizes, budget, rng)
+    _crowd(room, groups, templates, budget, rng)
+
+
+def _place_plan(
+    room: Room,
+    groups: CandidateGroups,
+    templates: Templates,
+    plan: Sequence[Wanted],
+    budget: Budget,
+    rng: np.random.Generator,
+) -> None:
+    """Place the mitochondria of a plan; what one lacks is added to those after it."""
     planned = sum(each.volume for each in plan)
     for each in plan:
         volume = float(np.clip((budget.wanted - budget.placed) / planned, *_STRETCH)) * each.volume
         planned -= each.volume
         choice = templates.matching(Wanted(volume, each.height_nm))
         budget.placed += _place(room, groups, choice, volume, budget.left, rng)
+
+
+def _make_up(
+    room: Room,
+    groups: CandidateGroups,
+    templates: Templates,
+    sizes: Sequence[Wanted],
+    budget: Budget,
+    rng: np.random.Generator,
+) -> None:
+    """Place what is missing in one mitochondrion, or in half as large ones where none of that size finds room, ..."""
+    least = min(each.volume for each in sizes)
+    volume = budget.wanted - budget.placed
+    while not budget.is_met and volume >= least:
+        alike = min(sizes, key=lambda each: abs(np.log(each.volume / volume)))
+        choice = templates.matching(Wanted(volume, alike.height_nm))
+        placed = _place(room, groups, choice, volume, budget.left, rng)
+        budget.placed += placed
+        volume = min(volume if placed else volume / 2, budget.wanted - budget.placed)
+
+
+def _crowd(room: Room, groups: CandidateGroups, templates: Templates, budget: Budget, rng: np.random.Generator) -> None:
+    """Place mitochondria of any size, at last in any neuron, until the volume wanted is reached or none is taken."""
     goals = [_Goal(1, _MIN_SCALE), *(_Goal(count, _LAST_SCALE) for count in range(1, len(groups) + 1))]
     for goal in goals:
         candidates = groups.largest(goal.groups)
@@ -356,6 +418,7 @@ def place_mitochondria(
     rng: np.random.Generator,
     *,
     mito_fraction: float,
+    mito_count: int | None = None,
     candidate_fraction: float = 0.10,
     margin_nm: float = 10.0,
 ) -> np.ndarray:
@@ -369,7 +432,8 @@ def place_mitochondria(
     the tries is placed. What it lacks is added to those still planned. A template that a face of its own volume cut
     has that end on a face here, too, as often as real ones do.
 
-    Where the plan did not make up the volume within 4 %, more are placed, down to .6 of a template's size, then to .35;
+    Where the plan did not make up the volume within 4 %, more are placed: as large as what is missing, then in halves.
+    Where these find no room either, any that fit are placed, down to .6 of a template's size, then to .35;
     when one attempt per candidate (15 at least) fails in a row, the next `candidate_fraction` of neurons joins, and so
     on: real tissue's share of mitochondria comes before the top 10 %. When all neurons have joined and still refuse,
     placement ends below the volume wanted.
@@ -388,6 +452,9 @@ def place_mitochondria(
     rng : numpy.random.Generator
     mito_fraction : float
         Share of all voxels that are to be mitochondria, in [0, 1].
+    mito_count : int or None
+        Mitochondria that are to make up that share; None: as many as in the library's tissue. Those that are not large
+        enough for it, as templates are drawn up to 1.25 of their size, leave a rest for others.
     candidate_fraction : float
         Share of the neurons, in (0, 1].
     margin_nm : float
@@ -401,7 +468,8 @@ def place_mitochondria(
     Raises
     ------
     LabelTypeError, ShapeMismatch, ValueRangeError
-        If an argument is not valid, or the library is empty although mitochondria are wanted.
+        If an argument is not valid, the library is empty although mitochondria are wanted, or more mitochondria than
+        the share makes room for.
     """
     compact, _ = compact_labels(label)
     mask = binary_mask(membrane, compact.shape, "membrane")
@@ -412,6 +480,7 @@ def place_mitochondria(
         library,
         rng,
         mito_fraction=mito_fraction,
+        mito_count=mito_count,
         candidate_fraction=candidate_fraction,
         margin_nm=margin_nm,
     )
@@ -425,26 +494,38 @@ def place_in(
     rng: np.random.Generator,
     *,
     mito_fraction: float,
+    mito_count: int | None,
     candidate_fraction: float,
     margin_nm: float,
 ) -> np.ndarray:
     """:func:`place_mitochondria` in labels 0..n (uint32) with a uint8 membrane mask."""
     size = voxel_size(voxel_nm)
-    if not is_wanted(library, mito_fraction, candidate_fraction, margin_nm):
+    if not is_wanted(library, mito_fraction, mito_count, candidate_fraction, margin_nm):
         return np.zeros(compact.shape, dtype=np.uint8)
     templates = Templates.of(library, len(compact), size)
+    budget = Budget(mito_fraction * compact.size)
+    plan = plan_of(library, budget.wanted, size, mito_count)
     room = Room.of(compact, membrane, size, margin_nm, templates.most_depth_nm)
     groups = CandidateGroups(room, candidate_fraction, templates.least_need_nm)
-    budget = Budget(mito_fraction * compact.size)
-    fill(room, groups, templates, plan_of(library, budget.wanted, size), budget, rng)
+    fill(room, groups, templates, plan, budget, rng, sizes=plan)
     return room.mito
 
 
-def is_wanted(library: SignatureLibrary, mito_fraction: float, candidate_fraction: float, margin_nm: float) -> bool:
+def is_wanted(
+    library: SignatureLibrary,
+    mito_fraction: float,
+    mito_count: int | None,
+    candidate_fraction: float,
+    margin_nm: float,
+) -> bool:
     """Validate the arguments of :func:`place_mitochondria`; whether any mitochondria are to be placed."""
     positive("The share of mitochondria", mito_fraction, below=1.0, zero=True)
     positive("The share of candidate neurons", candidate_fraction, below=1.0)
     positive("The margin in nm", margin_nm, zero=True)
-    if mito_fraction and not len(library):
+    if mito_count is not None and (not isinstance(mito_count, int | np.integer) or mito_count < 1):
+        raise ValueRangeError(f"The number of mitochondria must be a whole number of at least 1. Got {mito_count}.")
+    if (mito_fraction or mito_count) and not len(library):
         raise ValueRangeError("Mitochondria are wanted, but the signature library has none. Got an empty library.")
+    if mito_count and not mito_fraction:
+        raise ValueRangeError(f"The share of mitochondria must be > 0 for {mito_count} of them. Got {mito_fraction}.")
     return mito_fraction > 0

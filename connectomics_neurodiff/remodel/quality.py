@@ -224,16 +224,18 @@ def quality_report(
     }
 
 
-def mask_gate(report: dict[str, float], limits: MaskLimits) -> str:
+def mask_gate(report: dict[str, float], limits: MaskLimits, mito_fraction: float | None = None) -> str:
     """Why a remodelled mask may not be painted, or an empty string.
 
-    Mitochondria are compared where the source has any.
+    Mitochondria are compared where the source has any, or their share was asked for.
 
     Parameters
     ----------
     report : dict of str to float
         As made by :func:`quality_report`.
     limits : MaskLimits
+    mito_fraction : float or None
+        Share of mitochondria that was asked for; None: the source's.
     """
     for name, meaning in FAULTS.items():
         if report[name]:
@@ -251,14 +253,20 @@ def mask_gate(report: dict[str, float], limits: MaskLimits) -> str:
             f"The areas of its neurons' profiles differ from the source's by {report['profile_change']:.2f} on average "
             f"(logarithm); at most {limits.profile_change:g} is allowed."
         )
-    return _mito_fault(report, limits) if report["source_mito_count"] else ""
+    return _mito_fault(report, limits, mito_fraction)
 
 
-def _mito_fault(report: dict[str, float], limits: MaskLimits) -> str:
-    share, source, count = report["mito_fraction"], report["source_mito_fraction"], report["source_mito_count"]
-    if abs(share - source) > max(limits.mito_fraction, 1 / count) * source:
+def _mito_fault(report: dict[str, float], limits: MaskLimits, mito_fraction: float | None) -> str:
+    share, count = report["mito_fraction"], report["source_mito_count"]
+    wanted = report["source_mito_fraction"] if mito_fraction is None else mito_fraction
+    if mito_fraction is None and not count:
+        return ""
+    # Of none at all one is not all that was asked for.
+    one = 1 / (count if mito_fraction is None else max(report["mito_count"], 2))
+    if abs(share - wanted) > max(limits.mito_fraction, one) * wanted:
         return (
-            f"Mitochondria fill {100 * share:.2f} % of it, {100 * source:.2f} % of the source; at most "
+            f"Mitochondria fill {100 * share:.2f} % of it, {100 * wanted:.2f} % "
+            f"{'of the source' if mito_fraction is None else 'were asked for'}; at most "
             f"{100 * limits.mito_fraction:g} % of that, or one mitochondrion, may they differ."
         )
     if count >= LEAST_COMPARED and report["mito_height_p"] < limits.mito_height_p:

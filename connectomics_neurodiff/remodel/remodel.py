@@ -17,7 +17,7 @@ from .field import DisplacementField
 from .growing import grow_compact
 from .inside import keep_inside
 from .library import SignatureLibrary
-from .placement import place_in
+from .placement import is_wanted, place_in, plan_of
 from .rearranging import join_crops
 from .sections import misalign, section_shifts
 from .swelling import swell_compact
@@ -63,6 +63,7 @@ def remodel(
     place_mitochondria: bool = True,
     library: SignatureLibrary | None = None,
     mito_fraction: float | None = None,
+    mito_count: int | None = None,
     elastic_sigma_nm: float = 24.0,
     elastic_spacing_nm: float = 300.0,
     min_jacobian: float = 0.2,
@@ -105,6 +106,8 @@ def remodel(
         result is membranes alone.
     mito_fraction : float or None
         Share of all voxels to be mitochondria. None: that of `mito` inside neurons, or else of the library.
+    mito_count : int or None
+        Mitochondria that make up that share. None: as many as in the library's tissue.
     elastic_sigma_nm, elastic_spacing_nm, min_jacobian, membrane_thickness_nm, candidate_fraction, margin_nm : float
         See :func:`.elastic_deform`, :func:`.membrane_from_labels` and :func:`.place_mitochondria`.
     membrane_spread : float
@@ -137,6 +140,9 @@ def remodel(
     # Two streams, so that what is placed does not depend on how many numbers the deformation drew.
     seed, place_seed = (int(seed) for seed in rng.integers(2**63, size=2))
     to_place = _what_to_place(compact, source, size, library, mito_fraction) if place_mitochondria else None
+    if to_place and is_wanted(*to_place, mito_count, candidate_fraction, margin_nm):
+        # A number that the share has no room for is refused before the volume is deformed.
+        plan_of(to_place[0], to_place[1] * compact.size, size, mito_count)
     left_out: tuple[int, ...] = ()
     if rearrange:
         joined = join_crops(compact, source, size, rng_for(seed, "rearrange"))
@@ -178,6 +184,7 @@ def remodel(
             shapes,
             np.random.default_rng(place_seed),
             mito_fraction=fraction,
+            mito_count=mito_count,
             candidate_fraction=candidate_fraction,
             margin_nm=margin_nm,
         )
