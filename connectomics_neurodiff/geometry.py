@@ -40,11 +40,14 @@ def voxel_size(values: Sequence[float] | np.ndarray | float) -> ZYX:
     ValueRangeError
         If there are not three such numbers.
     """
-    flat = np.atleast_1d(np.asarray(values, dtype=float)).ravel()
+    try:
+        flat = np.atleast_1d(np.asarray(values, dtype=float)).ravel()
+    except (TypeError, ValueError):
+        flat = np.zeros(0)
     if flat.size != 3 or not ((flat >= _LEAST_NM) & (flat <= _MOST_NM)).all():
         raise ValueRangeError(
             f"A voxel size is three positive numbers in nm, (z, y, x), {_LEAST_NM:g} to {_MOST_NM:g} each. "
-            f"Got {flat.tolist()}."
+            f"Got {np.asarray(values).tolist() if flat.size else values!r}."
         )
     return ZYX(*(float(v) for v in flat))
 

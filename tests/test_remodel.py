@@ -23,6 +23,7 @@ from connectomics_neurodiff.remodel import (
     SignatureLibrary,
     keep_inside,
     place_mitochondria,
+    placement,
     quality_report,
     remodel,
 )
@@ -257,7 +258,7 @@ def test_candidates_are_the_largest_and_more_join_only_when_they_are_full(librar
     options = {"candidate_fraction": 2 / len(np.unique(label)), "mito_fraction": 0.015}
     few = place_mitochondria(label, membrane, VOXEL, library, rng_for(2), **options)
     assert set(np.unique(label[few > 0])) <= set(largest)
-    many = place_mitochondria(label, membrane, VOXEL, library, rng_for(2), **{**options, "mito_fraction": 0.2})
+    many = place_mitochondria(label, membrane, VOXEL, library, rng_for(2), **{**options, "mito_fraction": 0.4})
     assert set(np.unique(label[many > 0])) > set(largest)
 
 
@@ -512,6 +513,62 @@ def test_bad_input_is_refused_in_one_line(change, error) -> None:
     with pytest.raises(error) as caught:
         remodel(**arguments)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "error"),
+    [
+        ({"elastic_spacing_nm": 5.0}, "at least the edge of a voxel, 6 nm"),
+        ({"elastic_spacing_nm": 1e6}, "spacing"),
+        ({"elastic_sigma_nm": 1e300}, "amplitude"),
+        ({"margin_nm": 1e9}, "margin"),
+        ({"voxel_nm": ("a", 6, 6)}, "voxel size"),
+        ({"mito": np.zeros(SHAPE, dtype="U1")}, "mitochondria mask"),
+        ({"label": np.zeros(SHAPE, dtype="m8[s]")}, "non-negative integers"),
+    ],
+)
+def test_absurd_settings_are_refused_at_once(change, error: str) -> None:
+    label, mito = tissue()
+    with pytest.raises((LabelTypeError, ValueRangeError), match=error):
+        remodel(**{"label": label, "mito": mito, "voxel_nm": VOXEL, "rng": rng_for(0), **change})
+
+
+def test_memory_layout_and_byte_order_do_not_matter() -> None:
+    label, mito = tissue()
+    label = label.astype(np.int64) * 70_000
+    expected = remodel(label, mito, VOXEL, rng_for(0))
+    for other in (label.astype(">i8"), label.astype(">u4"), np.asfortranarray(label)):
+        made = remodel(other, np.asfortranarray(mito), VOXEL, rng_for(0))
+        for name in ("label", "membrane", "mito"):
+            assert np.array_equal(getattr(made, name), getattr(expected, name)), (other.dtype, name)
+
+
+def test_hundreds_that_find_no_room_are_soon_given_up(library: SignatureLibrary) -> None:
+    """Neurons one section high, wide enough for any template: each try fails."""
+    label = np.ones((12, 300, 300), dtype=np.uint32) * np.arange(1, 13, dtype=np.uint32)[:, None, None]
+    planned = len(plan_of(library, 0.3 * label.size, VOXEL))
+    assert planned > 100
+    tried = []
+    draw = placement._draw
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(placement, "_draw", lambda *given: tried.append(1) or draw(*given))
+        # What comes last draws them so small that one section is enough.
+        patch.setattr(placement, "_crowd", lambda *_: None)
+        new = remodel(label, None, VOXEL, rng_for(0), library=library, mito_fraction=0.3, elastic=False)
+    assert not new.mito.any()
+    assert 0 < len(tried) < 24 * planned / 4
+
+
+@pytest.mark.parametrize("margin_nm", [60.0, 110.0])
+def test_a_wide_margin_is_kept(margin_nm: float) -> None:
+    """Beyond 12 pixels by another way than below; against scipy."""
+    label = np.ones((3, 70, 90), dtype=np.uint32)
+    membrane = np.zeros(label.shape, dtype=np.uint8)
+    membrane[:, 20, 30] = membrane[1, 50, 70] = 1
+    room = Room.of(label, membrane, VOXEL, margin_nm)
+    for section, wall in zip(room.depth, membrane, strict=True):
+        away = ndimage.distance_transform_edt(wall == 0, VOXEL[1:])
+        assert np.array_equal(section > 0, away > margin_nm)
 
 
 def test_report_counts_by_hand() -> None:

@@ -24,7 +24,7 @@ from .block_placing import BlockwisePlacing, Neurons
 from .block_sections import misalign_blockwise
 from .checks import MOST_NM, binary_mask, compact_labels, positive, unsigned_labels
 from .copies import BYTES_PER_PROCESS, BYTES_PER_VOXEL
-from .elastic import MAX_ATTEMPTS, Pieces, calmed, fragments, give_away, torn_labels
+from .elastic import MAX_ATTEMPTS, Pieces, calmed, check_field, fragments, give_away, torn_labels
 from .field import DisplacementField
 from .inside import keep_inside
 from .library import SignatureLibrary
@@ -79,10 +79,10 @@ class BlockwiseSettings:
     section_jump_nm: float = 0.0
     section_drift_nm: float = 0.0
 
-    def check(self) -> None:
+    def check(self, voxel_nm: ZYX) -> None:
         """Raise ValueRangeError if a length is not valid; what concerns placing is checked with the shapes to place."""
-        positive("The elastic amplitude in nm", self.elastic_sigma_nm, zero=True)
-        positive("The spacing of the elastic grid in nm", self.elastic_spacing_nm)
+        if self.elastic:
+            check_field(voxel_nm, self.elastic_sigma_nm, self.elastic_spacing_nm)
         positive("The membrane's thickness in nm", self.membrane_thickness_nm, below=MOST_THICKNESS_NM)
         positive("The jump of a section in nm", self.section_jump_nm, below=MOST_NM, zero=True)
         positive("The drift of sections in nm", self.section_drift_nm, below=MOST_NM, zero=True)
@@ -192,7 +192,7 @@ class BlockwiseRemodelling:
                 f"Label and mitochondria must have one shape (z, y, x), no axis empty. Got {tuple(label.shape)} and "
                 f"{None if mito is None else tuple(mito.shape)}."
             )
-        settings.check()
+        settings.check(voxel_size(voxel_nm))
         depth = label.shape[0]
         blocks = [range(z, min(z + sections, depth)) for z in range(0, depth, sections)]
         source = _Source(label, mito, voxel_size(voxel_nm), blocks)

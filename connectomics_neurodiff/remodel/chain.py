@@ -19,7 +19,7 @@ from .room import Room
 
 #: A section may lose this share to the neuron's wall. With more it is drawn smaller, or the chain ends. Published: .20,
 #: and what lies outside is kept.
-MAX_OUTSIDE = 0.10
+MAX_OUTSIDE = 0.15
 _SHRINKS = (1.0, 0.9, 0.8, 0.7)
 #: Radius of opening and closing. Published: a disk of 3 px of 6 nm.
 _REFINE_NM = 18.0

@@ -58,11 +58,13 @@ def unsigned_labels(label: np.ndarray) -> np.ndarray:
     label = np.asarray(label)
     if label.ndim != 3 or label.size == 0:
         raise ShapeMismatch(f"A label volume has three non-empty axes (z, y, x). Got shape {label.shape}.")
-    if not np.issubdtype(label.dtype, np.integer):
+    if label.dtype.kind not in "iu":
         raise LabelTypeError(f"A label volume is made of non-negative integers. Got dtype {label.dtype}.")
-    if np.issubdtype(label.dtype, np.signedinteger) and label.min() < 0:
+    if label.dtype.kind == "i" and label.min() < 0:
         raise LabelTypeError(f"A label volume is made of non-negative integers. Got {label.min()}.")
-    return np.ascontiguousarray(label).view(np.dtype(f"u{label.dtype.itemsize}"))
+    # Byte order as the machine has it: some files are big-endian.
+    native = np.ascontiguousarray(label, dtype=label.dtype.newbyteorder("="))
+    return native.view(np.dtype(f"u{label.dtype.itemsize}"))
 
 
 def binary_mask(mask: np.ndarray, shape: tuple[int, ...], name: str) -> np.ndarray:
@@ -71,21 +73,25 @@ def binary_mask(mask: np.ndarray, shape: tuple[int, ...], name: str) -> np.ndarr
     Returns
     -------
     numpy.ndarray
-        (z, y, x) uint8, 1 where `mask` is not zero.
+        (z, y, x) uint8, C-ordered, 1 where `mask` is not zero.
 
     Raises
     ------
     ShapeMismatch
         If its shape differs from `shape`.
+    LabelTypeError
+        If it is not made of numbers or truth values.
     ValueRangeError
         If it holds a value that is not finite.
     """
     mask = np.asarray(mask)
     if mask.shape != shape:
         raise ShapeMismatch(f"The {name} mask must have the label's shape {shape}. Got {mask.shape}.")
-    if np.issubdtype(mask.dtype, np.floating) and not np.isfinite(mask).all():
+    if mask.dtype.kind not in "buif":
+        raise LabelTypeError(f"The {name} mask must be 0 or 1. Got dtype {mask.dtype}.")
+    if mask.dtype.kind == "f" and not np.isfinite(mask).all():
         raise ValueRangeError(f"The {name} mask must be 0 or 1. Got a value that is not finite.")
-    return (mask != 0).astype(np.uint8)
+    return np.ascontiguousarray(mask != 0).view(np.uint8)
 
 
 def positive(name: str, value: float, *, below: float = np.inf, zero: bool = False) -> float:

@@ -12,7 +12,9 @@ import fastremap
 import numpy as np
 from scipy import ndimage
 
-from .checks import compact_labels, positive
+from ..errors import ValueRangeError
+from ..geometry import is_anisotropic, voxel_size
+from .checks import MOST_NM, compact_labels, positive
 from .field import DisplacementField
 
 #: Share of a neuron that may break off and be given to its surroundings; more counts as torn and calms the field there.
@@ -185,9 +187,9 @@ def elastic_deform(
         Voxel size (z, y, x).
     rng : numpy.random.Generator
     sigma_nm : float
-        Standard deviation of the displacement, >= 0.
+        Standard deviation of the displacement, from 0 to 1e5.
     spacing_nm : float
-        Distance of the control points, > 0.
+        Distance of the control points, from the edge of a voxel to 1e5.
     min_jacobian : float
         Smallest Jacobian determinant allowed, in (0, 1).
 
@@ -203,6 +205,18 @@ def elastic_deform(
     return Deformation(ids[moved], field, minimum)
 
 
+def check_field(voxel_nm: Sequence[float], sigma_nm: float, spacing_nm: float) -> None:
+    """Raise ValueRangeError if a field's amplitude or spacing is not valid, or its grid finer than the voxels."""
+    positive("The elastic amplitude in nm", sigma_nm, below=MOST_NM, zero=True)
+    positive("The spacing of the elastic grid in nm", spacing_nm, below=MOST_NM)
+    size = voxel_size(voxel_nm)
+    edge = max(size[1:] if is_anisotropic(size) else size)
+    if spacing_nm < edge:
+        raise ValueRangeError(
+            f"The spacing of the elastic grid must be at least the edge of a voxel, {edge:g} nm. Got {spacing_nm:g}."
+        )
+
+
 def deform_compact(
     compact: np.ndarray,
     voxel_nm: Sequence[float],
@@ -213,8 +227,7 @@ def deform_compact(
     min_jacobian: float,
 ) -> tuple[np.ndarray, DisplacementField, float]:
     """:func:`elastic_deform` of labels 0..n (uint32): deformed labels, field, its smallest Jacobian determinant."""
-    positive("The elastic amplitude in nm", sigma_nm, zero=True)
-    positive("The spacing of the elastic grid in nm", spacing_nm)
+    check_field(voxel_nm, sigma_nm, spacing_nm)
     drawn = DisplacementField.random(compact.shape, voxel_nm, rng, sigma_nm=sigma_nm, spacing_nm=spacing_nm)
     allowed = pieces_of(compact).counts(int(compact.max()) + 1)
     field = drawn

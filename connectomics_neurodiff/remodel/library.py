@@ -26,8 +26,8 @@ _LEAST_SHARE = 0.5
 MIN_SECTION_NM2 = 3600.0
 #: Height of a cut chain, relative to its width, from which it can be closed and drawn anywhere.
 _LEAST_KNOWN = 0.75
-#: Volume from which an object is used as a template: a ball of 125 nm. Crops cut smaller corners off large objects.
-LEAST_VOLUME_NM3 = 1.0e6
+#: Volume from which an object is used as a template: a ball of 73 nm. Crops cut smaller corners off large objects.
+LEAST_VOLUME_NM3 = 2.0e5
 #: Share of an object's sections that must be clear of the lateral border; otherwise the border cuts the object.
 _LEAST_WHOLE = 0.6
 _FORMAT = 1

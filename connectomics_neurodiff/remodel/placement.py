@@ -11,7 +11,7 @@ import numpy as np
 from ..errors import ValueRangeError
 from ..geometry import voxel_size
 from .chain import Pose, grow_chain
-from .checks import binary_mask, compact_labels, positive
+from .checks import MOST_NM, binary_mask, compact_labels, positive
 from .ellipse import Ellipse, equivalent_ellipse, piece_at
 from .library import LEAST_VOLUME_NM3, Signature, SignatureLibrary
 from .room import Candidate, CandidateGroups, Room
@@ -34,14 +34,18 @@ _MIN_SCALE, _LAST_SCALE = 0.6, 0.35
 _TOLERANCE = 0.04
 #: Places tried for a template in a neuron before another neuron and template are drawn.
 _PLACES = 6
-#: Neurons tried for one mitochondrion of the plan; the largest that was drawn is kept, the first that is large enough
-#: ends the search, and what is smaller than the last share of its volume is not placed. With .8, or an end after eight
-#: tries in vain, the phantom's largest one was placed less often, and up to 41 stood for 30.
+#: Neurons tried for one mitochondrion of the plan; the one drawn that is nearest in volume and height is kept, the
+#: first that comes to this share of both ends the search, and what is smaller than the last share of the volume is not
+#: placed. With .8, or an end after eight tries in vain, the phantom's largest one was placed less often.
 _TRIES, _ENOUGH, _TOO_SMALL = 24, 0.85, 0.35
+#: Share of a section by which a height may be off without counting.
+_ROUNDED = 0.25
 #: What could not be placed is added to what is still planned, up to this factor.
 _STRETCH = (0.7, 1.5)
-#: Voxels drawn to find one that is deep enough.
-_DRAWN = 32
+#: So many in a row without room, and no more are tried before those of the plan that are smaller by such a factor.
+_REFUSALS, _SMALLER = 10, 0.9
+#: Voxels drawn to find some that are deep enough, and so many of these to choose the deepest from.
+_DRAWN, _DEEPEST_OF = 32, 4
 #: Failures in a row, per candidate and at least, before the demands are lowered.
 _PATIENCE_PER_CANDIDATE, _PATIENCE = 1, 15
 #: Share of a template's sections that must find room.
@@ -86,7 +90,9 @@ def plan_of(
     """
     ranked = sorted(library.signatures, key=lambda s: -s.volume_nm3)
     in_voxels = float(np.prod(voxel_nm))
-    planned = max(1, round(len(ranked) * voxels * in_voxels / library.mito_nm3)) if count is None else count
+    # One that is smaller than a voxel cannot be drawn.
+    own = max(1, min(round(len(ranked) * voxels * in_voxels / library.mito_nm3), int(voxels)))
+    planned = own if count is None else count
     most = max(1, int(voxels * in_voxels / LEAST_VOLUME_NM3))
     if count is not None and count > most:
         raise ValueRangeError(
@@ -195,7 +201,10 @@ class Choice:
 def _anchor(
     room: Room, candidate: Candidate, least_nm: float, section: int | None, rng: np.random.Generator
 ) -> tuple[int, int, int] | None:
-    """A random voxel of the neuron, in one section if given, that is still deep enough for a template's centre."""
+    """A random voxel of the neuron, in one section if given, that is still deep enough for a template's centre.
+
+    Of a few such voxels the deepest one: near the neuron's medial axis chains get further.
+    """
     deep = candidate.deep
     if section is not None:
         area = room.label.shape[1] * room.label.shape[2]
@@ -203,10 +212,12 @@ def _anchor(
     if not deep.size:
         return None
     drawn = deep[rng.integers(len(deep), size=_DRAWN)]
-    fit = drawn[room.depth.ravel()[drawn] >= least_nm]
+    depth = room.depth.ravel()[drawn]
+    fit = np.flatnonzero(depth >= least_nm)[:_DEEPEST_OF]
     if not fit.size:
         return None
-    z, y, x = (int(v) for v in np.unravel_index(fit[0], room.label.shape))
+    deepest = drawn[fit[depth[fit].argmax()]]
+    z, y, x = (int(v) for v in np.unravel_index(deepest, room.label.shape))
     return z, y, x
 
 
@@ -296,23 +307,32 @@ def _drawn_from(candidates: Sequence[Candidate], rng: np.random.Generator) -> Ca
 
 
 def _place(
-    room: Room, groups: CandidateGroups, choice: Choice, volume: float, most: float, rng: np.random.Generator
+    room: Room, groups: CandidateGroups, templates: Templates, wanted: Wanted, most: float, rng: np.random.Generator
 ) -> int:
-    """Place one mitochondrion of about that volume, and at most the second one; returns its voxels, 0 if none fits."""
-    candidates = groups.largest(1)
+    """Place one mitochondrion like the one wanted, of at most so many voxels; returns its voxels, 0 if none fits."""
+    candidates, choice = groups.largest(1), templates.matching(wanted)
     best: tuple[np.ndarray, tuple[slice, ...]] | None = None
-    largest = 0
+    nearest = 0.0
     for _ in range(_TRIES if candidates else 0):
         made = _draw(room, _drawn_from(candidates, rng), choice, rng)
-        voxels = 0 if made is None else int(np.count_nonzero(made[0]))
-        if largest < voxels <= most:
-            best, largest = made, voxels
-        if largest >= _ENOUGH * volume:
+        if made is None:
+            continue
+        volume = np.count_nonzero(made[0]) / wanted.volume
+        if not _TOO_SMALL <= volume <= most / wanted.volume:
+            continue
+        # What ends early where its neuron is narrow may be large enough and too low. Heights are whole sections, so a
+        # fourth of one is let pass. With half of one, or by volume alone, the heights of 300 were not like the
+        # source's (p .00 to .14); with none the search takes a third longer.
+        sections, high = np.count_nonzero(made[0].any(axis=(1, 2))), wanted.height_nm / room.voxel_nm[0]
+        near = min(volume, (sections + _ROUNDED) / high, high / (sections - _ROUNDED))
+        if near > nearest:
+            best, nearest = made, near
+        if nearest >= _ENOUGH:
             break
-    if best is None or largest < _TOO_SMALL * volume:
+    if best is None:
         return 0
     room.put(*best)
-    return largest
+    return int(np.count_nonzero(best[0]))
 
 
 @dataclass
@@ -362,13 +382,20 @@ def _place_plan(
     budget: Budget,
     rng: np.random.Generator,
 ) -> None:
-    """Place the mitochondria of a plan; what one lacks is added to those after it."""
+    """Place the mitochondria of a plan; what one lacks is added to those after it.
+
+    Where many in a row find no room, those of their size are left out: there may be thousands.
+    """
     planned = sum(each.volume for each in plan)
+    failures, refused = 0, np.inf
     for each in plan:
         volume = float(np.clip((budget.wanted - budget.placed) / planned, *_STRETCH)) * each.volume
         planned -= each.volume
-        choice = templates.matching(Wanted(volume, each.height_nm))
-        budget.placed += _place(room, groups, choice, volume, budget.left, rng)
+        if failures >= _REFUSALS and each.volume > _SMALLER * refused:
+            continue
+        placed = _place(room, groups, templates, Wanted(volume, each.height_nm), budget.left, rng)
+        budget.placed += placed
+        failures, refused = (0, np.inf) if placed else (failures + 1, each.volume)
 
 
 def _make_up(
@@ -380,12 +407,11 @@ def _make_up(
     rng: np.random.Generator,
 ) -> None:
     """Place what is missing in one mitochondrion, or in half as large ones where none of that size finds room, ..."""
-    least = min(each.volume for each in sizes)
+    volumes = np.log([each.volume for each in sizes])
     volume = budget.wanted - budget.placed
-    while not budget.is_met and volume >= least:
-        alike = min(sizes, key=lambda each: abs(np.log(each.volume / volume)))
-        choice = templates.matching(Wanted(volume, alike.height_nm))
-        placed = _place(room, groups, choice, volume, budget.left, rng)
+    while not budget.is_met and np.log(volume) >= volumes.min():
+        alike = sizes[int(np.abs(volumes - np.log(volume)).argmin())]
+        placed = _place(room, groups, templates, Wanted(volume, alike.height_nm), budget.left, rng)
         budget.placed += placed
         volume = min(volume if placed else volume / 2, budget.wanted - budget.placed)
 
@@ -428,9 +454,9 @@ def place_mitochondria(
     largest first. For each one neurons are drawn from the candidates, the top `candidate_fraction` by volume (at least
     one) that are wide enough: an ellipse is fitted to the neuron's cross-section at a random place that is deep enough,
     a template is drawn by its likeness to what is wanted, once scaled, and by its axis-length ratio to that ellipse,
-    aligned with it, led through the sections, refined, and kept if it is valid (:func:`.grow_chain`). The largest of
-    the tries is placed. What it lacks is added to those still planned. A template that a face of its own volume cut
-    has that end on a face here, too, as often as real ones do.
+    aligned with it, led through the sections, refined, and kept if it is valid (:func:`.grow_chain`). Of the tries
+    the one that comes nearest to the volume and height is placed. What it lacks is added to those still planned. A
+    template that a face of its own volume cut has that end on a face here, too, as often as real ones do.
 
     Where the plan did not make up the volume within 4 %, more are placed: as large as what is missing, then in halves.
     Where these find no room either, any that fit are placed, down to .6 of a template's size, then to .35;
@@ -458,7 +484,7 @@ def place_mitochondria(
     candidate_fraction : float
         Share of the neurons, in (0, 1].
     margin_nm : float
-        Distance kept from membranes and from other mitochondria within a section, >= 0; one voxel at least.
+        Distance kept from membranes and from other mitochondria within a section, 0 to 1e5; one voxel at least.
 
     Returns
     -------
@@ -521,7 +547,7 @@ def is_wanted(
     """Validate the arguments of :func:`place_mitochondria`; whether any mitochondria are to be placed."""
     positive("The share of mitochondria", mito_fraction, below=1.0, zero=True)
     positive("The share of candidate neurons", candidate_fraction, below=1.0)
-    positive("The margin in nm", margin_nm, zero=True)
+    positive("The margin in nm", margin_nm, below=MOST_NM, zero=True)
     if mito_count is not None and (not isinstance(mito_count, int | np.integer) or mito_count < 1):
         raise ValueRangeError(f"The number of mitochondria must be a whole number of at least 1. Got {mito_count}.")
     if (mito_fraction or mito_count) and not len(library):

@@ -176,7 +176,7 @@ def _nearest_neurite(paths: list[Path], coordinates: np.ndarray, stride: np.ndar
     points = np.concatenate([path.points for path in paths])
     radii = np.concatenate([path.radii for path in paths])
     neurites = np.concatenate([np.full(len(path.points), path.neurite + 1, np.uint32) for path in paths])
-    tree = cKDTree(np.column_stack([points, np.sqrt(radii.max() ** 2 - radii**2)]))
+    tree = cKDTree(np.column_stack([points, np.sqrt((squares := radii**2).max() - squares)]))
 
     def nearest(at: np.ndarray) -> np.ndarray:
         return neurites[tree.query(np.column_stack([at, np.zeros(len(at))]))[1]]
