@@ -110,7 +110,7 @@ def plan_of(
 @dataclass(frozen=True, eq=False)
 class Templates:
     """Templates of a library, and per template: volume in voxels, axes in nm and ratio to the host of its widest
-    section, height in nm, smallest sensible size."""
+    section, height in nm, largest minor axis, smallest sensible size."""
 
     signatures: tuple[Signature, ...]
     volume: np.ndarray
@@ -118,6 +118,7 @@ class Templates:
     minor: np.ndarray
     ratio: np.ndarray
     height: np.ndarray
+    widths: np.ndarray
     least_scale: np.ndarray
 
     @classmethod
@@ -132,6 +133,7 @@ class Templates:
             axes[:, 1],
             np.array([s.host_ratios[i] for s, i in zip(signatures, widest, strict=True)]),
             np.array([s.z_extent_nm for s in signatures]),
+            np.array([s.axes[:, 1].max() for s in signatures]),
             np.clip(np.cbrt([LEAST_VOLUME_NM3 / s.volume_nm3 for s in signatures]), _LAST_SCALE, _MIN_SCALE),
         )
 
@@ -142,7 +144,7 @@ class Templates:
     @property
     def most_depth_nm(self) -> float:
         """Depth that the centre of no section of any template exceeds in its need."""
-        return _MAX_SCALE * max(float(s.axes[:, 1].max()) for s in self.signatures) / 2
+        return _MAX_SCALE * float(self.widths.max()) / 2
 
     @property
     def least_need_nm(self) -> float:
@@ -182,6 +184,12 @@ class Choice:
         """Depth that the least demanding of the likely templates needs; infinite if there is none."""
         likely = (self.weight > 0) & (self.weight >= 0.05 * self.weight.max())
         return float(self.templates.needs(self.scale)[likely].min(initial=np.inf))
+
+    @cached_property
+    def most_depth_nm(self) -> float:
+        """Depth that the centre of no section of a likely template exceeds in its need."""
+        likely = self.weight >= 0.05 * self.weight.max()
+        return float((self.scale * self.templates.widths)[likely].max() / 2)
 
     def choose(self, host_major_nm: float, depth_nm: float, rng: np.random.Generator) -> tuple[Signature, float] | None:
         """Template and its scale for a neuron's cross-section, by the ratio of their axes; None if none fits."""
@@ -331,7 +339,8 @@ def _place(
             break
     if best is None:
         return 0
-    room.put(*best)
+    # Those that follow are rarely larger.
+    room.put(*best, choice.most_depth_nm)
     return int(np.count_nonzero(best[0]))
 
 

@@ -232,16 +232,17 @@ class Room:
         self.depth[_with_neighbours(self.mito)] = 0
         self._keep_off(tuple(slice(0, n) for n in mito.shape))
 
-    def put(self, mask: np.ndarray, box: tuple[slice, ...]) -> None:
-        """Place a mitochondrion: mark it, and lower the depth around it."""
+    def put(self, mask: np.ndarray, box: tuple[slice, ...], need_nm: float = np.inf) -> None:
+        """Place a mitochondrion: mark it, and lower the depth around it, as far as those to come need so much depth."""
         self.mito[box][mask] = 1
         near = self._grown(box, (1, 1, 1))
         self.depth[near][_with_neighbours(self.mito[near])] = 0
-        around = self._grown(box, self._reach(self.need_nm))
+        need_nm = min(self.need_nm, max(need_nm, self.margin_nm))
+        around = self._grown(box, self._reach(need_nm))
         # Within another neuron a membrane is always nearer; and what is nowhere deeper than that is lowered no further.
         same = self.label[around] == self.label[box][mask][0]
         deepest = float((self.depth[around] * same).max())
-        self._keep_off(self._grown(box, self._reach(min(self.need_nm, deepest))))
+        self._keep_off(self._grown(box, self._reach(min(need_nm, deepest))))
 
     def _keep_off(self, around: tuple[slice, ...]) -> None:
         """Lower the depth in a box to the distance from its mitochondria."""
