@@ -27,11 +27,13 @@ def _require_free(path: str, *inputs: str, force: bool) -> None:
 
 
 def _require_unused(path: str, *inputs: str, force: bool) -> None:
+    # Resolved: missing/../cells.h5 is not there until the folder is made, and then it is cells.h5.
+    output = Path(path).resolve()
     for source in inputs:
-        file = source.split("::")[0]
-        if Path(path).exists() and Path(file).exists() and Path(path).samefile(file):
+        file = Path(source.split("::")[0])
+        if output.exists() and file.exists() and output.samefile(file):
             raise OutputExists(f"{path} is an input of this command and would be lost, --force or not. Name another.")
-    if Path(path).exists() and not force:
+    if output.exists() and not force:
         raise OutputExists(f"{path} exists; nothing was overwritten. Name another output, or use --force.")
     require_writable(path)
 

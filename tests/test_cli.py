@@ -371,6 +371,17 @@ def test_checkpoints_must_say_what_is_needed_of_them(cells: Path, tmp_path: Path
     )
 
 
+def test_an_input_is_safe_under_any_of_its_names(cells: Path, tmp_path: Path) -> None:
+    source, link = tmp_path / "mine.h5", tmp_path / "link.h5"
+    source.write_bytes(cells.read_bytes())
+    link.symlink_to(source)
+    for name in (source, link, tmp_path / "missing" / ".." / "mine.h5"):
+        refused("would be lost", "remodel", str(source), str(name))
+        refused("would be lost", "remodel", str(source), str(name), "--force")
+    assert source.read_bytes() == cells.read_bytes()
+    assert not (tmp_path / "missing").exists()
+
+
 def test_bad_volumes_are_refused(cells: Path, denoiser: Path, tmp_path: Path) -> None:
     out = str(tmp_path / "out.h5")
     with h5py.File(tmp_path / "bare.h5", "w") as file:

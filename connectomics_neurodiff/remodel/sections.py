@@ -94,6 +94,21 @@ def _source(length: int, shift: int) -> np.ndarray:
     return np.rint(at - shift * faded).astype(int)
 
 
+def closed(label: np.ndarray, membrane: np.ndarray) -> np.ndarray:
+    """Shifted membranes (z, y, x) uint8 of shifted labels, and both pixels of every boundary within a section.
+
+    Where a shift fades out one row in five is left out, and with it a membrane that is two pixels thin.
+    """
+    walls = membrane.copy()
+    for axis in (1, 2):
+        here, ahead = [slice(None)] * 3, [slice(None)] * 3
+        here[axis], ahead[axis] = slice(None, -1), slice(1, None)
+        boundary = label[tuple(here)] != label[tuple(ahead)]
+        walls[tuple(here)] |= boundary
+        walls[tuple(ahead)] |= boundary
+    return walls
+
+
 def halved(shifts: np.ndarray) -> np.ndarray:
     """Shifts half as long, and in the end none: then no label vanishes."""
     return np.trunc(shifts / 2).astype(int)
@@ -130,7 +145,7 @@ def misalign(
         shifts = halved(shifts)
         moved = shift_sections(compact, shifts)
         pieces = pieces_of(moved)
-    label, walls = tell_apart(moved, pieces, allowed), shift_sections(membrane, shifts)
+    label, walls = tell_apart(moved, pieces, allowed), closed(moved, shift_sections(membrane, shifts))
     inside = np.bincount(label[walls == 0], minlength=int(label.max()) + 1)
     specks = (inside == 0) & (np.arange(len(inside)) >= len(allowed))
     label = np.where(specks[label], np.uint32(0), label)
