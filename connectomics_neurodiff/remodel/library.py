@@ -306,10 +306,13 @@ def _require_sound(arrays: dict[str, np.ndarray]) -> None:
         if arrays[name].shape != lengths.shape:
             raise ValueError(f"shape of {name}")
     for name in (*_PER_SECTION, "pitch_z_nm", "volume_nm3", "tissue"):
-        if not np.isfinite(arrays[name].astype(float)).all():
+        if arrays[name].dtype.kind not in "iuf" or not np.isfinite(arrays[name]).all():
             raise ValueError(f"values of {name}")
-    if any((arrays[name] <= 0).any() for name in ("axes", "areas_nm2", "pitch_z_nm", "volume_nm3")):
+    if any((arrays[name] <= 0).any() for name in ("axes", "areas_nm2", "host_ratios", "pitch_z_nm", "volume_nm3")):
         raise ValueError("a length that is not positive")
+    mito_nm3, tissue_nm3 = arrays["tissue"]
+    if not 0 <= mito_nm3 <= tissue_nm3:
+        raise ValueError("more mitochondria than tissue")
 
 
 def gather_libraries(
