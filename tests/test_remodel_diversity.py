@@ -139,6 +139,21 @@ def test_a_section_moves_as_a_whole_and_fades_out_at_the_frame() -> None:
         shift_sections(volume, np.zeros((3, 2), int))
 
 
+@pytest.mark.parametrize("gap", [0, 3])
+def test_misaligning_does_not_widen_membranes(gap: int) -> None:
+    """Neither of neurons that touch nor of such that a gap parts; a shift of all sections by 0 changes nothing."""
+    label = np.ones((4, 90, 120), dtype=np.uint32)
+    label[:, :, 60:] = 2
+    label[:, 45:] += 2
+    label[:, :, 60 : 60 + gap] = 0
+    label[:, 45 : 45 + gap] = 0
+    membrane = membrane_from_labels(label, VOXEL)
+    mito = np.zeros_like(membrane)
+    assert np.array_equal(misalign(label, membrane, mito, np.zeros((4, 2), dtype=int))[1], membrane)
+    walls = misalign(label, membrane, mito, np.array([[3, 0], [0, -2], [4, 4], [-7, 1]]))[1]
+    assert walls.sum() == pytest.approx(membrane.sum(), rel=0.03)
+
+
 @given(seed=st.integers(0, 1000), jump=st.sampled_from([10.0, 60.0, 1e5]))
 @settings(max_examples=8, deadline=None)
 def test_misaligned_labels_stay_in_their_sections_and_whole(seed: int, jump: float) -> None:

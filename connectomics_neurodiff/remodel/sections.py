@@ -95,17 +95,19 @@ def _source(length: int, shift: int) -> np.ndarray:
 
 
 def closed(label: np.ndarray, membrane: np.ndarray) -> np.ndarray:
-    """Shifted membranes (z, y, x) uint8 of shifted labels, and both pixels of every boundary within a section.
+    """Shifted membranes (z, y, x) uint8 of shifted labels, and both pixels wherever two neurons touch within a section.
 
-    Where a shift fades out one row in five is left out, and with it a membrane that is two pixels thin.
+    Where a shift fades out one row in five is left out, and with it a membrane that is two pixels thin. Gaps between
+    neurons are membrane already: if both pixels of their boundaries were, too, membranes would be a quarter wider.
     """
     walls = membrane.copy()
     for axis in (1, 2):
         here, ahead = [slice(None)] * 3, [slice(None)] * 3
         here[axis], ahead[axis] = slice(None, -1), slice(1, None)
-        boundary = label[tuple(here)] != label[tuple(ahead)]
-        walls[tuple(here)] |= boundary
-        walls[tuple(ahead)] |= boundary
+        one, other = label[tuple(here)], label[tuple(ahead)]
+        touch = (one != other) & (one > 0) & (other > 0)
+        walls[tuple(here)] |= touch
+        walls[tuple(ahead)] |= touch
     return walls
 
 
