@@ -14,6 +14,8 @@ from scipy import ndimage
 
 from connectomics_neurodiff.errors import ValueRangeError
 from connectomics_neurodiff.volume import Volume, grow_phantom, open_volume, write_volume
+from connectomics_neurodiff.volume.phantom import _nearest_neurite
+from connectomics_neurodiff.volume.phantom_neurites import Path as Neurite
 from connectomics_neurodiff.volume.phantom_render import smooth_noise
 
 CASES = [
@@ -150,6 +152,15 @@ def test_sections_drift_in_brightness_only_where_they_are_cut() -> None:
         return float(np.std(np.diff(np.nanmedian(cytoplasm, axis=(1, 2)))))
 
     assert spread((29, 6, 6)) > 3 * spread((8, 8, 8))
+
+
+@pytest.mark.parametrize("radius", [250.22602288194534, 122.80272654099086, 380.8919017825329])
+def test_every_voxel_goes_to_the_nearest_surface(radius: float) -> None:
+    """Also where the largest radius, squared as a scalar, is rounded below its square in an array."""
+    paths = [Neurite(np.array([[0.0, 0.0, 500.0 * i]]), np.array([radius / (1 + i)]), i) for i in range(2)]
+    grid = np.stack(np.meshgrid([0.0, 30.0], np.arange(9) * 20.0, np.arange(40) * 15.0, indexing="ij"), axis=-1)
+    away = [((grid - path.points) ** 2).sum(axis=-1) - path.radii[0] ** 2 for path in paths]
+    assert np.array_equal(_nearest_neurite(paths, grid, np.array([1, 1, 1])), 1 + np.argmin(away, axis=0))
 
 
 def test_smooth_noise_has_unit_variance_and_its_length() -> None:
