@@ -263,15 +263,16 @@ def remodel(options: argparse.Namespace) -> None:
     label, mito = volume.array("label"), volume.mito_array
     place = not options.no_mito
     library = gather_libraries(label, mito, volume.voxel_nm, options.library) if place or options.save_library else None
-    if options.save_library:
-        if library is None:
-            raise ValueRangeError("--save-library needs a volume with mitochondria. Got one without.")
-        library.save(options.save_library)
+    if options.save_library and library is None:
+        raise ValueRangeError("--save-library needs a volume with mitochondria. Got one without.")
     workers = workers_that_fit(label.size, len(outputs), options.workers)
     # A process of its own reads the volume itself: it is not sent through a pipe.
     job = partial(_remodel_copy, options, lazy if workers > 1 else volume, library)
     for _ in progress(in_processes(job, list(enumerate(outputs)), workers), label="remodel", total=len(outputs)):
         pass
+    if options.save_library and library is not None:
+        # At last: what a user has is not replaced by a command that is refused.
+        library.save(options.save_library)
 
 
 def _remodel_in_blocks(options: argparse.Namespace, volume: Volume, outputs: Sequence[Path]) -> None:
@@ -309,7 +310,8 @@ def _remodel_in_blocks(options: argparse.Namespace, volume: Volume, outputs: Seq
         ),
     )
     for copy, output in enumerate(outputs):
-        remodelling.make(output, rng_for(options.seed, "remodel", copy), {"seed": options.seed, "copy": copy})
+        attributes = {"seed": options.seed, "copy": copy}
+        remodelling.make(output, rng_for(options.seed, "remodel", copy), attributes, overwrite=options.force)
 
 
 def _remodel_copy(

@@ -44,6 +44,12 @@ def require_writable(path: str | os.PathLike[str]) -> None:
         raise NotWritable(f"{target} cannot be made: there is no permission to write in {folder}.")
 
 
+def require_new(path: str | os.PathLike[str]) -> None:
+    """Raise OutputExists if there is a file of that name."""
+    if Path(path).exists():
+        raise OutputExists(f"{path} exists; nothing was overwritten. Name another output, or remove it first.")
+
+
 @contextmanager
 def atomic_write(path: str | os.PathLike[str], *, overwrite: bool = True) -> Iterator[Path]:
     """Yield a temporary path beside `path`; rename it into place only if the block succeeds.
@@ -63,8 +69,8 @@ def atomic_write(path: str | os.PathLike[str], *, overwrite: bool = True) -> Ite
     """
     require_writable(path)
     target = Path(path)
-    if target.exists() and not overwrite:
-        raise OutputExists(f"{target} exists; nothing was overwritten. Name another output, or remove it first.")
+    if not overwrite:
+        require_new(target)
     temporary = _temporary(target, str(os.getpid()))
     _remove_leftovers(target)
     _being_written.add(temporary)

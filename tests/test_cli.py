@@ -437,6 +437,9 @@ def test_shapes_of_one_volume_serve_another_without_mitochondria(cells: Path, tm
     refused("--mito-count is of mitochondria to place", "remodel", str(cells), out, "--no-mito", "--mito-count", "3")
     refused("exists", "remodel", str(cells), out, "--save-library", shapes)
     refused("ends in .npz", "remodel", str(cells), out, "--save-library", str(tmp_path / "shapes.h5"))
+    before = Path(shapes).read_bytes()
+    refused("must lie in", "remodel", str(cells), out, "--save-library", shapes, "--force", "--mito-count", "99999")
+    assert Path(shapes).read_bytes() == before
     refused("volume with mitochondria", "remodel", str(bare), out, "--save-library", str(tmp_path / "new.npz"))
     refused("not a signature library", "remodel", str(bare), out, "--library", str(cells))
     assert not (tmp_path / "new.npz").exists()

@@ -96,6 +96,7 @@ def test_an_extra_volume_may_be_a_name_or_a_group(tmp_path: Path) -> None:
         (["NEURODIFF.REMODEL.CANDIDATE_FRACTION", "0.0"], "CANDIDATE_FRACTION must be"),
         (["NEURODIFF.REMODEL.MITO_FRACTION", "1.5"], "MITO_FRACTION must be"),
         (["NEURODIFF.REMODEL.MITO_COUNT", "-1"], "MITO_COUNT must be"),
+        (["NEURODIFF.REMODEL.MITOCHONDRIA", "False", "NEURODIFF.REMODEL.MITO_COUNT", "3"], "none are placed"),
         (["NEURODIFF.REMODEL.SIGMA_NM", "inf"], "SIGMA_NM must be"),
         (["NEURODIFF.REMODEL.NEURON_SPREAD_NM", "-1"], "NEURON_SPREAD_NM must be in"),
         (["NEURODIFF.REMODEL.SECTION_JUMP_NM", "inf"], "SECTION_JUMP_NM must be in"),

@@ -29,6 +29,7 @@ from connectomics_neurodiff.remodel import (
 )
 from connectomics_neurodiff.remodel.chain import Pose, _settle
 from connectomics_neurodiff.remodel.ellipse import equivalent_ellipse
+from connectomics_neurodiff.remodel.library import LEAST_VOLUME_NM3
 from connectomics_neurodiff.remodel.placement import _cross_section, _section_of, plan_of
 from connectomics_neurodiff.remodel.room import CandidateGroups, Room, Window, depth_map
 from connectomics_neurodiff.seeding import rng_for
@@ -222,6 +223,121 @@ def test_plan_has_the_library_s_sizes_or_the_number_asked_for(library: Signature
     assert few[0].height_nm == pytest.approx(
         np.cbrt(larger) * max(library.signatures, key=lambda s: s.volume_nm3).z_extent_nm
     )
+
+
+@given(st.lists(st.floats(1e3, 1e9), min_size=1, max_size=40), st.floats(1.0, 50.0))
+def test_volumes_asked_for_have_their_sum_and_none_is_too_small(volumes: list[float], mean: float) -> None:
+    """Every volume is the same multiple of what it was, or the least one."""
+    falling = np.sort(volumes)[::-1]
+    total = mean * LEAST_VOLUME_NM3 * len(falling)
+    planned = placement._with_sum(falling, total)
+    assert planned.sum() == pytest.approx(total)
+    assert planned.min() >= LEAST_VOLUME_NM3
+    larger = (planned / falling)[planned > LEAST_VOLUME_NM3 * (1 + 1e-9)]
+    assert larger == pytest.approx(larger.max(initial=0))
+    assert (LEAST_VOLUME_NM3 / falling >= larger.max(initial=0) - 1e-9)[planned == LEAST_VOLUME_NM3].all()
+
+
+def drawn(voxels: int, sections: int) -> tuple[np.ndarray, tuple[slice, ...]]:
+    """A mitochondrion of so many voxels in so many sections."""
+    mask = np.zeros((sections, 10, 20), dtype=bool)
+    mask.reshape(sections, -1)[:, : voxels // sections] = True
+    return mask, (slice(0, sections), slice(0, 10), slice(0, 20))
+
+
+@pytest.mark.parametrize(
+    ("tries", "chosen"),
+    [
+        # As large as wanted and half as high; too large; smaller, but the nearest; too small and too low.
+        ([(600, 4), (999, 8), (480, 8), (320, 6)], 2),
+        # Good enough ends the search, a better one would follow.
+        ([(240, 8), (520, 8), (600, 8)], 1),
+        # From the ninth on .8 will do.
+        ([(480, 8)] * 3 + [None] * 4 + [(488, 8), (600, 8)], 7),
+        # None is placed that is less than about a third of what is wanted, or more than may be.
+        ([(200, 8), (1200, 8), None], None),
+    ],
+)
+def test_the_try_nearest_in_volume_and_height_is_placed(monkeypatch, library, tries, chosen) -> None:
+    """Wanted: 600 voxels in 8 sections; 1000 at most."""
+    asked = []
+    made = [each and drawn(*each) for each in tries]
+
+    def draw(*_):
+        asked.append(len(asked))
+        return made[asked[-1]] if asked[-1] < len(made) else None
+
+    monkeypatch.setattr(placement, "_draw", draw)
+    room = Room(np.ones(SHAPE, np.uint32), np.full(SHAPE, 60, np.float32), VOXEL, 10.0, 100.0, Window.whole(SHAPE[0]))
+    groups, templates = CandidateGroups(room, 1.0, 10.0), placement.Templates.of(library, SHAPE[0], VOXEL)
+    wanted = placement.Wanted(600.0, 8 * VOXEL[0])
+    voxels = placement._place(room, groups, templates, wanted, 1000.0, rng_for(0))
+    if chosen is None:
+        assert (voxels, room.mito.any(), len(asked)) == (0, False, 24)
+    else:
+        mask, box = made[chosen]
+        assert voxels == mask.sum() == room.mito.sum()
+        assert np.array_equal(room.mito[box] > 0, mask)
+
+
+def test_what_is_missing_is_asked_for_at_once_then_in_halves(monkeypatch) -> None:
+    """Against a room that takes nothing above 300 voxels: 900 are missing, 450 and 225 are tried."""
+    asked = []
+
+    def place(room, groups, templates, wanted, most, rng) -> int:
+        asked.append((wanted.volume, wanted.height_nm))
+        return int(wanted.volume) if wanted.volume <= 300 else 0
+
+    monkeypatch.setattr(placement, "_place", place)
+    sizes = [placement.Wanted(1000.0, 500.0), placement.Wanted(200.0, 100.0), placement.Wanted(50.0, 40.0)]
+    budget = placement.Budget(1900.0, placed=1000)
+    placement._make_up(None, None, None, sizes, budget, rng_for(0))
+    assert [volume for volume, _ in asked] == [900, 450, 225, 225, 225, 225]
+    assert [height for _, height in asked] == [500, 500, 100, 100, 100, 100]
+    assert (budget.placed, budget.count) == (1900, 4)
+
+
+def test_a_share_or_number_that_is_missed_is_said(caplog, library) -> None:
+    label, mito = tissue()
+    remodel(label, mito, VOXEL, rng_for(0), library=library)
+    assert not caplog.records
+    remodel(label, mito, VOXEL, rng_for(0), library=library, mito_fraction=0.9)
+    assert "90 % were wanted" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("placed", "said"),
+    [
+        ([30, 30, 35], []),
+        ([30, 30], ["fill 6 % of the volume, 10 % were"]),
+        ([20] * 5, ["5 mitochondria make up the share, 3 were"]),
+        ([20] * 4, ["fill 8 %"]),
+        ([89], ["fill 8.9 %", "1 mitochondria"]),
+    ],
+)
+def test_a_tenth_less_or_one_more_may_be_placed_unsaid(caplog, placed: list[int], said: list[str]) -> None:
+    """Of 1000 voxels 100 are wanted, in 3 mitochondria."""
+    budget = placement.Budget(100.0)
+    for voxels in [*placed, 0]:
+        budget.spend(voxels)
+    budget.warn_if_missed(1000, 3)
+    assert len(caplog.messages) == len(said)
+    assert all(part in message for part, message in zip(said, caplog.messages, strict=True))
+
+
+def test_coarse_tissue_is_filled_wherever_its_rows_are(library: SignatureLibrary) -> None:
+    """Slabs that are deep enough in a single row, on even or on odd ones."""
+    voxel = (60.0, 40.0, 40.0)
+    filled = []
+    for first in range(4):
+        label = np.zeros((10, first + 96, 120), np.uint32)
+        membrane = np.zeros_like(label)
+        for i in range(16):
+            start = first + 6 * i
+            label[:, start : start + 5] = i + 1
+            membrane[:, [start, start + 4]] = 1
+        filled.append(place_mitochondria(label, membrane, voxel, library, rng_for(0), mito_fraction=0.02).sum())
+    assert min(filled) > 0.5 * max(filled) > 0
 
 
 def test_what_the_plan_lacks_is_made_up_by_few(library: SignatureLibrary) -> None:
@@ -504,6 +620,13 @@ def test_neurons_too_thin_for_any_template_stay_empty(library: SignatureLibrary)
         ({"membrane_spread": 1.0}, ValueRangeError),
         ({"elastic_sigma_nm": -1.0}, ValueRangeError),
         ({"min_jacobian": 0.0}, ValueRangeError),
+        ({"min_jacobian": "a"}, ValueRangeError),
+        ({"mito_count": True}, ValueRangeError),
+        ({"mito_fraction": "a"}, ValueRangeError),
+        ({"margin_nm": None}, ValueRangeError),
+        ({"section_drift_nm": -1.0}, ValueRangeError),
+        ({"place_mitochondria": False, "mito_count": 3}, ValueRangeError),
+        ({"place_mitochondria": False, "mito_fraction": 0.1}, ValueRangeError),
         ({"library": SignatureLibrary((), 0.0, 0.0)}, ValueRangeError),
     ],
 )

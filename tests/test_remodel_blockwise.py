@@ -20,7 +20,7 @@ from test_remodel import IN_ORDER, ISOTROPIC, VOXEL, assert_valid, tissue
 from tiny import neurodiff
 
 from connectomics_neurodiff.conditions import membrane_from_labels, membrane_halo
-from connectomics_neurodiff.errors import LabelTypeError, ShapeMismatch, UserError, ValueRangeError
+from connectomics_neurodiff.errors import LabelTypeError, OutputExists, ShapeMismatch, UserError, ValueRangeError
 from connectomics_neurodiff.remodel import (
     BlockwiseRemodelling,
     BlockwiseSettings,
@@ -174,7 +174,7 @@ def test_shallow_blocks_are_told_once_for_all_copies(tmp_path: Path, caplog: pyt
         caplog.clear()
         surveyed = BlockwiseRemodelling.of(label, None, VOXEL, sections=sections, library=library, settings=settings)
         for copy in range(2):
-            surveyed.make(tmp_path / f"{copy}.h5", rng_for(copy))
+            surveyed.make(tmp_path / f"{sections}_{copy}.h5", rng_for(copy))
         assert caplog.text.count("nm deep and mitochondria up to") == warnings
 
 
@@ -214,6 +214,21 @@ def test_what_concerns_placing_is_refused_before_any_mask_is_made(change) -> Non
         BlockwiseRemodelling.of(label, mito, VOXEL, sections=4, settings=BlockwiseSettings(**change))
 
 
+def test_no_file_is_overwritten_unless_asked(tmp_path: Path) -> None:
+    """Least of all the one that the volume is in."""
+    label, mito = tissue((6, 40, 50), VOXEL)
+    path = tmp_path / "cells.h5"
+    with h5py.File(path, "w") as file:
+        file["label"], file["mito"] = label, mito
+    before = path.read_bytes()
+    with h5py.File(path) as file, pytest.raises(OutputExists, match="nothing was overwritten"):
+        remodel_blockwise(path, file["label"], file["mito"], VOXEL, rng_for(0), sections=3)
+    assert path.read_bytes() == before
+    remodel_blockwise(path, label, mito, VOXEL, rng_for(0), sections=3, overwrite=True)
+    with h5py.File(path) as file:
+        assert set(file) == {"label", "membrane", "mito"}
+
+
 def test_memory_does_not_grow_with_the_depth(tmp_path: Path) -> None:
     peaks = []
     for depth in (64, 192):
@@ -221,7 +236,7 @@ def test_memory_does_not_grow_with_the_depth(tmp_path: Path) -> None:
         with h5py.File(tmp_path / f"{depth}.h5", "w") as file:
             file["label"], file["mito"] = label, mito
             tracemalloc.start()
-            remodel_blockwise(tmp_path / "m.h5", file["label"], file["mito"], VOXEL, rng_for(0), sections=8)
+            remodel_blockwise(tmp_path / f"m{depth}.h5", file["label"], file["mito"], VOXEL, rng_for(0), sections=8)
             peaks.append(tracemalloc.get_traced_memory()[1])
             tracemalloc.stop()
     assert peaks[1] < 1.1 * peaks[0]

@@ -46,6 +46,14 @@ def cells(shape: tuple[int, int, int], count: int, seed: int) -> np.ndarray:
     return cc3d.connected_components(marks[tuple(nearest)], connectivity=26).astype(np.uint32)
 
 
+def test_no_grid_is_finer_than_four_points_per_section() -> None:
+    """More would not make sections more independent, and gigabytes of them."""
+    field = DisplacementField.random((6, 30, 40), (1e5, 4, 4), rng_for(0), sigma_nm=2.0, spacing_nm=4.0)
+    assert field.coefficients.shape[1] <= 4 * 6 + 4
+    moved = np.stack([field.section(z)[0, 2:-2, 2:-2].ravel() for z in range(6)])
+    assert np.abs(np.corrcoef(moved) - np.eye(6)).max() < 0.2
+
+
 @pytest.mark.parametrize(("shape", "voxel"), [((6, 90, 140), (29, 6, 6)), ((40, 50, 60), (8, 8, 8))])
 def test_displacement_has_the_amplitude_asked_for(shape, voxel) -> None:
     inner = []

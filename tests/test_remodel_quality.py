@@ -200,7 +200,9 @@ def test_the_stage_places_the_share_and_the_number_asked_for(tmp_path: Path) -> 
     folder = masks_of(tmp_path, *keys, "NEURODIFF.REMODEL.MITO_COUNT", "2")
     report = json.loads((folder / "copy_000.quality.json").read_text())
     assert report["mito_fraction"] == pytest.approx(0.05, rel=0.1)
-    assert report["limits"]["MITO_HEIGHT_P"] == 0.05
+    # Mitochondria in another number have other heights: they are not compared, and the report says so.
+    assert report["limits"]["MITO_HEIGHT_P"] == 0
+    assert report["limits"]["MITO_FRACTION"] == 0.1
 
 
 def test_the_stage_hands_on_the_keys_of_diversity(tmp_path: Path) -> None:

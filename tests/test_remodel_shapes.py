@@ -241,6 +241,9 @@ def test_broken_library_file_is_named(tmp_path: Path, content: bytes) -> None:
         ("tissue", lambda a: a[::-1]),
         ("host_ratios", lambda a: a * 0),
         ("contours", lambda a: a.astype("U8")),
+        ("contours", lambda a: a * 1e9),
+        ("cut_below", lambda a: a.astype("U8")),
+        ("tissue", lambda a: a * [0, 1]),
     ],
 )
 def test_a_library_whose_arrays_make_no_sense_is_refused(tmp_path: Path, name: str, damage: Any) -> None:

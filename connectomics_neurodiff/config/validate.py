@@ -81,6 +81,10 @@ def _validate_numbers(cfg: CfgNode) -> None:
     _require_numbers(cfg, [f"NEURODIFF.REMODEL.{name}" for name in lengths], 0, 1e5)
     _require_numbers(cfg, ["NEURODIFF.REMODEL.GROWN_RADIUS_NM"], 0.05, 1e5)
     _require_numbers(cfg, ["NEURODIFF.REMODEL.SPACING_NM"], 0.1, 1e5)
+    for key in ("MITO_FRACTION", "MITO_COUNT"):
+        value = cfg.NEURODIFF.REMODEL[key]
+        placed = cfg.NEURODIFF.REMODEL.MITOCHONDRIA or not value
+        _require(placed, f"NEURODIFF.REMODEL.{key}", "0 with MITOCHONDRIA False, where none are placed", value)
     betas = cfg.SOLVER.BETAS
     fit = len(betas) == 2 and all(isinstance(b, int | float) and 0 <= b < 1 for b in betas)
     _require(fit, "SOLVER.BETAS", "two numbers in [0, 1)", betas)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -113,9 +113,10 @@ def _passing_mask(
         # Mitochondria that only move along are the source's own, less what is clipped; without shapes none are placed.
         source_mito = train.mito_array if library is not None else None
         report = quality_report(train.array("label"), source_mito, mask, train.voxel_nm, membrane_nm)
-        reason = mask_gate(report, limits, mito_fraction if node.MITOCHONDRIA else None)
+        reason = mask_gate(report, limits, mito_fraction)
         if not reason:
-            return mask, {"attempt": attempt, "limits": dict(node.LIMITS), **report}, rejections
+            used = {name.upper(): value for name, value in asdict(limits).items()}
+            return mask, {"attempt": attempt, "limits": used, **report}, rejections
         rejections.append(reason)
     raise UserError(
         f"No remodelled mask passed in {node.ATTEMPTS} attempts (NEURODIFF.REMODEL.ATTEMPTS). {rejections[-1]} "

@@ -101,6 +101,7 @@ class BlockwisePlacing:
             fill(room, groups, templates, plans[i], budget, rng, sizes=plan)
             reserve_space(self.mito.file, room.mito.nbytes)
             self.mito[part] = room.mito
+        budget.warn_if_missed(self.label.size, mito_count)
 
     def _halo(self, templates: Templates) -> int:
         """Sections that a mitochondrion may reach beyond its block: all that it needs, but no more than a block."""

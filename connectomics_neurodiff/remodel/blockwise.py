@@ -17,20 +17,21 @@ from ..errors import ShapeMismatch, ValueRangeError
 from ..geometry import ZYX, voxel_size
 from ..memory import available_main_bytes
 from ..progress import progress
+from ..provenance import require_new
 from ..seeding import rng_for
 from ..volume import ArrayLike
 from ..volume.writing import CHUNK, new_dataset, new_volume_file, reserve_space
 from .block_placing import BlockwisePlacing, Neurons
 from .block_sections import misalign_blockwise
-from .checks import MOST_NM, binary_mask, compact_labels, positive, unsigned_labels
+from .checks import binary_mask, compact_labels, positive, unsigned_labels
 from .copies import BYTES_PER_PROCESS, BYTES_PER_VOXEL
 from .elastic import MAX_ATTEMPTS, Pieces, calmed, check_field, fragments, give_away, torn_labels
 from .field import DisplacementField
 from .inside import keep_inside
 from .library import SignatureLibrary
 from .pieces import PieceFinder, VolumePieces, components_of, touching
-from .placement import is_wanted, plan_of
-from .sections import section_shifts
+from .placement import check_asked, is_wanted, plan_of
+from .sections import check_misalignment, section_shifts
 
 logger = logging.getLogger("connectomics_neurodiff")
 
@@ -82,10 +83,10 @@ class BlockwiseSettings:
     def check(self, voxel_nm: ZYX) -> None:
         """Raise ValueRangeError if a length is not valid; what concerns placing is checked with the shapes to place."""
         if self.elastic:
-            check_field(voxel_nm, self.elastic_sigma_nm, self.elastic_spacing_nm)
+            check_field(voxel_nm, self.elastic_sigma_nm, self.elastic_spacing_nm, self.min_jacobian)
         positive("The membrane's thickness in nm", self.membrane_thickness_nm, below=MOST_THICKNESS_NM)
-        positive("The jump of a section in nm", self.section_jump_nm, below=MOST_NM, zero=True)
-        positive("The drift of sections in nm", self.section_drift_nm, below=MOST_NM, zero=True)
+        check_misalignment(self.section_jump_nm, self.section_drift_nm)
+        check_asked(self.place_mitochondria, self.mito_fraction, self.mito_count)
 
 
 @dataclass(frozen=True, eq=False)
@@ -207,14 +208,23 @@ class BlockwiseRemodelling:
                 _warn_of_shallow_blocks(sections * source.size.z, shapes)
         return cls(settings, pieces, shapes, share, source)
 
-    def make(self, path: str | os.PathLike[str], rng: np.random.Generator, attributes: Mapping[str, Any] = {}) -> float:
+    def make(
+        self,
+        path: str | os.PathLike[str],
+        rng: np.random.Generator,
+        attributes: Mapping[str, Any] = {},
+        *,
+        overwrite: bool = False,
+    ) -> float:
         """Make a mask. Parameters, result and errors as for :func:`remodel_blockwise`."""
         source, settings = self._source, self.settings
+        if not overwrite:
+            require_new(path)
         # Two streams, as in the whole volume.
         seed, place_seed = (int(seed) for seed in rng.integers(2**63, size=2))
         moved = self._settled(np.random.default_rng(seed)) if settings.elastic else _Moved.still()
         largest = int(self.pieces.names[-1]) if len(self.pieces.names) else 0
-        with new_volume_file(path, source.size, attributes) as file:
+        with new_volume_file(path, source.size, attributes, overwrite) as file:
             stored = np.dtype(np.uint32 if largest < 2**32 else np.uint64)
             label = new_dataset(file, "label", source.label.shape, stored)
             membrane, mito = (
@@ -317,6 +327,7 @@ def remodel_blockwise(
     library: SignatureLibrary | None = None,
     settings: BlockwiseSettings = BlockwiseSettings(),
     attributes: Mapping[str, Any] = {},
+    overwrite: bool = False,
 ) -> float:
     """:func:`.remodel` of a volume on disk into a file, a few sections at a time (:class:`BlockwiseRemodelling`).
 
@@ -334,6 +345,8 @@ def remodel_blockwise(
     settings : BlockwiseSettings
     attributes : mapping
         Further attributes of the file.
+    overwrite : bool
+        Whether an existing file may be replaced; never give it for the file that `label` is in.
 
     Returns
     -------
@@ -346,7 +359,7 @@ def remodel_blockwise(
         If an argument is not valid.
     """
     remodelling = BlockwiseRemodelling.of(label, mito, voxel_nm, sections=sections, library=library, settings=settings)
-    return remodelling.make(path, rng, attributes)
+    return remodelling.make(path, rng, attributes, overwrite=overwrite)
 
 
 def _store(dataset: h5py.Dataset, block: range, sections: np.ndarray) -> None:

@@ -102,6 +102,8 @@ def positive(name: str, value: float, *, below: float = np.inf, zero: bool = Fal
     ValueRangeError
         If it is not.
     """
+    if isinstance(value, bool | np.bool_) or not isinstance(value, int | float | np.number):
+        raise ValueRangeError(f"{name} must be a number. Got {value!r}.")
     if not np.isfinite(value) or value < 0 or (value == 0 and not zero) or value > below:
         low, high = "[0" if zero else "(0", f"{below:g}]" if np.isfinite(below) else "infinity)"
         raise ValueRangeError(f"{name} must be a number in {low}, {high}. Got {value}.")

@@ -15,7 +15,7 @@ from scipy import ndimage
 from ..errors import ValueRangeError
 from ..geometry import is_anisotropic, voxel_size
 from .checks import MOST_NM, compact_labels, positive
-from .field import DisplacementField
+from .field import DisplacementField, check_least_jacobian
 
 #: Share of a neuron that may break off and be given to its surroundings; more counts as torn and calms the field there.
 _MAX_BROKEN = 0.05
@@ -205,10 +205,14 @@ def elastic_deform(
     return Deformation(ids[moved], field, minimum)
 
 
-def check_field(voxel_nm: Sequence[float], sigma_nm: float, spacing_nm: float) -> None:
-    """Raise ValueRangeError if a field's amplitude or spacing is not valid, or its grid finer than the voxels."""
+def check_field(voxel_nm: Sequence[float], sigma_nm: float, spacing_nm: float, min_jacobian: float) -> None:
+    """Raise ValueRangeError if a field's amplitude, spacing or least determinant is not valid.
+
+    No grid is finer than the voxels; across thick sections :meth:`.DisplacementField.random` sees to that.
+    """
     positive("The elastic amplitude in nm", sigma_nm, below=MOST_NM, zero=True)
     positive("The spacing of the elastic grid in nm", spacing_nm, below=MOST_NM)
+    check_least_jacobian(min_jacobian)
     size = voxel_size(voxel_nm)
     edge = max(size[1:] if is_anisotropic(size) else size)
     if spacing_nm < edge:
@@ -227,7 +231,7 @@ def deform_compact(
     min_jacobian: float,
 ) -> tuple[np.ndarray, DisplacementField, float]:
     """:func:`elastic_deform` of labels 0..n (uint32): deformed labels, field, its smallest Jacobian determinant."""
-    check_field(voxel_nm, sigma_nm, spacing_nm)
+    check_field(voxel_nm, sigma_nm, spacing_nm, min_jacobian)
     drawn = DisplacementField.random(compact.shape, voxel_nm, rng, sigma_nm=sigma_nm, spacing_nm=spacing_nm)
     allowed = pieces_of(compact).counts(int(compact.max()) + 1)
     field = drawn

@@ -11,6 +11,7 @@ from scipy import sparse
 
 from ..errors import ValueRangeError
 from ..geometry import is_anisotropic, voxel_size
+from .checks import positive
 
 #: Mean square of a uniform cubic B-spline's weights per axis: with N(0, 1) coefficients, the variance of the spline.
 _SPLINE_VARIANCE = 151 / 315
@@ -31,6 +32,12 @@ class _Axis:
     reach_nm: float
     even: sparse.csr_array
     odd: sparse.csr_array
+
+
+def check_least_jacobian(least: float) -> None:
+    """Raise ValueRangeError unless some field but the zero field can have such a smallest determinant."""
+    if not 0 < positive("The smallest Jacobian determinant allowed", least) < 1:
+        raise ValueRangeError(f"The smallest Jacobian determinant allowed lies in (0, 1). Got {least}.")
 
 
 def _cubic_weights(t: np.ndarray) -> np.ndarray:
@@ -58,7 +65,11 @@ def _spline_axis(length: int, pitch_nm: float, spacing_nm: float) -> _Axis:
 
 
 def _free_axis(length: int, pitch_nm: float, spacing_nm: float, phase: float) -> _Axis:
-    """Control points every `spacing_nm`, not tied to the ends: a thin stack varies as slowly as a deep one."""
+    """Control points every `spacing_nm`, not tied to the ends: a thin stack varies as slowly as a deep one.
+
+    Four per voxel at most: a spline has four weights, so voxels are independent of one another then.
+    """
+    spacing_nm = max(spacing_nm, pitch_nm / 4)
     at = np.arange(length) * pitch_nm / spacing_nm + phase
     cell = at.astype(int)
     weights = np.zeros((length, int(cell[-1]) + 4))
@@ -133,8 +144,8 @@ class DisplacementField:
         planes = []
         for axis, coefficients in zip(self.moves, self.coefficients, strict=True):
             bz, by, bx = (a.odd if i == axis else a.even for i, a in enumerate(self.axes))
-            near = coefficients.reshape(len(coefficients), -1) / self.pitch_nm[axis]
-            control = (bz[[z]] @ near).reshape(coefficients.shape[1:])
+            near = bz[[z]] @ coefficients.reshape(len(coefficients), -1)
+            control = near.reshape(coefficients.shape[1:]) / self.pitch_nm[axis]
             along_x = np.ascontiguousarray((bx @ control.T).T, dtype=np.float32)
             planes.append(by.astype(np.float32) @ along_x)
         return np.stack(planes)
@@ -176,8 +187,7 @@ class DisplacementField:
         ValueRangeError
             If `min_jacobian` is not in (0, 1): no field but the zero field reaches 1.
         """
-        if not 0 < min_jacobian < 1:
-            raise ValueRangeError(f"The smallest Jacobian determinant allowed lies in (0, 1). Got {min_jacobian}.")
+        check_least_jacobian(min_jacobian)
         field = self
         for _ in range(_MAX_SHRINKS):
             minimum = field.jacobian_minimum()

@@ -15,7 +15,7 @@ from scipy import ndimage
 from ..errors import MissingInput, VolumeFormatError
 from ..geometry import voxel_size
 from ..provenance import atomic_write
-from .checks import binary_mask, compact_labels
+from .checks import MOST_NM, binary_mask, compact_labels
 from .ellipse import CONTOUR_POINTS, Ellipse, aligned_to, equivalent_ellipse, largest_piece, outline, piece_at
 
 logger = logging.getLogger("connectomics_neurodiff")
@@ -310,9 +310,13 @@ def _require_sound(arrays: dict[str, np.ndarray]) -> None:
             raise ValueError(f"values of {name}")
     if any((arrays[name] <= 0).any() for name in ("axes", "areas_nm2", "host_ratios", "pitch_z_nm", "volume_nm3")):
         raise ValueError("a length that is not positive")
+    if any(arrays[name].dtype.kind not in "biuf" for name in ("cut_below", "cut_above", "cut_lateral")):
+        raise ValueError("a cut that is neither true nor false")
+    if any((np.abs(arrays[name]) > MOST_NM).any() for name in ("contours", "centroids", "axes", "pitch_z_nm")):
+        raise ValueError("a length beyond any in tissue")
     mito_nm3, tissue_nm3 = arrays["tissue"]
-    if not 0 <= mito_nm3 <= tissue_nm3:
-        raise ValueError("more mitochondria than tissue")
+    if not 0 <= mito_nm3 <= tissue_nm3 or (lengths.size and not mito_nm3):
+        raise ValueError("more mitochondria than tissue, or shapes of none")
 
 
 def gather_libraries(

@@ -17,9 +17,9 @@ from .field import DisplacementField
 from .growing import grow_compact
 from .inside import keep_inside
 from .library import SignatureLibrary
-from .placement import is_wanted, place_in, plan_of
+from .placement import check_asked, is_wanted, place_in, plan_of
 from .rearranging import join_crops
-from .sections import misalign, section_shifts
+from .sections import check_misalignment, misalign, section_shifts
 from .swelling import swell_compact
 
 #: Distance over which the membrane's thickness changes.
@@ -107,7 +107,8 @@ def remodel(
     mito_fraction : float or None
         Share of all voxels to be mitochondria. None: that of `mito` inside neurons, or else of the library.
     mito_count : int or None
-        Mitochondria that make up that share. None: as many as in the library's tissue.
+        Mitochondria that make up that share. None: as many as in the library's tissue. Where there is no room for the
+        share, or for so many, a warning says so.
     elastic_sigma_nm, elastic_spacing_nm, min_jacobian, membrane_thickness_nm, candidate_fraction, margin_nm : float
         See :func:`.elastic_deform`, :func:`.membrane_from_labels` and :func:`.place_mitochondria`.
     membrane_spread : float
@@ -135,6 +136,8 @@ def remodel(
     positive("The spread of the membrane's thickness", membrane_spread, below=_MOST_SPREAD, zero=True)
     thickest = membrane_thickness_nm * (1 + membrane_spread)
     positive("The membrane's thickness in nm, its spread included,", thickest, below=MOST_THICKNESS_NM)
+    check_misalignment(section_jump_nm, section_drift_nm)
+    check_asked(place_mitochondria, mito_fraction, mito_count)
     source = np.zeros(compact.shape, np.uint8) if mito is None else binary_mask(mito, compact.shape, "mitochondria")
     source[compact == 0] = 0
     # Two streams, so that what is placed does not depend on how many numbers the deformation drew.

@@ -17,8 +17,9 @@ _SQUARE = np.ones((3, 3), dtype=np.uint8)
 _NEED_NM = 400.0
 #: Radius in pixels from which on a distance map is faster than a filter.
 _LARGEST_DISK = 12
-#: Anchors are drawn from every second row and column: a fourth of the memory, and of the time to find them.
-_LATTICE = 2
+#: Anchors are drawn from every second row and column where these are at most so far apart: a fourth of the memory, and
+#: of the time to find them. Coarser pixels are all looked at: few of a neuron may be deep enough.
+_LATTICE_NM = 16.0
 
 
 def depth_map(inside: np.ndarray, voxel_nm: Sequence[float]) -> np.ndarray:
@@ -149,8 +150,8 @@ class Candidate:
     label : int
         Its compact label.
     deep : numpy.ndarray
-        Flat indices, into the volume, of its voxels deep enough for the centre of the smallest template; of those in
-        every second row and column, which are as good to draw from.
+        Flat indices, into the volume, of its voxels deep enough for the centre of the smallest template; where pixels
+        are fine, of those in every second row and column.
     """
 
     label: int
@@ -332,11 +333,12 @@ class CandidateGroups:
         rank[labels] = np.arange(count)
         parts: list[list[np.ndarray]] = [[] for _ in labels]
         _, height, width = self._room.label.shape
-        lattice = (slice(None), slice(None, None, _LATTICE), slice(None, None, _LATTICE))
+        down, right = (2 if 2 * pitch <= _LATTICE_NM else 1 for pitch in self._room.voxel_nm[1:])
+        lattice = (slice(None), slice(None, None, down), slice(None, None, right))
         for z, (section, deep) in enumerate(zip(self._room.label[lattice], self._deep[lattice], strict=True)):
             rows, columns = np.nonzero(deep & ((ranks := rank.take(section, mode="clip")) < count))
             of = ranks[rows, columns]
-            at = (z * height + _LATTICE * rows) * width + _LATTICE * columns
+            at = (z * height + down * rows) * width + right * columns
             ordered = at[np.argsort(of, kind="stable")]
             ends = np.cumsum(np.bincount(of, minlength=count))
             for part, low, high in zip(parts, (0, *ends), ends, strict=False):

@@ -19,6 +19,12 @@ _JUMPS = 0.1
 _FADE = 4
 
 
+def check_misalignment(jump_nm: float, drift_nm: float) -> None:
+    """Raise ValueRangeError if a length is not valid."""
+    positive("The jump of a section in nm", jump_nm, below=MOST_NM, zero=True)
+    positive("The drift of sections in nm", drift_nm, below=MOST_NM, zero=True)
+
+
 def section_shifts(
     depth: int, voxel_nm: Sequence[float], rng: np.random.Generator, *, jump_nm: float, drift_nm: float
 ) -> np.ndarray:
@@ -48,8 +54,7 @@ def section_shifts(
         If a length or the voxel size is not valid.
     """
     pitch = np.array(voxel_size(voxel_nm)[1:])
-    positive("The jump of a section in nm", jump_nm, below=MOST_NM, zero=True)
-    positive("The drift of sections in nm", drift_nm, below=MOST_NM, zero=True)
+    check_misalignment(jump_nm, drift_nm)
     steps = rng.standard_normal((depth, 2)) * drift_nm
     jumps = rng.standard_normal((depth, 2)) * jump_nm * (rng.random((depth, 1)) < _JUMPS)
     alone = rng.random((depth, 1)) < 0.5
@@ -123,7 +128,7 @@ def misalign(
 
     What a jump tears from a neurite too thin to overlap itself gets a label of its own, or becomes background if all of
     it is membrane. Should a label vanish among the rows that are left out, all shifts are halved. Where mitochondria of
-    two neurons come to touch, the smaller one loses the voxels that do.
+    two neurons come to touch, the smaller one loses the voxels that do; those of one neuron become one.
 
     Parameters
     ----------
