@@ -354,11 +354,12 @@ def test_what_the_plan_lacks_is_made_up_by_few(library: SignatureLibrary) -> Non
         volume_nm3=scale**2 * giant.volume_nm3,
     )
     mixed = SignatureLibrary((*library.signatures, giant), float(volumes.sum() + giant.volume_nm3), library.tissue_nm3)
-    made = remodel(label, None, VOXEL, rng_for(0), library=mixed, mito_fraction=0.04, candidate_fraction=0.5)
-    assert made.mito.mean() == pytest.approx(0.04, rel=0.1)
-    planned = len(plan_of(mixed, 0.04 * label.size, VOXEL))
-    missing = giant.volume_nm3 / volumes.mean()
-    assert ndimage.label(made.mito, np.ones((3, 3, 3)))[1] < planned + missing
+    planned = len(plan_of(mixed, 0.06 * label.size, VOXEL))
+    for seed in range(3):
+        mito = remodel(label, None, VOXEL, rng_for(seed), library=mixed, mito_fraction=0.06, candidate_fraction=0.5).mito
+        assert mito.mean() == pytest.approx(0.06, rel=0.1)
+        # Nine of the others are as large as the giant; a crowd of any size would be eight to ten.
+        assert ndimage.label(mito, np.ones((3, 3, 3)))[1] <= planned + 3
 
 
 def test_impossible_fraction_ends_below_it_with_a_valid_mask(library: SignatureLibrary) -> None:
