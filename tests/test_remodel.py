@@ -355,8 +355,9 @@ def test_what_the_plan_lacks_is_made_up_by_few(library: SignatureLibrary) -> Non
     )
     mixed = SignatureLibrary((*library.signatures, giant), float(volumes.sum() + giant.volume_nm3), library.tissue_nm3)
     planned = len(plan_of(mixed, 0.06 * label.size, VOXEL))
+    options = {"library": mixed, "mito_fraction": 0.06, "candidate_fraction": 0.5}
     for seed in range(3):
-        mito = remodel(label, None, VOXEL, rng_for(seed), library=mixed, mito_fraction=0.06, candidate_fraction=0.5).mito
+        mito = remodel(label, None, VOXEL, rng_for(seed), **options).mito
         assert mito.mean() == pytest.approx(0.06, rel=0.1)
         # Nine of the others are as large as the giant; a crowd of any size would be eight to ten.
         assert ndimage.label(mito, np.ones((3, 3, 3)))[1] <= planned + 3
