@@ -623,6 +623,8 @@ def test_neurons_too_thin_for_any_template_stay_empty(library: SignatureLibrary)
         ({"elastic_sigma_nm": -1.0}, ValueRangeError),
         ({"min_jacobian": 0.0}, ValueRangeError),
         ({"min_jacobian": "a"}, ValueRangeError),
+        ({"rng": 0}, ValueRangeError),
+        ({"library": "shapes.npz"}, ValueRangeError),
         ({"mito_count": True}, ValueRangeError),
         ({"mito_fraction": "a"}, ValueRangeError),
         ({"margin_nm": None}, ValueRangeError),

@@ -370,6 +370,9 @@ def test_blocks_are_as_large_as_memory_allows(monkeypatch: pytest.MonkeyPatch) -
     ("change", "error"),
     [
         ({"sections": 0}, ValueRangeError),
+        ({"sections": 2.5}, ValueRangeError),
+        ({"rng": 0}, ValueRangeError),
+        ({"library": "shapes.npz"}, ValueRangeError),
         ({"mito": np.zeros((4, 5, 7), np.uint8)}, ShapeMismatch),
         ({"label": np.ones((5, 6), np.uint8)}, ShapeMismatch),
         ({"elastic_spacing_nm": 0.0}, ValueRangeError),

@@ -23,12 +23,12 @@ from ..volume import ArrayLike
 from ..volume.writing import CHUNK, new_dataset, new_volume_file, reserve_space
 from .block_placing import BlockwisePlacing, Neurons
 from .block_sections import misalign_blockwise
-from .checks import binary_mask, compact_labels, positive, unsigned_labels
+from .checks import binary_mask, compact_labels, positive, require_generator, unsigned_labels
 from .copies import BYTES_PER_PROCESS, BYTES_PER_VOXEL
 from .elastic import MAX_ATTEMPTS, Pieces, calmed, check_field, fragments, give_away, torn_labels
 from .field import DisplacementField
 from .inside import keep_inside
-from .library import SignatureLibrary
+from .library import SignatureLibrary, require_library
 from .pieces import PieceFinder, VolumePieces, components_of, touching
 from .placement import check_asked, is_wanted, plan_of
 from .sections import check_misalignment, section_shifts
@@ -186,8 +186,10 @@ class BlockwiseRemodelling:
         settings: BlockwiseSettings = BlockwiseSettings(),
     ) -> BlockwiseRemodelling:
         """Read a volume. Parameters and errors as for :func:`remodel_blockwise`."""
-        if sections < 1:
-            raise ValueRangeError(f"A block has at least 1 section. Got {sections}.")
+        if not isinstance(sections, int | np.integer) or sections < 1:
+            raise ValueRangeError(f"A block has a whole number of sections, at least 1. Got {sections}.")
+        if library is not None:
+            require_library(library)
         if len(label.shape) != 3 or 0 in label.shape or (mito is not None and tuple(mito.shape) != tuple(label.shape)):
             raise ShapeMismatch(
                 f"Label and mitochondria must have one shape (z, y, x), no axis empty. Got {tuple(label.shape)} and "
@@ -218,6 +220,7 @@ class BlockwiseRemodelling:
     ) -> float:
         """Make a mask. Parameters, result and errors as for :func:`remodel_blockwise`."""
         source, settings = self._source, self.settings
+        require_generator(rng)
         if not overwrite:
             require_new(path)
         # Two streams, as in the whole volume.

@@ -94,6 +94,14 @@ def binary_mask(mask: np.ndarray, shape: tuple[int, ...], name: str) -> np.ndarr
     return np.ascontiguousarray(mask != 0).view(np.uint8)
 
 
+def require_generator(rng: np.random.Generator) -> None:
+    """Raise ValueRangeError unless random numbers can be drawn from it: a seed alone is no generator."""
+    if not isinstance(rng, np.random.Generator):
+        raise ValueRangeError(
+            f"rng must be a numpy.random.Generator, such as numpy.random.default_rng(0). Got {type(rng).__name__}."
+        )
+
+
 def positive(name: str, value: float, *, below: float = np.inf, zero: bool = False) -> float:
     """Validate a scalar setting: finite, > 0 (or >= 0 with `zero`) and <= `below`.
 

@@ -14,7 +14,7 @@ from scipy import ndimage
 
 from ..errors import ValueRangeError
 from ..geometry import is_anisotropic, voxel_size
-from .checks import MOST_NM, compact_labels, positive
+from .checks import MOST_NM, compact_labels, positive, require_generator
 from .field import DisplacementField, check_least_jacobian
 
 #: Share of a neuron that may break off and be given to its surroundings; more counts as torn and calms the field there.
@@ -198,6 +198,7 @@ def elastic_deform(
     LabelTypeError, ShapeMismatch, ValueRangeError
         If an argument is not valid.
     """
+    require_generator(rng)
     compact, ids = compact_labels(label)
     moved, field, minimum = deform_compact(
         compact, voxel_nm, rng, sigma_nm=sigma_nm, spacing_nm=spacing_nm, min_jacobian=min_jacobian

@@ -12,7 +12,7 @@ import numpy as np
 from ..errors import ValueRangeError
 from ..geometry import is_anisotropic, voxel_size
 from .apart import with_new_ids
-from .checks import MOST_NM, compact_labels, positive
+from .checks import MOST_NM, compact_labels, positive, require_generator
 
 #: A neurite's radius, of the one asked for; at its tips and where it squeezes through, of its own.
 _RADII, _TIP = (0.7, 1.4), 0.4
@@ -71,6 +71,7 @@ def grow_neurites(
     LabelTypeError, ShapeMismatch, ValueRangeError
         If an argument is not valid.
     """
+    require_generator(rng)
     compact, ids = compact_labels(label)
     grown = grow_compact(compact, voxel_nm, rng, fraction=fraction, radius_nm=radius_nm, clearance_nm=clearance_nm)
     return np.asarray(with_new_ids(ids, grown)[grown])

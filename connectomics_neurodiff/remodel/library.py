@@ -12,7 +12,7 @@ import cc3d
 import numpy as np
 from scipy import ndimage
 
-from ..errors import MissingInput, VolumeFormatError
+from ..errors import MissingInput, ValueRangeError, VolumeFormatError
 from ..geometry import voxel_size
 from ..provenance import atomic_write
 from .checks import MOST_NM, binary_mask, compact_labels
@@ -317,6 +317,15 @@ def _require_sound(arrays: dict[str, np.ndarray]) -> None:
     mito_nm3, tissue_nm3 = arrays["tissue"]
     if not 0 <= mito_nm3 <= tissue_nm3 or (lengths.size and not mito_nm3):
         raise ValueError("more mitochondria than tissue, or shapes of none")
+
+
+def require_library(library: SignatureLibrary) -> None:
+    """Raise ValueRangeError unless it is one: the name of a file is not."""
+    if not isinstance(library, SignatureLibrary):
+        raise ValueRangeError(
+            "A library is a SignatureLibrary; SignatureLibrary.load reads one from a file. "
+            f"Got {type(library).__name__}."
+        )
 
 
 def gather_libraries(

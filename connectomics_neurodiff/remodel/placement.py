@@ -12,9 +12,9 @@ import numpy as np
 from ..errors import ValueRangeError
 from ..geometry import voxel_size
 from .chain import Pose, grow_chain
-from .checks import MOST_NM, binary_mask, compact_labels, positive
+from .checks import MOST_NM, binary_mask, compact_labels, positive, require_generator
 from .ellipse import Ellipse, equivalent_ellipse, piece_at
-from .library import LEAST_VOLUME_NM3, Signature, SignatureLibrary
+from .library import LEAST_VOLUME_NM3, Signature, SignatureLibrary, require_library
 from .room import Candidate, CandidateGroups, Room
 
 logger = logging.getLogger("connectomics_neurodiff")
@@ -555,6 +555,8 @@ def place_mitochondria(
         If an argument is not valid, the library is empty although mitochondria are wanted, or more mitochondria than
         the share makes room for.
     """
+    require_generator(rng)
+    require_library(library)
     compact, _ = compact_labels(label)
     mask = binary_mask(membrane, compact.shape, "membrane")
     return place_in(

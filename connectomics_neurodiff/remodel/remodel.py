@@ -11,12 +11,12 @@ from ..conditions import MOST_THICKNESS_NM, membrane_from_labels
 from ..geometry import ZYX, voxel_size
 from ..seeding import rng_for
 from .apart import with_new_ids
-from .checks import binary_mask, compact_labels, positive
+from .checks import binary_mask, compact_labels, positive, require_generator
 from .elastic import deform_compact
 from .field import DisplacementField
 from .growing import grow_compact
 from .inside import keep_inside
-from .library import SignatureLibrary
+from .library import SignatureLibrary, require_library
 from .placement import check_asked, is_wanted, place_in, plan_of
 from .rearranging import join_crops
 from .sections import check_misalignment, misalign, section_shifts
@@ -130,6 +130,9 @@ def remodel(
     LabelTypeError, ShapeMismatch, ValueRangeError
         If an argument is not valid.
     """
+    require_generator(rng)
+    if library is not None:
+        require_library(library)
     compact, ids = compact_labels(label)
     size = voxel_size(voxel_nm)
     positive("The membrane's thickness in nm", membrane_thickness_nm)

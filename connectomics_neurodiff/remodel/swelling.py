@@ -12,7 +12,7 @@ from scipy import ndimage
 
 from ..conditions.membrane import MAX_GAP_NM, grow_into, thin_background
 from ..geometry import ZYX, is_anisotropic, voxel_size
-from .checks import MOST_NM, compact_labels, positive
+from .checks import MOST_NM, compact_labels, positive, require_generator
 from .elastic import mend, pieces_of, torn_labels
 from .field import DisplacementField
 from .neighbours import sides
@@ -62,6 +62,7 @@ def swell(label: np.ndarray, voxel_nm: Sequence[float], rng: np.random.Generator
     LabelTypeError, ShapeMismatch, ValueRangeError
         If an argument is not valid.
     """
+    require_generator(rng)
     compact, ids = compact_labels(label)
     return np.asarray(ids[swell_compact(compact, voxel_nm, rng, spread_nm=spread_nm)])
 
