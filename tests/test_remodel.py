@@ -24,14 +24,17 @@ from connectomics_neurodiff.remodel import (
     keep_inside,
     place_mitochondria,
     placement,
+    plan,
     quality_report,
     remodel,
 )
 from connectomics_neurodiff.remodel.chain import Pose, _settle
 from connectomics_neurodiff.remodel.ellipse import equivalent_ellipse
 from connectomics_neurodiff.remodel.library import LEAST_VOLUME_NM3
-from connectomics_neurodiff.remodel.placement import _cross_section, _section_of, plan_of
+from connectomics_neurodiff.remodel.placement import _cross_section, _section_of
+from connectomics_neurodiff.remodel.plan import plan_of
 from connectomics_neurodiff.remodel.room import CandidateGroups, Room, Window, depth_map
+from connectomics_neurodiff.remodel.templates import Templates
 from connectomics_neurodiff.seeding import rng_for
 
 VOXEL = (29.0, 6.0, 6.0)
@@ -230,7 +233,7 @@ def test_volumes_asked_for_have_their_sum_and_none_is_too_small(volumes: list[fl
     """Every volume is the same multiple of what it was, or the least one."""
     falling = np.sort(volumes)[::-1]
     total = mean * LEAST_VOLUME_NM3 * len(falling)
-    planned = placement._with_sum(falling, total)
+    planned = plan._with_sum(falling, total)
     assert planned.sum() == pytest.approx(total)
     assert planned.min() >= LEAST_VOLUME_NM3
     larger = (planned / falling)[planned > LEAST_VOLUME_NM3 * (1 + 1e-9)]
@@ -269,8 +272,8 @@ def test_the_try_nearest_in_volume_and_height_is_placed(monkeypatch, library, tr
 
     monkeypatch.setattr(placement, "_draw", draw)
     room = Room(np.ones(SHAPE, np.uint32), np.full(SHAPE, 60, np.float32), VOXEL, 10.0, 100.0, Window.whole(SHAPE[0]))
-    groups, templates = CandidateGroups(room, 1.0, 10.0), placement.Templates.of(library, SHAPE[0], VOXEL)
-    wanted = placement.Wanted(600.0, 8 * VOXEL[0])
+    groups, templates = CandidateGroups(room, 1.0, 10.0), Templates.of(library, SHAPE[0], VOXEL)
+    wanted = plan.Wanted(600.0, 8 * VOXEL[0])
     voxels = placement._place(room, groups, templates, wanted, 1000.0, rng_for(0))
     if chosen is None:
         assert (voxels, room.mito.any(), len(asked)) == (0, False, 24)
@@ -289,8 +292,8 @@ def test_what_is_missing_is_asked_for_at_once_then_in_halves(monkeypatch) -> Non
         return int(wanted.volume) if wanted.volume <= 300 else 0
 
     monkeypatch.setattr(placement, "_place", place)
-    sizes = [placement.Wanted(1000.0, 500.0), placement.Wanted(200.0, 100.0), placement.Wanted(50.0, 40.0)]
-    budget = placement.Budget(1900.0, placed=1000)
+    sizes = [plan.Wanted(1000.0, 500.0), plan.Wanted(200.0, 100.0), plan.Wanted(50.0, 40.0)]
+    budget = plan.Budget(1900.0, placed=1000)
     placement._make_up(None, None, None, sizes, budget, rng_for(0))
     assert [volume for volume, _ in asked] == [900, 450, 225, 225, 225, 225]
     assert [height for _, height in asked] == [500, 500, 100, 100, 100, 100]
@@ -317,7 +320,7 @@ def test_a_share_or_number_that_is_missed_is_said(caplog, library) -> None:
 )
 def test_a_tenth_less_or_one_more_may_be_placed_unsaid(caplog, placed: list[int], said: list[str]) -> None:
     """Of 1000 voxels 100 are wanted, in 3 mitochondria."""
-    budget = placement.Budget(100.0)
+    budget = plan.Budget(100.0)
     for voxels in [*placed, 0]:
         budget.spend(voxels)
     budget.warn_if_missed(1000, 3)

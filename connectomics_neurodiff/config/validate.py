@@ -40,6 +40,7 @@ def validate(cfg: CfgNode) -> None:
     _validate_numbers(cfg)
     _validate_geometry(cfg)
     _validate_names(cfg)
+    _validate_remodelling(cfg)
     _validate_diffusion(cfg)
     _validate_segmenter(cfg)
     _validate_sources(cfg)
@@ -81,10 +82,6 @@ def _validate_numbers(cfg: CfgNode) -> None:
     _require_numbers(cfg, [f"NEURODIFF.REMODEL.{name}" for name in lengths], 0, 1e5)
     _require_numbers(cfg, ["NEURODIFF.REMODEL.GROWN_RADIUS_NM"], 0.05, 1e5)
     _require_numbers(cfg, ["NEURODIFF.REMODEL.SPACING_NM"], 0.1, 1e5)
-    for key in ("MITO_FRACTION", "MITO_COUNT"):
-        value = cfg.NEURODIFF.REMODEL[key]
-        placed = cfg.NEURODIFF.REMODEL.MITOCHONDRIA or not value
-        _require(placed, f"NEURODIFF.REMODEL.{key}", "0 with MITOCHONDRIA False, where none are placed", value)
     betas = cfg.SOLVER.BETAS
     fit = len(betas) == 2 and all(isinstance(b, int | float) and 0 <= b < 1 for b in betas)
     _require(fit, "SOLVER.BETAS", "two numbers in [0, 1)", betas)
@@ -104,6 +101,14 @@ def _validate_numbers(cfg: CfgNode) -> None:
 
 #: What an entry of EXTRA_VOLUMES may say, and of which type.
 EXTRA_KEYS: dict[str, type] = {"IMAGE_NAME": str, "LABEL_NAME": str, "MITO_NAME": str, "VOXEL_NM": list, "BOX": list}
+
+
+def _validate_remodelling(cfg: CfgNode) -> None:
+    """Settings of the masks that exclude each other."""
+    node, group = cfg.NEURODIFF.REMODEL, "NEURODIFF.REMODEL"
+    for key in ("MITO_FRACTION", "MITO_COUNT"):
+        placed = node.MITOCHONDRIA or not node[key]
+        _require(placed, f"{group}.{key}", "0 with MITOCHONDRIA False, where none are placed", node[key])
 
 
 def _validate_diffusion(cfg: CfgNode) -> None:

@@ -1,11 +1,12 @@
 """Room 3: a labelled mask -> a new one: elastic neurons, and mitochondria placed from a library of real shapes.
 
 Read :mod:`.remodel` first: it is the whole way. :mod:`.field` and :mod:`.elastic` move the neurons, :mod:`.library`
-measures real mitochondria, :mod:`.room`, :mod:`.chain` and :mod:`.placement` put them into the moved neurons,
-:mod:`.quality` measures the result. More diversity, where it is asked for: :mod:`.rearranging` joins tissue of two
-places, :mod:`.swelling` moves the boundaries of neurons, :mod:`.growing` adds neurites, :mod:`.sections` misaligns.
-:mod:`.copies` makes several masks at a time, :mod:`.blockwise` masks of volumes larger than memory, whose mitochondria
-:mod:`.block_placing` places and whose sections :mod:`.block_sections` misaligns.
+measures real mitochondria, :mod:`.plan` says which to place, :mod:`.templates` chooses their shapes, :mod:`.room`,
+:mod:`.chain` and :mod:`.placement` put them into the moved neurons, :mod:`.quality` measures the result. More
+diversity, where it is asked for: :mod:`.rearranging` joins tissue of two places, :mod:`.swelling` moves the boundaries
+of neurons, :mod:`.growing` adds neurites, :mod:`.sections` misaligns. :mod:`.copies` makes several masks at a time,
+:mod:`.blockwise` masks of volumes larger than memory, whose mitochondria :mod:`.block_placing` places and whose
+sections :mod:`.block_sections` misaligns.
 """
 
 from __future__ import annotations

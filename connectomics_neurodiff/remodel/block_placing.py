@@ -14,8 +14,10 @@ from ..seeding import rng_for
 from ..volume.writing import reserve_space
 from .checks import compact_labels
 from .library import SignatureLibrary
-from .placement import Budget, Templates, Wanted, fill, is_wanted, plan_of
+from .placement import fill, is_wanted
+from .plan import Budget, Wanted, plan_of
 from .room import CandidateGroups, Room, Window, unknown_sections, volume_groups
+from .templates import Templates
 
 #: Depths told apart when it is counted where a mitochondrion could be.
 _DEPTHS = 32

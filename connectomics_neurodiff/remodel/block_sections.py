@@ -12,7 +12,7 @@ from ..volume.writing import reserve_space
 from .elastic import fragments
 from .inside import keep_inside
 from .pieces import PieceFinder, VolumePieces, components_of, touching
-from .sections import closed, halved, shift_sections
+from .sections import halved, shift_membranes, shift_sections
 
 
 def misalign_blockwise(
@@ -49,8 +49,8 @@ def _shifted_pieces(
     finder, free = PieceFinder(), []
     for block in progress(blocks, label="sections"):
         part = slice(block.start, block.stop)
-        moved, walls = (shift_sections(array[part], shifts[part]) for array in (label, membrane))
-        walls = closed(moved, walls)
+        moved = shift_sections(label[part], shifts[part])
+        walls = shift_membranes(membrane[part], shifts[part], moved)
         finder.add(moved)
         components, labels = components_of(moved)
         free.append(np.bincount(components[walls == 0], minlength=len(labels))[1:])
@@ -71,8 +71,8 @@ def _store_shifted(
     """Write shifted masks, every piece under its name."""
     for block, of in zip(progress(blocks, label="misaligned"), of_block, strict=True):
         part = slice(block.start, block.stop)
-        moved, walls, marked = (shift_sections(array[part], shifts[part]) for array in (label, membrane, mito))
-        walls = closed(moved, walls)
+        moved, marked = (shift_sections(array[part], shifts[part]) for array in (label, mito))
+        walls = shift_membranes(membrane[part], shifts[part], moved)
         named = names[np.concatenate([[0], of])][components_of(moved)[0]]
         kept = keep_inside(marked, named, walls)
         if block.start:

@@ -30,7 +30,8 @@ from .field import DisplacementField
 from .inside import keep_inside
 from .library import SignatureLibrary, require_library
 from .pieces import PieceFinder, VolumePieces, components_of, touching
-from .placement import check_asked, is_wanted, plan_of
+from .placement import check_asked, is_wanted
+from .plan import plan_of
 from .sections import check_misalignment, section_shifts
 
 logger = logging.getLogger("connectomics_neurodiff")
@@ -195,10 +196,11 @@ class BlockwiseRemodelling:
                 f"Label and mitochondria must have one shape (z, y, x), no axis empty. Got {tuple(label.shape)} and "
                 f"{None if mito is None else tuple(mito.shape)}."
             )
-        settings.check(voxel_size(voxel_nm))
+        size = voxel_size(voxel_nm)
+        settings.check(size)
         depth = label.shape[0]
         blocks = [range(z, min(z + sections, depth)) for z in range(0, depth, sections)]
-        source = _Source(label, mito, voxel_size(voxel_nm), blocks)
+        source = _Source(label, mito, size, blocks)
         place = settings.place_mitochondria
         pieces, shapes, share = _survey(source, library, measure=place and library is None and mito is not None)
         share = share if settings.mito_fraction is None else settings.mito_fraction

@@ -8,7 +8,6 @@ from functools import cached_property
 from typing import Any, Protocol
 
 import cc3d
-import fastremap
 import numpy as np
 from scipy import ndimage
 
@@ -16,6 +15,7 @@ from ..errors import ValueRangeError
 from ..geometry import is_anisotropic, voxel_size
 from .checks import MOST_NM, compact_labels, positive, require_generator
 from .field import DisplacementField, check_least_jacobian
+from .pieces import components_of
 
 #: Share of a neuron that may break off and be given to its surroundings; more counts as torn and calms the field there.
 _MAX_BROKEN = 0.05
@@ -78,11 +78,8 @@ class Pieces:
 
 
 def pieces_of(compact: np.ndarray) -> Pieces:
-    components, count = cc3d.connected_components(compact, connectivity=26, return_N=True)
-    labels = np.zeros(count + 1, dtype=np.int64)
-    for piece, label in fastremap.component_map(components, compact).items():
-        labels[int(piece)] = label
-    return Pieces(components, labels)
+    components, labels = components_of(compact)
+    return Pieces(components, labels.astype(np.int64))
 
 
 def fragments(pieces: PieceTable, allowed: np.ndarray) -> np.ndarray:
@@ -207,10 +204,7 @@ def elastic_deform(
 
 
 def check_field(voxel_nm: Sequence[float], sigma_nm: float, spacing_nm: float, min_jacobian: float) -> None:
-    """Raise ValueRangeError if a field's amplitude, spacing or least determinant is not valid.
-
-    No grid is finer than the voxels; across thick sections :meth:`.DisplacementField.random` sees to that.
-    """
+    """Raise ValueRangeError if a field's amplitude, spacing or least determinant is not valid."""
     positive("The elastic amplitude in nm", sigma_nm, below=MOST_NM, zero=True)
     positive("The spacing of the elastic grid in nm", spacing_nm, below=MOST_NM)
     check_least_jacobian(min_jacobian)

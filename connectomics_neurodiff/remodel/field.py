@@ -12,6 +12,7 @@ from scipy import sparse
 from ..errors import ValueRangeError
 from ..geometry import is_anisotropic, voxel_size
 from .checks import positive
+from .neighbours import sides
 
 #: Mean square of a uniform cubic B-spline's weights per axis: with N(0, 1) coefficients, the variance of the spline.
 _SPLINE_VARIANCE = 151 / 315
@@ -268,11 +269,10 @@ def _mixed_cells(volume: np.ndarray, axes: Sequence[int]) -> np.ndarray:
     """Whether the corners of the cell that starts at a voxel differ, (z, y, x) bool; a cell spans 2 voxels per axis."""
     mixed = np.zeros(volume.shape, dtype=bool)
     for axis in axes:
-        here, ahead = [slice(None)] * 3, [slice(None)] * 3
-        here[axis], ahead[axis] = slice(None, -1), slice(1, None)
+        here, ahead = sides(3, axis)
         # Either face of the cell across this axis is mixed, or the two faces differ.
-        mixed[tuple(here)] |= mixed[tuple(ahead)]
-        mixed[tuple(here)] |= volume[tuple(ahead)] != volume[tuple(here)]
+        mixed[here] |= mixed[ahead]
+        mixed[here] |= volume[ahead] != volume[here]
     return mixed
 
 

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cached_property
 
 import numpy as np
 
@@ -14,15 +11,11 @@ from ..geometry import voxel_size
 from .chain import Pose, grow_chain
 from .checks import MOST_NM, binary_mask, compact_labels, positive, require_generator
 from .ellipse import Ellipse, equivalent_ellipse, piece_at
-from .library import LEAST_VOLUME_NM3, Signature, SignatureLibrary, require_library
+from .library import Signature, SignatureLibrary, require_library
+from .plan import Budget, Wanted, plan_of
 from .room import Candidate, CandidateGroups, Room
+from .templates import LAST_SCALE, MIN_SCALE, Choice, Templates
 
-logger = logging.getLogger("connectomics_neurodiff")
-
-#: Log-scale tolerance of the axis-length ratio. Published: .35 +- .05; here each template brings its own ratio.
-_RATIO_SPREAD = 0.35
-#: Log-scale tolerance of a template's volume and height, once scaled, against those that are wanted.
-_LIKENESS = 0.25
 #: Of a neuron's cross-section, what lies within this distance gives its width and direction.
 _NEAR_NM = 1500.0
 #: It is looked at in every second row and column where these are at most so far apart: half the time. Of elongated
@@ -30,16 +23,6 @@ _NEAR_NM = 1500.0
 _COARSE_NM = 12.0
 #: Jitter of the orientation, published: +-5 degrees.
 _TURN_JITTER = np.deg2rad(5.0)
-_SCALE_JITTER = (0.92, 1.08)
-#: A template may be drawn up to this size.
-_MAX_SCALE = 1.25
-#: A template may be drawn down to this size, and at last, where nothing else helps, to the second one, but then not
-#: below the volume of the smallest template; clipping and refinement may still take a part of that.
-_MIN_SCALE, _LAST_SCALE = 0.6, 0.35
-#: Placement stops within this share of the volume wanted, and never goes beyond it by more.
-_TOLERANCE = 0.04
-#: More than this share of the volume or number wanted missing is worth a warning; the gate's limit, too.
-_MISSED = 0.1
 #: Places tried for a template in a neuron before another neuron and template are drawn.
 _PLACES = 6
 #: Neurons tried for one mitochondrion of the plan; the one drawn that is nearest in volume and height is kept, the
@@ -60,174 +43,6 @@ _DRAWN, _DEEPEST_OF = 32, 4
 _PATIENCE_PER_CANDIDATE, _PATIENCE = 1, 15
 #: Share of a template's sections that must find room.
 _COMPLETE = 0.4
-
-
-@dataclass(frozen=True)
-class _Goal:
-    """What is asked for where the plan alone did not make up the volume.
-
-    Attributes
-    ----------
-    groups : int
-        Groups of candidates, largest first, that may be used.
-    scale : float
-        Smallest size at which a template may be drawn.
-    """
-
-    groups: int
-    scale: float
-
-
-@dataclass(frozen=True)
-class Wanted:
-    """One mitochondrion to place: its volume in voxels and its height in nm."""
-
-    volume: float
-    height_nm: float
-
-
-def plan_of(
-    library: SignatureLibrary, voxels: float, voxel_nm: Sequence[float], count: int | None = None
-) -> list[Wanted]:
-    """Mitochondria that make up so many voxels, of the library's sizes, largest first.
-
-    With None as many as in the library's tissue; a `count` that was given is made up by other sizes, in proportion.
-
-    Raises
-    ------
-    ValueRangeError
-        If `count` leaves less to each than the smallest template's volume.
-    """
-    ranked = sorted(library.signatures, key=lambda s: -s.volume_nm3)
-    in_voxels = float(np.prod(voxel_nm))
-    # One that is smaller than a voxel cannot be drawn.
-    own = max(1, min(round(len(ranked) * voxels * in_voxels / library.mito_nm3), int(voxels)))
-    planned = own if count is None else count
-    most = max(1, int(voxels * in_voxels / LEAST_VOLUME_NM3))
-    if count is not None and count > most:
-        raise ValueRangeError(
-            f"The number of mitochondria must lie in [1, {most}], so that each of those that make up the share of "
-            f"mitochondria is at least {LEAST_VOLUME_NM3:g} nm^3 large. Got {count}."
-        )
-    # The quantiles of the library's sizes; the sizes themselves where as many are wanted as it holds.
-    of = [ranked[i] for i in ((np.arange(planned) + 0.5) * len(ranked) / planned).astype(int)]
-    volumes = np.array([s.volume_nm3 for s in of])
-    if count is not None:
-        volumes = _with_sum(volumes, voxels * in_voxels)
-    return [
-        Wanted(max(volume, LEAST_VOLUME_NM3) / in_voxels, np.cbrt(volume / s.volume_nm3) * s.z_extent_nm)
-        for s, volume in zip(of, volumes, strict=True)
-    ]
-
-
-def _with_sum(volumes: np.ndarray, total: float) -> np.ndarray:
-    """Falling volumes in nm^3, as many, in proportion but none below a template's least, with that sum."""
-    smallest = np.arange(len(volumes))
-    left = total - LEAST_VOLUME_NM3 * smallest
-    factors = left / np.cumsum(volumes)[::-1]
-    enough = factors * volumes[::-1] >= LEAST_VOLUME_NM3
-    enough[-1] = True
-    # As few as possible are raised to the least volume.
-    return np.maximum(factors[enough.argmax()] * volumes, LEAST_VOLUME_NM3)
-
-
-@dataclass(frozen=True, eq=False)
-class Templates:
-    """Templates of a library, and per template: volume in voxels, axes in nm and ratio to the host of its widest
-    section, height in nm, largest minor axis, smallest sensible size."""
-
-    signatures: tuple[Signature, ...]
-    volume: np.ndarray
-    major: np.ndarray
-    minor: np.ndarray
-    ratio: np.ndarray
-    height: np.ndarray
-    widths: np.ndarray
-    least_scale: np.ndarray
-
-    @classmethod
-    def of(cls, library: SignatureLibrary, depth: int, voxel_nm: Sequence[float]) -> Templates:
-        signatures = library.templates_for(depth * voxel_nm[0])
-        widest = [s.widest for s in signatures]
-        axes = np.array([s.axes[i] for s, i in zip(signatures, widest, strict=True)])
-        return cls(
-            signatures,
-            np.array([s.volume_nm3 for s in signatures]) / float(np.prod(voxel_nm)),
-            axes[:, 0],
-            axes[:, 1],
-            np.array([s.host_ratios[i] for s, i in zip(signatures, widest, strict=True)]),
-            np.array([s.z_extent_nm for s in signatures]),
-            np.array([s.axes[:, 1].max() for s in signatures]),
-            np.clip(np.cbrt([LEAST_VOLUME_NM3 / s.volume_nm3 for s in signatures]), _LAST_SCALE, _MIN_SCALE),
-        )
-
-    def needs(self, scale: np.ndarray) -> np.ndarray:
-        """Depth in nm that the centre of each template needs at such a scale."""
-        return np.asarray(0.8 * scale * self.minor / 2)
-
-    @property
-    def most_depth_nm(self) -> float:
-        """Depth that the centre of no section of any template exceeds in its need."""
-        return _MAX_SCALE * float(self.widths.max()) / 2
-
-    @property
-    def least_need_nm(self) -> float:
-        """Depth that the centre of some template needs at the smallest size at which it may be drawn."""
-        return float(self.needs(self.least_scale).min())
-
-    @property
-    def most_rise_nm(self) -> float:
-        """Height, over its widest section or below it, that no template exceeds."""
-        return _MAX_SCALE * max(max(s.widest + 1, len(s) - s.widest) * s.pitch_z_nm for s in self.signatures)
-
-    def matching(self, wanted: Wanted) -> Choice:
-        """Each template scaled to the volume wanted, the likelier the more alike it then is."""
-        scale = np.clip(np.cbrt(wanted.volume / self.volume), self.least_scale, _MAX_SCALE)
-        off = np.log([scale**3 * self.volume / wanted.volume, scale * self.height / wanted.height_nm]) / _LIKENESS
-        unlike = (off**2).sum(axis=0)
-        return Choice(self, scale, np.exp(-0.5 * (unlike - unlike.min())))
-
-    def filling(self, room_left: float, goal: _Goal, rng: np.random.Generator) -> Choice:
-        """Each template at a random scale; rather a large one drawn smaller than a crowd of the smallest."""
-        scale = np.minimum(np.cbrt(room_left / self.volume), 1.0) * rng.uniform(*_SCALE_JITTER)
-        scale *= rng.uniform(goal.scale, 1.0)
-        fits = scale >= np.maximum(self.least_scale, goal.scale)
-        return Choice(self, scale, np.where(fits, self.volume * scale**3, 0))
-
-
-@dataclass(frozen=True, eq=False)
-class Choice:
-    """Templates to choose from, their scales and weights."""
-
-    templates: Templates
-    scale: np.ndarray
-    weight: np.ndarray
-
-    @cached_property
-    def least_depth_nm(self) -> float:
-        """Depth that the least demanding of the likely templates needs; infinite if there is none."""
-        likely = (self.weight > 0) & (self.weight >= 0.05 * self.weight.max())
-        return float(self.templates.needs(self.scale)[likely].min(initial=np.inf))
-
-    @cached_property
-    def most_depth_nm(self) -> float:
-        """Depth that the centre of no section of a likely template exceeds in its need."""
-        likely = self.weight >= 0.05 * self.weight.max()
-        return float((self.scale * self.templates.widths)[likely].max() / 2)
-
-    def choose(self, host_major_nm: float, depth_nm: float, rng: np.random.Generator) -> tuple[Signature, float] | None:
-        """Template and its scale for a neuron's cross-section, by the ratio of their axes; None if none fits."""
-        templates = self.templates
-        fits = (self.weight > 0) & (templates.needs(self.scale) <= depth_nm)
-        if not fits.any():
-            return None
-        off = np.log(templates.major * self.scale / host_major_nm / templates.ratio) / _RATIO_SPREAD
-        # The best of those that fit keeps its weight however far all of them are from their ratio.
-        weight = np.where(fits, self.weight * np.exp(-0.5 * (off**2 - (off[fits] ** 2).min())), 0)
-        if not weight.sum():
-            return None
-        chosen = int(rng.choice(len(weight), p=weight / weight.sum()))
-        return templates.signatures[chosen], float(self.scale[chosen])
 
 
 def _anchor(
@@ -372,46 +187,6 @@ def _place(
     return int(np.count_nonzero(best[0]))
 
 
-@dataclass
-class Budget:
-    """Voxels of mitochondria wanted so far, those placed, in how many, and those that may still be missing for now."""
-
-    wanted: float
-    placed: int = 0
-    count: int = 0
-    slack: float = 0.0
-
-    def spend(self, voxels: int) -> None:
-        """Count a mitochondrion of so many voxels; none if there are 0."""
-        self.placed += voxels
-        self.count += voxels > 0
-
-    def warn_if_missed(self, voxels: int, count: int | None) -> None:
-        """Say so if what was placed in so many voxels is less than was wanted, or not the number asked for."""
-        if self.placed < (1 - _MISSED) * self.wanted:
-            logger.warning(
-                "Mitochondria fill %.3g %% of the volume, %.3g %% were wanted: no neuron has room for another one.",
-                100 * self.placed / voxels,
-                100 * self.wanted / voxels,
-            )
-        if count and abs(self.count - count) > max(_MISSED * count, 1):
-            logger.warning(
-                "%d mitochondria make up the share, %d were wanted: shapes or room of that size were lacking.",
-                self.count,
-                count,
-            )
-
-    @property
-    def left(self) -> float:
-        """Voxels that may still be placed."""
-        return (1 + _TOLERANCE) * self.wanted - self.placed
-
-    @property
-    def is_met(self) -> bool:
-        """Whether enough is placed."""
-        return self.placed >= (1 - _TOLERANCE) * self.wanted - self.slack
-
-
 def fill(
     room: Room,
     groups: CandidateGroups,
@@ -476,15 +251,15 @@ def _make_up(
 
 def _crowd(room: Room, groups: CandidateGroups, templates: Templates, budget: Budget, rng: np.random.Generator) -> None:
     """Place mitochondria of any size, at last in any neuron, until the volume wanted is reached or none is taken."""
-    goals = [_Goal(1, _MIN_SCALE), *(_Goal(count, _LAST_SCALE) for count in range(1, len(groups) + 1))]
-    for goal in goals:
-        candidates = groups.largest(goal.groups)
+    demands = [(1, MIN_SCALE), *((count, LAST_SCALE) for count in range(1, len(groups) + 1))]
+    for largest, least_scale in demands:
+        candidates = groups.largest(largest)
         failures = 0
         while candidates and failures < max(_PATIENCE, _PATIENCE_PER_CANDIDATE * len(candidates)):
             if budget.is_met:
                 return
             left = budget.left
-            made = _draw(room, _drawn_from(candidates, rng), templates.filling(left, goal, rng), rng)
+            made = _draw(room, _drawn_from(candidates, rng), templates.filling(left, least_scale, rng), rng)
             voxels = 0 if made is None else int(np.count_nonzero(made[0]))
             if made is None or voxels > left:
                 failures += 1

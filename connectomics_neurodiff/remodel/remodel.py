@@ -17,7 +17,8 @@ from .field import DisplacementField
 from .growing import grow_compact
 from .inside import keep_inside
 from .library import SignatureLibrary, require_library
-from .placement import check_asked, is_wanted, place_in, plan_of
+from .placement import check_asked, is_wanted, place_in
+from .plan import plan_of
 from .rearranging import join_crops
 from .sections import check_misalignment, misalign, section_shifts
 from .swelling import swell_compact

@@ -11,6 +11,7 @@ import fastremap
 import numpy as np
 
 from ..geometry import is_anisotropic
+from .neighbours import sides
 
 _SQUARE = np.ones((3, 3), dtype=np.uint8)
 #: Deepest need of a template, unless told otherwise.
@@ -89,11 +90,10 @@ def _apart(label: np.ndarray, membrane: np.ndarray, axes: Sequence[int]) -> np.n
     """
     inside = ((label > 0) & (membrane == 0)).astype(np.uint8)
     for axis in axes:
-        here, ahead = [slice(None)] * 3, [slice(None)] * 3
-        here[axis], ahead[axis] = slice(None, -1), slice(1, None)
-        same = label[tuple(here)] == label[tuple(ahead)]
-        inside[tuple(here)] *= same
-        inside[tuple(ahead)] *= same
+        here, ahead = sides(3, axis)
+        same = label[here] == label[ahead]
+        inside[here] *= same
+        inside[ahead] *= same
     return inside
 
 

@@ -12,6 +12,7 @@ from .apart import tell_apart
 from .checks import MOST_NM, positive
 from .elastic import pieces_of
 from .inside import keep_inside
+from .neighbours import sides
 
 #: Share of the sections that jump; half of them alone, the other half with all that follow.
 _JUMPS = 0.1
@@ -99,20 +100,19 @@ def _source(length: int, shift: int) -> np.ndarray:
     return np.rint(at - shift * faded).astype(int)
 
 
-def closed(label: np.ndarray, membrane: np.ndarray) -> np.ndarray:
-    """Shifted membranes (z, y, x) uint8 of shifted labels, and both pixels wherever two neurons touch within a section.
+def shift_membranes(membrane: np.ndarray, shifts: np.ndarray, moved: np.ndarray) -> np.ndarray:
+    """:func:`shift_sections` of membranes, and both pixels wherever two neurons of the shifted labels touch in-plane.
 
     Where a shift fades out one row in five is left out, and with it a membrane that is two pixels thin. Gaps between
     neurons are membrane already: if both pixels of their boundaries were, too, membranes would be a quarter wider.
     """
-    walls = membrane.copy()
+    walls = shift_sections(membrane, shifts)
     for axis in (1, 2):
-        here, ahead = [slice(None)] * 3, [slice(None)] * 3
-        here[axis], ahead[axis] = slice(None, -1), slice(1, None)
-        one, other = label[tuple(here)], label[tuple(ahead)]
+        here, ahead = sides(3, axis)
+        one, other = moved[here], moved[ahead]
         touch = (one != other) & (one > 0) & (other > 0)
-        walls[tuple(here)] |= touch
-        walls[tuple(ahead)] |= touch
+        walls[here] |= touch
+        walls[ahead] |= touch
     return walls
 
 
@@ -152,7 +152,7 @@ def misalign(
         shifts = halved(shifts)
         moved = shift_sections(compact, shifts)
         pieces = pieces_of(moved)
-    label, walls = tell_apart(moved, pieces, allowed), closed(moved, shift_sections(membrane, shifts))
+    label, walls = tell_apart(moved, pieces, allowed), shift_membranes(membrane, shifts, moved)
     inside = np.bincount(label[walls == 0], minlength=int(label.max()) + 1)
     specks = (inside == 0) & (np.arange(len(inside)) >= len(allowed))
     label = np.where(specks[label], np.uint32(0), label)
