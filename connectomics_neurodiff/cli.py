@@ -208,11 +208,11 @@ def _add_synthesis_commands(commands: Any) -> None:
     sample.add_argument(
         "--guidance",
         type=float,
-        default=1.0,
         metavar="S",
-        help="how strictly the image follows the masks: 1 as trained (default), more: easier, less: harder to segment",
+        help="how strictly the image follows the masks: 1 as trained, more: easier, less: harder to segment "
+        "(default: 2, or 1 for a denoiser trained without condition dropout)",
     )
-    sample.add_argument("--steps", type=int, metavar="N", help="default: 20, at most as many as trained")
+    sample.add_argument("--steps", type=int, metavar="N", help="default: 10, at most as many as trained")
     _add_seed(sample)
     sample.add_argument("--tile", nargs=3, type=int, metavar=("Z", "Y", "X"), help="voxels (default: as trained)")
     sample.add_argument("--overlap", nargs=3, type=int, metavar=("Z", "Y", "X"), help="default: an eighth of the tile")

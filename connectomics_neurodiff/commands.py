@@ -352,9 +352,12 @@ def sample(options: argparse.Namespace) -> None:
     from .engine import resolve_device
     from .pairs import MaskArrays, write_pair
     from .synthesis import (
+        DEFAULT_GUIDANCE,
         DEFAULT_MARGIN,
+        GUIDED_LEVEL,
         denoiser_from_checkpoint,
         discard_scratch,
+        grey_scale_for,
         guided,
         require_fitting_tile,
         synthesise,
@@ -375,8 +378,10 @@ def sample(options: argparse.Namespace) -> None:
     device = resolve_device(options.gpus)
     require_fitting_tile(checkpoint, tile, DEFAULT_MARGIN, volume.shape, device)
     network, process = denoiser_from_checkpoint(checkpoint)
-    network = guided(network, options.guidance, checkpoint)
-    steps = min(20, process.steps) if options.steps is None else options.steps  # docs/results.md
+    guidance = DEFAULT_GUIDANCE if checkpoint.extra.get("condition_dropout") else 1.0
+    guidance = guidance if options.guidance is None else options.guidance
+    network = guided(network, guidance, checkpoint, process.step_at(GUIDED_LEVEL))
+    steps = min(10, process.steps) if options.steps is None else options.steps  # docs/results.md
     # Beside the output: there is room for the whole volume, and the same command finds it again after a kill.
     scratch = Path(options.output).absolute().with_name(f".{Path(options.output).name}.unfinished")
     image = synthesise(
@@ -386,6 +391,7 @@ def sample(options: argparse.Namespace) -> None:
         volume.mito,
         voxel_nm,
         seed=options.seed,
+        grey=grey_scale_for(checkpoint, voxel_nm),
         sampler=options.sampler,
         steps=steps,
         tile=tile,
@@ -396,7 +402,7 @@ def sample(options: argparse.Namespace) -> None:
         scratch=scratch,
         label="synthesis",
     )
-    attributes = {"seed": options.seed, "sampler": options.sampler, "steps": steps, "guidance": options.guidance}
+    attributes = {"seed": options.seed, "sampler": options.sampler, "steps": steps, "guidance": guidance}
     write_pair(options.output, image, MaskArrays(volume.label, membrane, volume.mito), voxel_nm, attributes)
     discard_scratch(scratch)
 

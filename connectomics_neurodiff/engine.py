@@ -43,6 +43,38 @@ class SampleSource(Protocol):
     def __getitem__(self, index: int) -> Mapping[str, Any]: ...
 
 
+class Watch(Protocol):
+    """Somebody who looks at a network while it is trained, and must not change it.
+
+    Attributes
+    ----------
+    every : int
+        Optimiser steps between two looks; the last step is always looked at.
+    """
+
+    every: int
+
+    def __call__(self, network: nn.Module, step: int) -> Mapping[str, float]:
+        """Numbers for the log, of the averaged weights after `step`; the network is in evaluation mode."""
+
+
+def is_watched(watch: Watch | None, step: int, steps: int) -> bool:
+    """Whether a watch looks after this optimiser step of so many."""
+    return watch is not None and (step % watch.every == 0 or step == steps)
+
+
+@contextmanager
+def resting(network: nn.Module) -> Iterator[nn.Module]:
+    """The network in evaluation mode, without gradients; afterwards in its own mode again."""
+    training = network.training
+    network.eval()
+    try:
+        with torch.no_grad():
+            yield network
+    finally:
+        network.train(training)
+
+
 @dataclass(frozen=True)
 class FitSettings:
     """How a network is trained.
@@ -240,7 +272,9 @@ def read_loss_curve(path: Path) -> list[tuple[int, float, float]]:
     return rows
 
 
-def _make_callbacks(settings: FitSettings, folder: Path, key: str, label: str, first_step: int) -> list[Any]:
+def _make_callbacks(
+    settings: FitSettings, folder: Path, key: str, label: str, first_step: int, watch: Watch | None
+) -> list[Any]:
     import lightning
 
     class Keeper(lightning.Callback):
@@ -274,10 +308,19 @@ def _make_callbacks(settings: FitSettings, folder: Path, key: str, label: str, f
             step = trainer.global_step
             if step % settings.log_every == 0 or step == settings.steps:
                 self.log_loss(trainer, step)
+            if trainer.is_global_zero and is_watched(watch, step, settings.steps):
+                self.look(trainer, module, step)
             if step % settings.checkpoint_every == 0 or step == settings.steps:
                 save_resume_point(trainer, folder / "last.ckpt")
             if trainer.is_global_zero:
                 self.bar.update()
+
+        def look(self, trainer: Any, module: Any, step: int) -> None:
+            """Before the checkpoint: a run that is killed while somebody looks, looks again."""
+            assert watch is not None
+            with resting(module.network if module.averaged is None else module.averaged.module) as network:
+                numbers = watch(network, step)
+            trainer.logger.log_metrics(dict(numbers), step)
 
         def log_loss(self, trainer: Any, step: int) -> None:
             mean = float(self.total) / self.count
@@ -351,6 +394,7 @@ def fit(
     *,
     label: str,
     key: str = "",
+    watch: Watch | None = None,
 ) -> nn.Module:
     """Train a network, or go on where an interrupted training stopped.
 
@@ -370,6 +414,8 @@ def fit(
         Name on the progress bar.
     key : str
         Identifies the training; a resume point with another key is refused.
+    watch : Watch, optional
+        Looks at the network every so often; its numbers go to TensorBoard.
 
     Returns
     -------
@@ -396,7 +442,7 @@ def fit(
         use_sound_convolutions(network)
     module = _make_module(network, loss, settings)
     if first_step < settings.steps:
-        callbacks = _make_callbacks(settings, folder, key, label, first_step)
+        callbacks = _make_callbacks(settings, folder, key, label, first_step, watch)
         with _quiet_lightning(), kept_memory(settings.batch_size * settings.sample_voxels):
             trainer = _make_trainer(settings, folder, device, autocast, callbacks, first_step)
             loader = _make_loader(dataset, settings, device, trainer, first_step)

@@ -26,28 +26,34 @@ DEFAULT_MMAP_MAX, LARGEST_MMAP_THRESHOLD = 65536, 32 << 20
 #: Passes over more voxels give freed memory back: blocks of tens of MiB fragment what is kept, up to twice the peak at
 #: 8 x 512 x 512 (docs/performance.md).
 MOST_VOXELS = 1 << 20
+#: Whether a block of :func:`kept_memory` is open.
+_keeping = False
 
 
 @contextmanager
 def kept_memory(voxels: int = 0) -> Iterator[None]:
     """Within the block, freed memory is kept for the next layer; at its end it goes back to the kernel.
 
-    Without ``mallopt`` in the C library (macOS, Windows, musl), or for more than `MOST_VOXELS`, nothing changes.
+    Without ``mallopt`` in the C library (macOS, Windows, musl), or for more than `MOST_VOXELS`, nothing changes. Blocks
+    within blocks change nothing either: a training that paints a small image in between keeps its memory.
 
     Parameters
     ----------
     voxels : int
         Of a pass, as far as it is known.
     """
-    library = ctypes.CDLL(None) if sys.platform == "linux" and voxels <= MOST_VOXELS else None
+    global _keeping
+    library = ctypes.CDLL(None) if sys.platform == "linux" and voxels <= MOST_VOXELS and not _keeping else None
     if library is None or not hasattr(library, "mallopt"):
         yield
         return
     library.mallopt(M_MMAP_MAX, 0)
     library.mallopt(M_TRIM_THRESHOLD, -1)
+    _keeping = True
     try:
         yield
     finally:
+        _keeping = False
         library.mallopt(M_MMAP_MAX, DEFAULT_MMAP_MAX)
         library.mallopt(M_MMAP_THRESHOLD, LARGEST_MMAP_THRESHOLD)
         library.mallopt(M_TRIM_THRESHOLD, 2 * LARGEST_MMAP_THRESHOLD)

@@ -35,6 +35,7 @@ def cells(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def denoiser(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("denoiser") / "checkpoint.pt"
     extra = {"process": {"steps": 250, "cosine_offset": 0.008}, "patch": [4, 32, 32], "voxel_nm": [[29, 6, 6]]}
+    extra["grey_scales"] = [{"mean": 0.5, "std": 0.2, "voxel_nm": [29, 6, 6]}]
     network = build_denoiser("neurodiff", preset="small")
     save_checkpoint(
         path,

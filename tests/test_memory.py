@@ -49,6 +49,16 @@ def fewer_faults_inside() -> None:
     assert inside < outside / 5, (inside, outside)
 
 
+def a_block_within_leaves_the_outer_one_as_it_is() -> None:
+    with kept_memory():
+        with kept_memory():
+            faults_of_ten_blocks()
+        faults_of_ten_blocks()
+        inside = faults_of_ten_blocks()
+    outside = faults_of_ten_blocks()
+    assert inside < outside / 5, (inside, outside)
+
+
 def as_many_faults_in_large_passes() -> None:
     with kept_memory(MOST_VOXELS + 1):
         faults_of_ten_blocks()

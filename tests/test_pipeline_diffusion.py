@@ -6,17 +6,21 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from tiny import settings
 
 from connectomics_neurodiff.checkpoints import load_checkpoint
+from connectomics_neurodiff.conditions import dark_bodies
 from connectomics_neurodiff.config import load_config
 from connectomics_neurodiff.errors import ConfigError, MissingInput, StaleArtifactError, UserError, ValueRangeError
 from connectomics_neurodiff.pipeline import run_pipeline
+from connectomics_neurodiff.pipeline.judging import read_following
+from connectomics_neurodiff.pipeline.parts import open_parts
 from connectomics_neurodiff.pipeline.plan import describe_plan
 from connectomics_neurodiff.synthesis import denoiser_from_checkpoint
-from connectomics_neurodiff.volume import grow_phantom, write_volume
+from connectomics_neurodiff.volume import grow_phantom, open_volume, write_volume
 
 EXTRA = "NEURODIFF__DIFFUSION__EXTRA_VOLUMES"
 SHORT = {"NEURODIFF__DIFFUSION__ITERATIONS": "4", "NEURODIFF__DIFFUSION__PATCH": "[2, 16, 24]"}
@@ -46,6 +50,7 @@ def trained(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pat
         "NEURODIFF__DIFFUSION__VOLUME_SHARE": "equal",
         "NEURODIFF__DIFFUSION__RESOLUTION_EMBEDDING": "True",
         "NEURODIFF__DIFFUSION__LEARN_VARIANCE": "True",
+        "NEURODIFF__DIFFUSION__NOISE_SPREAD": "0",
         "NEURODIFF__DIFFUSION__CONDITION_DROPOUT": "0.1",
         "NEURODIFF__DIFFUSION__VOXEL_SIZE_DROPOUT": "0.1",
         "NEURODIFF__DIFFUSION__SNR_GAMMA": "5",
@@ -72,9 +77,12 @@ def test_a_checkpoint_says_what_it_was_trained_on(trained: tuple[Path, dict[str,
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        ({"NEURODIFF__DIFFUSION__SNR_GAMMA": "0"}, "SNR_GAMMA: 5.0 -> absent"),
-        ({"NEURODIFF__DIFFUSION__FLIPS": "False"}, "FLIPS: absent -> False"),
-        ({"NEURODIFF__DIFFUSION__INTENSITY_JITTER": "0.1"}, "INTENSITY_JITTER: absent -> 0.1"),
+        ({"NEURODIFF__DIFFUSION__SNR_GAMMA": "0"}, "SNR_GAMMA: 5.0 -> 0.0"),
+        ({"NEURODIFF__DIFFUSION__FLIPS": "False"}, "FLIPS: True -> False"),
+        ({"NEURODIFF__DIFFUSION__INTENSITY_JITTER": "0.1"}, "INTENSITY_JITTER: 0.02 -> 0.1"),
+        ({"NEURODIFF__DARK_BODIES": "False"}, "DARK_BODIES: True -> False"),
+        ({"NEURODIFF__DIFFUSION__LOSS": "l1"}, "LOSS: l2 -> l1"),
+        ({"NEURODIFF__DIFFUSION__NOISE_MEAN": "0.3"}, "NOISE_MEAN: 1.2 -> 0.3"),
         ({"NEURODIFF__DIFFUSION__CONDITION_DROPOUT": "0.2"}, "CONDITION_DROPOUT: 0.1 -> 0.2"),
         ({EXTRA: "['fib.h5']"}, "extra: "),
         ({EXTRA: "[]"}, "extra: .* -> absent"),
@@ -87,14 +95,16 @@ def test_what_makes_a_denoiser_stale(trained: tuple[Path, dict[str, str]], chang
         run(trained[0], **{**trained[1], **change})
 
 
-def test_keys_at_their_defaults_leave_no_trace(tmp_path: Path) -> None:
-    """A training made before these keys existed stays valid: its sidecar holds exactly these settings."""
+def test_how_images_are_painted_does_not_make_a_denoiser_stale(tmp_path: Path) -> None:
+    """Its sidecar holds the settings of the training, all of them and no others."""
     run(tmp_path / "run")
     sidecar = json.loads((tmp_path / "run" / "diffusion" / "checkpoint.pt.provenance.json").read_text())
     assert set(sidecar["settings"]) == {
         "ARCHITECTURE", "PRESET", "STEPS", "COSINE_OFFSET", "PREDICTION", "CONDITIONING", "RGM", "RPGE",
         "SCAN_DIRECTIONS", "PATCH", "ITERATIONS", "BATCH", "ACCUMULATE", "LEARNING_RATE", "WARMUP", "SCHEDULE",
-        "CLIP_NORM", "EMA_DECAY", "MEMBRANE_NM", "PRECISION",
+        "CLIP_NORM", "EMA_DECAY", "MEMBRANE_NM", "PRECISION", "DARK_BODIES", "LOSS", "NOISE_MEAN", "NOISE_SPREAD",
+        "FLAT_LEVELS", "RESOLUTION_EMBEDDING", "LEARN_VARIANCE", "CHECKPOINTING", "VOLUME_SHARE", "FLIPS", "TRANSPOSE",
+        "INTENSITY_JITTER", "CONDITION_DROPOUT", "VOXEL_SIZE_DROPOUT", "SNR_GAMMA",
     }  # fmt: skip
     assert set(sidecar["parents"]) == {"train"}
 
@@ -110,7 +120,7 @@ def test_a_missing_extra_volume_is_listed_and_refused(tmp_path: Path, inputs: Pa
 
 
 def test_a_dry_run_names_the_extra_volumes(tmp_path: Path, inputs: Path) -> None:
-    changes = {"DATASET__INPUT_PATH": str(inputs), EXTRA: "fib.h5", "NEURODIFF__DIFFUSION__LEARN_VARIANCE": "True"}
+    changes = {"DATASET__INPUT_PATH": str(inputs), EXTRA: "fib.h5", "NEURODIFF__DIFFUSION__CHECKPOINTING": "True"}
     plan = describe_plan(load_config(overrides=settings(tmp_path / "out", **changes)), ["diffusion"])
     assert f"EXTRA_VOLUMES[0]: {inputs / 'fib.h5'} (0, 0, 0)-(12, 40, 44), (8.0, 8.0, 8.0) nm" in plan
 
@@ -160,3 +170,56 @@ def test_extra_volumes_that_cannot_be_used(
         run(tmp_path / "out", DATASET__INPUT_PATH=str(inputs), **{EXTRA: str([entry])})
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "out").exists()
+
+
+def test_the_denoiser_learns_the_dark_bodies_of_a_train_part_without_mitochondria(tmp_path: Path) -> None:
+    """Its masks then hold them as mitochondria, and a volume with masks of its own keeps these."""
+    volume = grow_phantom((8, 72, 88), (29, 6, 6), 2)
+    found = dark_bodies(volume.array("image"), volume.array("label"), volume.voxel_nm)
+    assert found.any()
+    for name, arrays in (
+        ("bare.h5", {"image": volume.array("image"), "label": volume.array("label")}),
+        ("masked.h5", {**volume.arrays, "mito": np.zeros(volume.shape, np.uint8)}),
+    ):
+        write_volume(tmp_path / name, arrays, volume.voxel_nm, {})
+        boxes = {f"NEURODIFF__SPLIT__{part}__BOX": "[]" for part in ("TRAIN", "TUNE", "TEST")}
+        scored = {
+            "NEURODIFF__SPLIT__SCORED": "False",
+            "DATASET__INPUT_PATH": str(tmp_path),
+            "DATASET__IMAGE_NAME": name,
+        }
+        cfg = load_config(overrides=settings(tmp_path / "out", **boxes, **scored))
+        mito = open_parts(cfg)["train"].load().mito_array
+        assert mito is not None
+        np.testing.assert_array_equal(mito, found if name == "bare.h5" else 0)
+        off = load_config(overrides=settings(tmp_path / "out", **boxes, **scored, NEURODIFF__DARK_BODIES="False"))
+        assert (open_parts(off)["train"].load().mito_array is None) == (name == "bare.h5")
+
+
+def test_the_checkpoint_keeps_the_grey_scale_of_every_volume(
+    trained: tuple[Path, dict[str, str]], inputs: Path
+) -> None:
+    kept = load_checkpoint(trained[0] / "diffusion" / "checkpoint.pt", kind="denoiser").extra["grey_scales"]
+    assert [entry["voxel_nm"] for entry in kept] == [[29, 6, 6], [8, 8, 8], [50, 4.6, 4.6]]
+    image = open_volume(inputs / "fib.h5").array("image")
+    assert kept[1]["mean"] == pytest.approx(float(image.mean()), abs=1e-5)
+    assert kept[1]["std"] == pytest.approx(float(image.std()), abs=1e-5)
+
+
+def test_a_training_is_watched_and_its_following_recorded(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    changes = {"NEURODIFF__PAIRS__LEAST_FOLLOWING": "0.9", "NEURODIFF__PAIRS__JUDGE_ITERATIONS": "150"}
+    with caplog.at_level("WARNING"):
+        run(tmp_path / "watched", **changes)
+    rows = read_following(tmp_path / "watched" / "diffusion" / "following.csv")
+    assert [row[0] for row in rows] == [1, 2, 3, 4]
+    for _, precision, null, real, share in rows:
+        assert 0 < precision < 1
+        assert real > null
+        assert share < 0.9
+    assert "does not follow its masks" in caplog.text  # after four iterations
+    run(tmp_path / "alone")
+    states = [
+        load_checkpoint(tmp_path / name / "diffusion" / "checkpoint.pt", kind="denoiser").state_dict
+        for name in ("watched", "alone")
+    ]
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])  # looking changes nothing

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from connectomics_neurodiff.errors import ShapeMismatch, ValueRangeError
 from connectomics_neurodiff.remodel import PAIRED
 from connectomics_neurodiff.report import (
+    following_figure,
     grey_value_figure,
     label_colours,
     loss_figure,
@@ -209,6 +210,7 @@ def test_losses_that_are_not_finite_are_counted_not_hidden() -> None:
 
 CURVE = [(0.1, 0.5), (0.2, 0.3), (0.3, 0.4)]
 CHARTS: dict[str, Callable[[Path], None]] = {
+    "following": lambda p: following_figure(p, [(10, -0.2), (20, 0.7), (30, float("nan"))], 0.75),
     "losses": lambda p: loss_figure(p, {"diffusion": [(0, 1.0)], "segmenter/real": [(0, 1), (9, 0.1)]}),
     "many losses": lambda p: loss_figure(p, {f"loss{i}": [(0, 1.0), (1, 0.5)] for i in range(5)}),
     "thresholds": lambda p: threshold_figure(
@@ -238,6 +240,7 @@ def test_charts_are_drawn_the_same_twice(tmp_path: Path, name: str) -> None:
     ("draw", "message"),
     [
         (lambda p: loss_figure(p, {}), "at least one curve"),
+        (lambda p: following_figure(p, [], 0.8), "'following' needs at least one finite point"),
         (lambda p: loss_figure(p, {"a": []}), "'a' needs at least one finite point"),
         (lambda p: loss_figure(p, {"a/b": [(0, float("nan"))]}), "'a/b' needs at least one finite point"),
         (lambda p: threshold_figure(p, {}, {}), "at least one tuned method"),

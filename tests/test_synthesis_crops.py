@@ -29,10 +29,11 @@ def crops(*volumes: Volume, patch: tuple[int, int, int] = (4, 12, 12), seed: int
     return DiffusionCrops(volumes or (volume(),), patch, seed, PROCESS, **({"thickness_nm": 12.0} | options))
 
 
-def clean_image(sample: dict[str, np.ndarray]) -> np.ndarray:
-    """The image in [0, 1] behind a noisy sample."""
-    clean = PROCESS.predict_clean(sample["noisy"].astype(float), int(sample["t"]), sample["target"].astype(float))
-    return (clean[0] + 1) / 2
+def clean_image(sample: dict[str, np.ndarray], source: Volume | None = None) -> np.ndarray:
+    """The image in [0, 1] behind a noisy sample of a volume, whose mean and spread it is scaled by."""
+    image = (source or volume()).array("image").astype(float)
+    clean = PROCESS.clean_from(sample["target"].astype(float), sample["noisy"].astype(float), int(sample["t"]))
+    return np.asarray(clean[0] * image.std() + image.mean())
 
 
 def low_noise(dataset: DiffusionCrops, count: int) -> list[dict[str, np.ndarray]]:
@@ -110,7 +111,7 @@ def test_every_voxel_is_used() -> None:
     dataset = crops(source, patch=(3, 8, 8), flips=False, transpose=False, intensity_jitter=0.0)
     used = np.zeros(source.shape, bool)
     for sample in low_noise(dataset, 2500):
-        corner = np.unravel_index(np.abs(source.image - clean_image(sample)[0, 0, 0]).argmin(), source.shape)
+        corner = np.unravel_index(np.abs(source.image - clean_image(sample, source)[0, 0, 0]).argmin(), source.shape)
         used[tuple(slice(c, c + n) for c, n in zip(corner, (3, 8, 8), strict=True))] = True
     assert used.all()
 
@@ -119,7 +120,7 @@ def test_every_voxel_is_used() -> None:
 def test_volumes_smaller_than_the_patch_are_reflected(shape: tuple[int, int, int]) -> None:
     source = volume(shape)
     for sample in low_noise(crops(source, intensity_jitter=0.0), 3):
-        image = clean_image(sample)
+        image = clean_image(sample, source)
         assert image.shape == (4, 12, 12)
         distance = np.abs(image.reshape(-1, 1) - source.image.reshape(1, -1)).min(axis=1)
         assert distance.max() < 1e-3  # nothing but grey values of the volume
@@ -150,6 +151,28 @@ def test_steps_and_volumes_are_drawn_evenly() -> None:
 
 def test_without_mitochondria_their_channel_is_zero() -> None:
     assert not crops(volume(mito=False))[0]["condition"][1].any()
+
+
+def test_every_volume_has_a_scale_of_its_own() -> None:
+    """A dim volume of little contrast reaches the network as the bright one does."""
+    bright = volume()
+    dim = Volume(0.1 + 0.2 * bright.array("image"), bright.label, None, ZYX(8.0, 8.0, 8.0))
+    dataset = crops(bright, dim, intensity_jitter=0.0)
+    for scale, source in zip(dataset.scales, (bright, dim), strict=True):
+        assert scale.mean == pytest.approx(float(source.array("image").mean()), abs=1e-6)
+        assert scale.std == pytest.approx(float(source.array("image").std()), rel=1e-5)
+    samples = low_noise(dataset, 200)
+    for size, source in ((29, bright), (8, dim)):
+        found = np.concatenate([clean_image(s, source).ravel() for s in samples if s["voxel_nm"][0] == size])
+        assert float(found.mean()) == pytest.approx(float(source.array("image").mean()), abs=0.03)
+
+
+def test_noise_levels_are_drawn_as_told() -> None:
+    dataset = crops(noise_mean=1.0, noise_spread=0.5)
+    drawn = [int(dataset[i]["t"]) for i in range(400)]
+    level = 0.5 * np.log((1 - PROCESS.signal) / PROCESS.signal)[drawn]
+    assert float(level.mean()) == pytest.approx(1.0, abs=0.1)
+    assert float(level.std()) == pytest.approx(0.5, abs=0.07)
 
 
 @pytest.mark.parametrize("patch", [(4, 12), (0, 12, 12), (4, 12, -1)])

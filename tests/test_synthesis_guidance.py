@@ -93,3 +93,27 @@ def test_a_guided_denoiser_paints_and_its_scratch_is_its_own(tmp_path: Any) -> N
     # u + 1 (c - u) is c but for rounding, which three steps of so much noise enlarge: 1.1e-5 on a CPU without AMX.
     np.testing.assert_allclose(images[0], plain, atol=1e-4)
     assert np.abs(images[1] - images[0]).max() > 0.01
+
+
+def test_below_its_first_step_guidance_is_off_and_costs_one_pass() -> None:
+    plain = awake_denoiser()
+    passes: list[int] = []
+    plain.register_forward_hook(lambda *_: passes.append(1))
+    guide = GuidedDenoiser(plain, 3.0, first=8)
+    noisy, t, condition, size = arguments()
+    with torch.no_grad():
+        torch.testing.assert_close(guide(noisy, t, condition, size), plain(noisy, t, condition, size))
+        assert len(passes) == 2
+        whole = GuidedDenoiser(plain, 3.0)
+        torch.testing.assert_close(guide(noisy, t + 1, condition, size), whole(noisy, t + 1, condition, size))
+        assert len(passes) == 6
+        assert not torch.allclose(guide(noisy, t + 1, condition, size), plain(noisy, t + 1, condition, size))
+
+
+@pytest.mark.parametrize("level", [0.0, 0.3, 1.0, 7.0, 1e9])
+def test_the_first_guided_step_is_the_least_noisy_of_its_level(level: float) -> None:
+    process = DiffusionProcess(cosine_betas(250))
+    noise = np.sqrt((1 - process.signal) / process.signal)
+    first = process.step_at(level)
+    assert (noise[first:] >= level).all()
+    assert (noise[:first] < level).all()

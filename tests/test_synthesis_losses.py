@@ -19,11 +19,12 @@ from connectomics_neurodiff.synthesis import (
     cosine_betas,
     min_snr_weight,
     noise_loss,
+    velocity_weight,
 )
 
 SHAPE = (1, 2, 3, 5)
 STEPS = 40
-PREDICTIONS = ("noise", "velocity")
+PREDICTIONS = ("noise", "velocity", "image")
 
 
 def process_of(prediction: str) -> DiffusionProcess:
@@ -53,12 +54,12 @@ def batch_at(process: DiffusionProcess, steps: list[int], seed: int = 0) -> tupl
 
 
 def implied_clean(process: DiffusionProcess, prediction: np.ndarray, x_t: np.ndarray, t: int) -> np.ndarray:
-    return process.predict_clean(x_t, t, process.noise_from(prediction, x_t, t))
+    return process.clean_from(prediction, x_t, t)
 
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 @pytest.mark.parametrize("gamma", [0.5, 5.0])
-def test_both_predictions_weigh_the_same_error_of_the_image_alike(prediction: str, gamma: float) -> None:
+def test_all_predictions_weigh_the_same_error_of_the_image_alike(prediction: str, gamma: float) -> None:
     """Each weighted error is sqrt(min(SNR, gamma)) times the error of x_0, whatever is predicted."""
     process = process_of(prediction)
     steps = [0, 7, 20, 38]
@@ -72,6 +73,28 @@ def test_both_predictions_weigh_the_same_error_of_the_image_alike(prediction: st
     loss, parts = noise_loss(Fixed(predicted), batch, weight=min_snr_weight(process, gamma))
     assert float(loss.detach()) == pytest.approx(np.mean(by_hand), rel=1e-5)
     assert set(parts) == {"l1"}
+
+
+@pytest.mark.parametrize(("norm", "power"), [("l1", 1), ("l2", 2)])
+def test_an_image_is_weighed_as_its_velocity(norm: str, power: int) -> None:
+    """The same error of x_0, as an error of the image and as one of the velocity, written out."""
+    process, steps = process_of("image"), [10, 20, 38]
+    batch, clean = batch_at(process, steps)
+    predicted = batch["target"] + 0.1 * torch.tensor(np.random.default_rng(1).standard_normal(clean.shape))
+    by_hand = []
+    for i, t in enumerate(steps):
+        x_t, signal = batch["noisy"][i].numpy(), process.signal[t]
+        guess = implied_clean(process, predicted[i].numpy(), x_t, t)
+        velocity, truth = ((np.sqrt(signal) * x_t - image) / np.sqrt(1 - signal) for image in (guess, clean[i]))
+        by_hand.append((np.abs(velocity - truth) ** power).mean())
+    loss, _ = noise_loss(Fixed(predicted), batch, norm=norm, weight=velocity_weight(process, norm))
+    assert float(loss.detach()) == pytest.approx(np.mean(by_hand), rel=1e-5)
+
+
+def test_the_velocitys_own_weight_is_one_but_for_the_least_noise() -> None:
+    weight = velocity_weight(DiffusionProcess(cosine_betas(250), "velocity"))
+    assert torch.allclose(weight[20:], torch.ones(230))
+    assert float(weight[0]) < 1
 
 
 def test_a_gamma_beyond_every_ratio_leaves_the_noise_loss_as_it_is() -> None:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from connectomics_neurodiff.convolution import Convolution
 from connectomics_neurodiff.errors import ShapeMismatch, UnknownName, ValueRangeError
@@ -16,13 +17,21 @@ from connectomics_neurodiff.memory import peak_bytes
 from connectomics_neurodiff.registry import Registry
 from connectomics_neurodiff.synthesis import SYNTHESISERS, build_denoiser
 from connectomics_neurodiff.synthesis.nets import Mamba
-from connectomics_neurodiff.synthesis.nets.blocks import Pointwise, ResidualBlock, resize_sections, time_embedding
+from connectomics_neurodiff.synthesis.nets.blocks import (
+    Pointwise,
+    ResidualBlock,
+    join_pixels,
+    part_pixels,
+    resize_sections,
+    time_embedding,
+)
 from connectomics_neurodiff.synthesis.nets.norm import NormSiLU
 from connectomics_neurodiff.synthesis.nets.resolution import ResolutionEmbedding
 from connectomics_neurodiff.synthesis.nets.rgm import physical_coordinates
 
 TINY: dict[str, Any] = {
     "base_channels": 32,
+    "pixels": 1,
     "multipliers": (1, 1, 1),
     "condition_channels": (32, 32),
     "rgm_reductions": (4,),
@@ -530,3 +539,55 @@ def test_inputs_that_do_not_belong_together(wrong: str) -> None:
 def test_the_registry_lists_neurodiff() -> None:
     assert isinstance(SYNTHESISERS, Registry)
     assert "neurodiff" in SYNTHESISERS.names()
+
+
+def test_joined_pixels_are_the_squares_of_the_image_and_part_again() -> None:
+    x = torch.arange(2 * 3 * 2 * 4 * 6, dtype=torch.float32).view(2, 3, 2, 4, 6)
+    joined = join_pixels(x, 2)
+    assert joined.shape == (2, 12, 2, 2, 3)
+    for channel in range(3):
+        for i, (row, column) in enumerate([(0, 0), (0, 1), (1, 0), (1, 1)]):
+            assert torch.equal(joined[:, 4 * channel + i], x[:, channel, :, row::2, column::2])
+    assert torch.equal(part_pixels(joined, 2), x)
+    assert join_pixels(x, 1) is x
+
+
+@pytest.mark.parametrize("shape", [(1, 5, 9), (3, 16, 33), (2, 40, 24)])
+def test_joined_pixels_take_every_shape(shape: tuple[int, int, int]) -> None:
+    network = build_denoiser("neurodiff", preset="small", flat_levels=1).eval()
+    assert network.settings.reductions == (2, 4, 8)
+    x, condition = torch.randn(2, 1, *shape), torch.zeros(2, 2, *shape)
+    with torch.no_grad():
+        out = network(x, torch.tensor([3, 200]), condition, torch.tensor([[30.0, 6, 6], [8, 8, 8]]))
+    assert out.shape == x.shape
+    assert torch.isfinite(out).all()
+
+
+def test_flat_levels_do_not_see_other_sections() -> None:
+    """With every level flat and no scan, a section's output depends on that section alone; deeper levels join them."""
+    shape = (1, 1, 4, 16, 16)
+    condition, size = torch.zeros(1, 2, *shape[2:]), torch.tensor([[30.0, 6, 6]])
+    moved = {}
+    for flat in (3, 2):
+        torch.manual_seed(0)
+        network = build_denoiser("neurodiff", preset="small", flat_levels=flat, rgm=False, groups=1).eval()
+        for module in network.modules():
+            if isinstance(module, NormSiLU):  # whose statistics are of all sections
+                module.forward = lambda image, over=False: F.silu(image)  # type: ignore[method-assign]
+        for parameter in network.parameters():
+            torch.nn.init.normal_(parameter, std=0.1)
+        x = torch.randn(shape)
+        other = x.clone()
+        other[:, :, 0] += 1
+        with torch.no_grad():
+            a, b = (network(image, torch.tensor([9]), condition, size) for image in (x, other))
+        moved[flat] = (a - b).abs().amax(dim=(0, 1, 3, 4))
+    assert moved[3][0] > 0
+    assert not moved[3][1:].any()
+    assert (moved[2] > 0).all()
+
+
+@pytest.mark.parametrize("options", [{"pixels": 3}, {"pixels": 0}, {"flat_levels": -1}])
+def test_pixels_and_flat_levels_that_are_refused(options: dict[str, int]) -> None:
+    with pytest.raises(ValueRangeError, match="Got"):
+        build_denoiser("neurodiff", preset="small", **options)

@@ -50,22 +50,55 @@ def test_noise_added_step_by_step_has_the_moments_of_adding_it_at_once(t: int) -
     np.testing.assert_allclose(process.add_noise(zero, t, one), math.sqrt(variance), rtol=1e-9)
 
 
+@pytest.mark.parametrize("prediction", ["noise", "velocity", "image"])
 @pytest.mark.parametrize("t", [0, 120, 240])
-def test_predict_clean_inverts_add_noise(t: int) -> None:
+def test_a_perfect_prediction_gives_the_image_back(prediction: str, t: int) -> None:
     rng = np.random.default_rng(0)
-    process = DiffusionProcess(cosine_betas(250))
+    process = DiffusionProcess(cosine_betas(250), prediction)
     clean, noise = rng.uniform(-1, 1, (2, 3, 4)), rng.standard_normal((2, 3, 4))
-    np.testing.assert_allclose(process.predict_clean(process.add_noise(clean, t, noise), t, noise), clean, atol=1e-9)
+    x_t, target = process.add_noise(clean, t, noise), process.target(clean, t, noise)
+    np.testing.assert_allclose(process.clean_from(target, x_t, t), clean, atol=1e-9)
+
+
+@pytest.mark.parametrize("prediction", ["noise", "velocity", "image"])
+def test_an_error_of_the_prediction_is_an_error_of_the_image_as_said(prediction: str) -> None:
+    process = DiffusionProcess(cosine_betas(250), prediction)
+    for t in (0, 60, 200, 249):
+        moved = process.clean_from(np.array([1.0]), np.zeros(1), t) - process.clean_from(
+            np.array([0.0]), np.zeros(1), t
+        )
+        assert abs(float(moved[0])) == pytest.approx(process.clean_errors[t], rel=1e-9)
+
+
+@pytest.mark.parametrize("prediction", ["velocity", "image"])
+@pytest.mark.parametrize("t", [0, 20, 90, 200, 249])
+def test_what_is_predicted_has_unit_variance_at_every_noise_level(prediction: str, t: int) -> None:
+    """Of an image of unit variance; the network's output then needs no scale of its own (Karras et al. 2022)."""
+    rng = np.random.default_rng(0)
+    process = DiffusionProcess(cosine_betas(250), prediction)
+    target = process.target(rng.standard_normal(100_000), t, rng.standard_normal(100_000))
+    assert float(target.std()) == pytest.approx(1, abs=0.01)
+
+
+def test_the_grain_filter_is_wieners() -> None:
+    """Kept of an image that is nothing but grain, the share is the one with the least error; by brute force."""
+    process = DiffusionProcess(cosine_betas(250), "image")
+    rng = np.random.default_rng(0)
+    grain, noise = 0.12 * rng.standard_normal(200_000), rng.standard_normal(200_000)
+    for t in (5, 20, 60):
+        x_t = process.add_noise(grain, t, noise)
+        kept = float(process.clean_from(np.zeros(1), np.ones(1), t)[0])
+        errors = {share: float(np.square(share * x_t - grain).mean()) for share in np.linspace(0, 1.2, 1201)}
+        assert kept == pytest.approx(min(errors, key=lambda share: errors[share]), abs=0.01)
 
 
 @pytest.mark.parametrize("t", [0, 120, 249])
-def test_the_velocity_implies_the_noise_and_turns_into_the_image(t: int) -> None:
+def test_the_velocity_turns_into_the_image(t: int) -> None:
     """v and x_t are (epsilon, x_0) turned by the angle whose cosine is sqrt(alpha_bar): a rotation by hand."""
     rng = np.random.default_rng(0)
     process = DiffusionProcess(cosine_betas(250), "velocity")
     clean, noise = rng.uniform(-1, 1, (2, 3, 4)), rng.standard_normal((2, 3, 4))
     x_t, velocity = process.add_noise(clean, t, noise), process.target(clean, t, noise)
-    np.testing.assert_allclose(process.noise_from(velocity, x_t, t), noise, atol=1e-12)
     angle = math.acos(math.sqrt(process.signal[t]))
     np.testing.assert_allclose(math.cos(angle) * x_t - math.sin(angle) * velocity, clean, atol=1e-12)
 
@@ -99,16 +132,65 @@ def test_timesteps_fall_strictly_from_the_noisiest(steps: int) -> None:
     assert len(times) == steps
     assert times[0] == 249
     assert times[-1] >= 0
-    gaps = -np.diff(times)
-    assert (gaps >= 1).all()
-    assert steps == 1 or gaps.max() - gaps.min() <= 1
+    assert (np.diff(times) <= -1).all()
     assert steps != 250 or times == list(range(249, -1, -1))
+
+
+def test_noise_levels_are_spaced_as_karras_et_al_space_them() -> None:
+    """Eq. 5 of the paper by hand, from 30 to .03 with rho 7, against the levels that ten steps visit."""
+    process = DiffusionProcess(cosine_betas(1000))
+    level = np.sqrt((1 - process.signal) / process.signal)
+    visited = level[process.timesteps(10)]
+    by_hand = [(30 ** (1 / 7) + i / 9 * (0.03 ** (1 / 7) - 30 ** (1 / 7))) ** 7 for i in range(10)]
+    np.testing.assert_allclose(visited[1:], by_hand[1:], rtol=0.05)
+    assert visited[0] == level[-1]
 
 
 @pytest.mark.parametrize("steps", [0, -1, 251])
 def test_more_steps_than_the_process_has(steps: int) -> None:
     with pytest.raises(ValueRangeError, match="1 to 250"):
         DiffusionProcess(cosine_betas(250)).timesteps(steps)
+
+
+@pytest.mark.parametrize(("mean", "spread"), [(0.0, 0.5), (1.0, 1.4)])
+def test_levels_are_drawn_from_a_log_normal(mean: float, spread: float) -> None:
+    """Against the normal distribution function between the levels of neighbouring steps."""
+    process = DiffusionProcess(cosine_betas(1000))
+    shares = process.level_shares(mean, spread)
+    assert shares.sum() == pytest.approx(1)
+    level = np.log(np.sqrt((1 - process.signal) / process.signal))
+    for edge in (mean - spread, mean, mean + spread / 2):
+        expected = 0.5 * (1 + math.erf((edge - mean) / spread / math.sqrt(2)))
+        assert shares[level < edge].sum() == pytest.approx(expected, abs=0.01)
+
+
+def test_without_a_spread_all_steps_are_alike() -> None:
+    np.testing.assert_allclose(DiffusionProcess(cosine_betas(8)).level_shares(1.0, 0.0), 1 / 8)
+    np.testing.assert_allclose(DiffusionProcess([0.5]).level_shares(1.0, 1.0), 1)
+
+
+@pytest.mark.parametrize(("mean", "spread"), [(0.0, -1.0), (math.nan, 1.0), (0.0, math.inf)])
+def test_levels_that_are_refused(mean: float, spread: float) -> None:
+    with pytest.raises(ValueRangeError, match="spread >= 0"):
+        DiffusionProcess(cosine_betas(8)).level_shares(mean, spread)
+
+
+def test_the_squared_loss_is_least_at_the_mean_and_the_absolute_one_at_the_median() -> None:
+    class Constant(nn.Module):
+        def __init__(self, value: float) -> None:
+            super().__init__()
+            self.value = value
+
+        def forward(self, x_t: torch.Tensor, *_: torch.Tensor) -> torch.Tensor:
+            return torch.full_like(x_t, self.value)
+
+    values = torch.tensor([0.0, 0.0, 0.0, 1.0]).view(1, 1, 1, 2, 2)  # a quarter is dark
+    batch = {"noisy": values, "target": values, "t": torch.zeros(1), "condition": values, "voxel_nm": values}
+    grid = [i / 20 for i in range(21)]
+    best = {n: min(grid, key=lambda v: float(noise_loss(Constant(v), batch, norm=n)[0])) for n in ("l1", "l2")}
+    assert best == {"l1": 0.0, "l2": 0.25}
+    with pytest.raises(UnknownName, match="l1, l2"):
+        noise_loss(Constant(0.0), batch, norm="l3")
 
 
 def test_the_loss_is_the_mean_absolute_error_of_the_noise() -> None:

@@ -1,5 +1,6 @@
 """Room 2: labels (and mitochondria) -> membrane -> the condition the diffusion model paints onto."""
 
+from .dark_bodies import dark_bodies, with_dark_bodies
 from .encoding import NULL_CONDITION, check_masks, encode_condition
 from .membrane import MOST_THICKNESS_NM, BackgroundMask, membrane_from_labels, membrane_halo, with_background
 
@@ -8,8 +9,10 @@ __all__ = [
     "NULL_CONDITION",
     "BackgroundMask",
     "check_masks",
+    "dark_bodies",
     "encode_condition",
     "membrane_from_labels",
     "membrane_halo",
     "with_background",
+    "with_dark_bodies",
 ]

@@ -168,6 +168,9 @@ def _add_data(node: CfgNode) -> None:
     node.VOXEL_NM = []
     # Mitochondria masks. Empty: the dataset "mito" of the training volume if it has one, else membranes alone.
     node.MITO_NAME = ""
+    # Where there are no masks of mitochondria, find dark bodies deep inside neurons in the image, and let them stand
+    # for mitochondria: as condition of the denoiser, and as what remodelling places. [ours]
+    node.DARK_BODIES = True
     # The three disjoint parts of the data. A box is [z0, y0, x0, z1, y1, x1] in voxels, half open; empty: all of it.
     node.SPLIT = CfgNode()
     # false: nothing is tuned or scored; all that is given trains one network, on mixed pairs if SYNTHETIC is on.
@@ -240,12 +243,15 @@ def _add_diffusion(node: CfgNode) -> None:
     # Diffusion steps T and offset s of the cosine schedule. [published] 250, .008.
     node.DIFFUSION.STEPS = 250
     node.DIFFUSION.COSINE_OFFSET = 0.008
-    # What the network predicts: "noise" [published], or "velocity", which follows the masks after far fewer iterations
-    # (docs/results.md). [ours]
-    node.DIFFUSION.PREDICTION = "noise"
+    # What the network predicts: "noise" [published], "velocity", or "image", with which a small network paints neither
+    # clouds nor noise after minutes on a CPU (docs/results.md). [ours]
+    node.DIFFUSION.PREDICTION = "image"
     # How the condition enters: "msc": hints at every level [paper]; "concat": with the noisy image; "both" [published],
     # whose hints lie at an eighth of the resolution, so that only the concatenation gives voxel-level control; "none".
     node.DIFFUSION.CONDITIONING = "both"
+    # Finest levels whose convolutions stay within a section: for sections several times as thick as pixels are wide,
+    # whose texture does not go on from one to the next. 0 [published]. [ours]
+    node.DIFFUSION.FLAT_LEVELS = 0
     # Global modelling (RGM), its encoding of physical coordinates (RPGE), scan directions 1 [published] or 2.
     node.DIFFUSION.RGM = True
     node.DIFFUSION.RPGE = True
@@ -271,9 +277,16 @@ def _add_diffusion(node: CfgNode) -> None:
     node.DIFFUSION.TRANSPOSE = True
     node.DIFFUSION.INTENSITY_JITTER = 0.02
     # Probability of a sample without masks, [0, 1); classifier-free guidance needs .1 to .2 (Ho and Salimans 2022).
-    node.DIFFUSION.CONDITION_DROPOUT = 0.0
+    node.DIFFUSION.CONDITION_DROPOUT = 0.1
     # Probability of a sample without voxel size, [0, 1): the checkpoint then also paints where it is unknown. [ours]
     node.DIFFUSION.VOXEL_SIZE_DROPOUT = 0.0
+    # Error that is trained on: "l1" [published], or "l2", whose least is the mean image: with "l1" what is rare inside
+    # neurons is not painted (docs/results.md). [ours]
+    node.DIFFUSION.LOSS = "l2"
+    # Noise levels drawn in training, log-normal: mean and standard deviation of ln(noise / image), both as standard
+    # deviations. SPREAD 0: all steps alike [published]. (Karras et al. 2022, shifted to where the layout is decided.)
+    node.DIFFUSION.NOISE_MEAN = 1.2
+    node.DIFFUSION.NOISE_SPREAD = 1.6
     # Min-SNR weighting of the loss, >= 0: largest signal-to-noise ratio that counts; 5 in Hang et al. 2023. 0: off.
     node.DIFFUSION.SNR_GAMMA = 0.0
     # Optimiser steps, samples per step, passes per step. [paper] 10,000, 1; [published] accumulation 2.
@@ -295,7 +308,10 @@ def _add_diffusion(node: CfgNode) -> None:
     node.DIFFUSION.SAMPLER_STEPS = 250
     # Classifier-free guidance, 0 to 100: 1 none [published]; above 1 the image follows the masks more strictly (easy
     # samples), below 1 more loosely (hard ones). Other than 1 needs CONDITION_DROPOUT > 0. [ho and salimans 2022]
-    node.DIFFUSION.GUIDANCE = 1.0
+    node.DIFFUSION.GUIDANCE = 2.0
+    # Noise level (noise over image, as standard deviations), >= 0, below which steps are not guided, which saves half
+    # of their cost and leaves the texture as it was learnt. 0: all are. [kynkaanniemi et al. 2024]
+    node.DIFFUSION.GUIDANCE_ABOVE = 1.0
     # Tiles of the joint denoising and their overlap, voxels.
     node.DIFFUSION.TILE = [8, 512, 512]
     node.DIFFUSION.OVERLAP = [2, 64, 64]
@@ -306,11 +322,20 @@ def _add_diffusion(node: CfgNode) -> None:
 
 def _add_pairs(node: CfgNode) -> None:
     node.PAIRS = CfgNode()
+    # What a pair must keep to, or it does not enter training; 0 switches a check off (docs/gate.md). All are [ours].
+    # Iterations of the judge, a small boundary network that is trained on the train part, >= 1.
+    node.PAIRS.JUDGE_ITERATIONS = 300
+    # Least share of the way from masks of elsewhere (0) to real tissue (1) that the image follows its mask; and largest
+    # share of the mask's membranes that look like cytoplasm, 0..0.5.
+    node.PAIRS.LEAST_FOLLOWING = 0.5
+    node.PAIRS.MOST_MISSING = 0.17
     # Largest Wasserstein distance between the grey values of a synthetic volume and the real one, in [0, 1] units.
     node.PAIRS.GREY_LIMIT = 0.08
-    # Least share of its membrane that is visible, relative to the real volume's, 0..1; 0: not checked. Pairs at
-    # .77 made a segmenter worse (docs/results.md). [ours]
-    node.PAIRS.LEAST_VISIBILITY = 0.8
+    # Largest ratio, > 1, to the real power in a band of spatial frequency, and to the real share of dark voxels deep
+    # inside neurons; largest difference of the correlation of neighbouring sections, as Fisher's z.
+    node.PAIRS.SPECTRUM_LIMIT = 2.0
+    node.PAIRS.DARK_LIMIT = 1.2
+    node.PAIRS.CONTINUITY_LIMIT = 0.25
     # Images painted onto each mask, >= 1. From two on the pair, which holds the first of them, also says where they
     # agree: its reliability (docs/method.md). Painting takes as many times longer. [ours]
     node.PAIRS.SAMPLES = 1

@@ -51,7 +51,8 @@ def _validate_numbers(cfg: CfgNode) -> None:
         "SYSTEM.NUM_NODES SOLVER.ITERATION_TOTAL SOLVER.ITERATION_SAVE SOLVER.SAMPLES_PER_BATCH SOLVER.ITERATION_STEP "
         "INFERENCE.SAMPLES_PER_BATCH NEURODIFF.REMODEL.COPIES NEURODIFF.DIFFUSION.STEPS NEURODIFF.DIFFUSION.ITERATIONS "
         "NEURODIFF.DIFFUSION.BATCH NEURODIFF.DIFFUSION.ACCUMULATE NEURODIFF.DIFFUSION.SAVE_EVERY "
-        "NEURODIFF.DIFFUSION.SAMPLER_STEPS NEURODIFF.PAIRS.SAMPLES NEURODIFF.FID.BOOTSTRAP NEURODIFF.REMODEL.ATTEMPTS"
+        "NEURODIFF.DIFFUSION.SAMPLER_STEPS NEURODIFF.PAIRS.SAMPLES NEURODIFF.PAIRS.JUDGE_ITERATIONS "
+        "NEURODIFF.FID.BOOTSTRAP NEURODIFF.REMODEL.ATTEMPTS"
     )
     _require_numbers(cfg, at_least_one.split(), 1)
     not_negative = (
@@ -60,7 +61,8 @@ def _validate_numbers(cfg: CfgNode) -> None:
         "NEURODIFF.SEGMENTER.LABEL_EROSION NEURODIFF.DIFFUSION.COSINE_OFFSET "
         "NEURODIFF.SEGMENTER.SHAPE_SIGMA_NM NEURODIFF.SEGMENTER.SHAPE_WEIGHT NEURODIFF.SEGMENTER.PIXEL_DISCRIMINATION "
         "NEURODIFF.SEGMENTER.COMPONENT_PRIOR NEURODIFF.SEGMENTER.POSITION_LENGTH NEURODIFF.DIFFUSION.GUIDANCE "
-        "NEURODIFF.DIFFUSION.SNR_GAMMA NEURODIFF.REMODEL.LIMITS.MITO_FRACTION NEURODIFF.REMODEL.MITO_COUNT "
+        "NEURODIFF.DIFFUSION.GUIDANCE_ABOVE NEURODIFF.DIFFUSION.SNR_GAMMA NEURODIFF.DIFFUSION.FLAT_LEVELS "
+        "NEURODIFF.PAIRS.CONTINUITY_LIMIT NEURODIFF.REMODEL.LIMITS.MITO_FRACTION NEURODIFF.REMODEL.MITO_COUNT "
         "NEURODIFF.REMODEL.LIMITS.MEMBRANE_FRACTION NEURODIFF.REMODEL.LIMITS.PROFILE_CHANGE"
     )
     _require_numbers(cfg, not_negative.split(), 0)
@@ -68,11 +70,15 @@ def _validate_numbers(cfg: CfgNode) -> None:
     _require_numbers(cfg, ["NEURODIFF.SEED", "NEURODIFF.PHANTOM.SEED"], 0, 2**63 - 1)
     fractions = (
         "NEURODIFF.REMODEL.CANDIDATE_FRACTION NEURODIFF.REMODEL.MITO_FRACTION "
-        "NEURODIFF.PAIRS.GREY_LIMIT NEURODIFF.PAIRS.LEAST_VISIBILITY "
+        "NEURODIFF.PAIRS.GREY_LIMIT NEURODIFF.PAIRS.LEAST_FOLLOWING "
         "NEURODIFF.DIFFUSION.INTENSITY_JITTER NEURODIFF.REMODEL.LIMITS.MITO_HEIGHT_P"
     )
     _require_numbers(cfg, fractions.split(), 0, 1)
     _require_numbers(cfg, ["NEURODIFF.REMODEL.MEMBRANE_SPREAD"], 0, 0.99)
+    _require_numbers(cfg, ["NEURODIFF.PAIRS.MOST_MISSING"], 0, 0.5)
+    for key in ("SPECTRUM_LIMIT", "DARK_LIMIT"):
+        ratio = cfg.NEURODIFF.PAIRS[key]
+        _require(ratio == 0 or ratio > 1, f"NEURODIFF.PAIRS.{key}", "a ratio > 1, or 0 for none", ratio)
     _require_numbers(cfg, ["NEURODIFF.REMODEL.GROWN_FRACTION"], 0, 0.9)
     _require_numbers(cfg, ["SOLVER.EMA_DECAY", "NEURODIFF.DIFFUSION.EMA_DECAY", "SOLVER.MOMENTUM"], 0, 0.999999)
     positive = "SOLVER.BASE_LR SOLVER.EPS NEURODIFF.DIFFUSION.LEARNING_RATE NEURODIFF.REMODEL.CANDIDATE_FRACTION"
@@ -117,6 +123,12 @@ def _validate_diffusion(cfg: CfgNode) -> None:
     _require_choice(f"{group}.VOLUME_SHARE", node.VOLUME_SHARE, ("voxels", "equal"))
     for key in ("CONDITION_DROPOUT", "VOXEL_SIZE_DROPOUT"):
         _require(0 <= node[key] < 1, f"{group}.{key}", "in [0, 1)", node[key])
+    _require_numbers(cfg, [f"{group}.NOISE_MEAN"], -10, 10)
+    _require_numbers(cfg, [f"{group}.NOISE_SPREAD"], 0, 10)
+    even = not (node.LEARN_VARIANCE and node.NOISE_SPREAD)
+    _require(
+        even, f"{group}.NOISE_SPREAD", "0 with LEARN_VARIANCE, whose bound needs all steps alike", node.NOISE_SPREAD
+    )
     told = node.CONDITIONING != "none" or not node.CONDITION_DROPOUT
     _require(told, f"{group}.CONDITION_DROPOUT", "0 with CONDITIONING none, which has no masks", node.CONDITION_DROPOUT)
     guided = node.GUIDANCE == 1 or node.CONDITION_DROPOUT > 0
@@ -239,7 +251,8 @@ def _validate_names(cfg: CfgNode) -> None:
     _require_choice("SOLVER.NAME", cfg.SOLVER.NAME, ("Adam", "AdamW", "SGD"))
     _require_choice("SOLVER.LR_SCHEDULER_NAME", cfg.SOLVER.LR_SCHEDULER_NAME, ("constant", "cosine"))
     _require_choice("NEURODIFF.DIFFUSION.SCHEDULE", diffusion.SCHEDULE, ("constant", "cosine"))
-    _require_choice("NEURODIFF.DIFFUSION.PREDICTION", diffusion.PREDICTION, ("noise", "velocity"))
+    _require_choice("NEURODIFF.DIFFUSION.PREDICTION", diffusion.PREDICTION, ("noise", "velocity", "image"))
+    _require_choice("NEURODIFF.DIFFUSION.LOSS", diffusion.LOSS, ("l1", "l2"))
     _require_choice("NEURODIFF.DIFFUSION.SAMPLER", diffusion.SAMPLER, ("ddpm", "ddim", "dpmpp"))
     _require_choice("NEURODIFF.DIFFUSION.CONDITIONING", diffusion.CONDITIONING, ("msc", "concat", "both", "none"))
     _require(

@@ -1,22 +1,47 @@
-"""Room 5, pairs: synthetic images and masks on disk, the check of their grey values, the mixing with real ones."""
+"""Room 5, pairs: synthetic images and masks on disk, the gate that judges them, the mixing with real ones."""
 
-from .gate import GateReport, grey_value_gate, match_grey_values, membrane_gate, membrane_visibility
+from .gate import (
+    Check,
+    GateLimits,
+    GateReport,
+    PairReport,
+    grey_value_gate,
+    judge_pair,
+    match_grey_values,
+    membrane_gate,
+    membrane_visibility,
+)
+from .judge import Following, Judge, JudgeSettings, load_judge, train_judge
 from .mixing import is_synthetic, last_synthetic
 from .reliability import ReliabilityMap
 from .store import MaskArrays, open_pair, open_pairs, read_reliability, write_pair
+from .tissue import RealTissue, TissueStatistics, dark_shares, measure_real
 
 __all__ = [
+    "Check",
+    "Following",
+    "GateLimits",
     "GateReport",
+    "Judge",
+    "JudgeSettings",
     "MaskArrays",
+    "PairReport",
+    "RealTissue",
     "ReliabilityMap",
+    "TissueStatistics",
+    "dark_shares",
     "grey_value_gate",
     "is_synthetic",
+    "judge_pair",
     "last_synthetic",
+    "load_judge",
     "match_grey_values",
+    "measure_real",
     "membrane_gate",
     "membrane_visibility",
     "open_pair",
     "open_pairs",
     "read_reliability",
+    "train_judge",
     "write_pair",
 ]

@@ -1,9 +1,11 @@
-"""The quality gate: a synthetic volume whose grey values are not those of the real one does not enter training."""
+"""The quality gate: what does not follow its masks, or does not look like tissue, does not enter training."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -11,10 +13,20 @@ from scipy import ndimage
 
 from ..errors import ValueRangeError
 from ..geometry import is_anisotropic
+from .judge import Following, Judge
+from .store import Mask
+from .tissue import (
+    SMOOTHING_NM,
+    DarkShares,
+    RealTissue,
+    TissueStatistics,
+    grey_distance,
+    grey_histogram,
+    measure_tissue,
+)
 
-BINS = 256
-#: Membranes are looked for in an image smoothed by this, against the cytoplasm within this distance.
-SMOOTHING_NM, SURROUNDINGS_NM = 8.0, 200.0
+#: Membranes are looked for against the cytoplasm within this distance.
+SURROUNDINGS_NM = 200.0
 #: A volume whose standard deviation is below one grey level of uint8 shows nothing.
 _LEAST_STD = 1 / 255
 
@@ -48,12 +60,6 @@ class GateReport:
         """Raise :class:`ValueRangeError` with the reason unless the pair passed."""
         if not self.passed:
             raise ValueRangeError(self.reason)
-
-
-def _histogram(image: np.ndarray) -> np.ndarray:
-    """Share of voxels in each of `BINS` equal bins of [0, 1]."""
-    counts, _ = np.histogram(image, bins=BINS, range=(0.0, 1.0))
-    return counts / image.size
 
 
 def _defect(name: str, image: np.ndarray) -> str:
@@ -94,7 +100,7 @@ def grey_value_gate(synthetic: ArrayLike, real: ArrayLike, *, limit: float = 0.1
     reason = _defect("synthetic", image) or _defect("real", reference)
     if reason:
         return GateReport(np.inf, *(np.nan,) * 4, passed=False, reason=reason)
-    distance = float(np.abs(np.cumsum(_histogram(image) - _histogram(reference))).sum() / BINS)
+    distance = grey_distance(grey_histogram(image), grey_histogram(reference))
     std, std_reference = float(image.std(dtype=np.float64)), float(reference.std(dtype=np.float64))
     if std < _LEAST_STD:
         reason = f"The synthetic image is constant (standard deviation {std:.2g}, needs {_LEAST_STD:.2g})."
@@ -200,3 +206,279 @@ def membrane_gate(synthetic: float, real: float, *, least: float) -> str:
         f"The image does not follow its mask: {100 * synthetic:.0f} % of its membrane is visible, {100 * real:.0f} % "
         f"of the real one; at least {100 * least:.0f} % of that is needed."
     )
+
+
+@dataclass(frozen=True)
+class GateLimits:
+    """What a pair must keep to. 0 switches a check off.
+
+    Attributes
+    ----------
+    following : float
+        Least share of the way from masks of elsewhere to real tissue (:attr:`.Following.share`), in [0, 1].
+    missing : float
+        Largest share of the mask's membranes that may look like cytoplasm (:attr:`.Following.missing`), in [0, .5]:
+        half of what was left out, and what real tissue hides.
+    grey : float
+        Largest 1-Wasserstein distance of the grey values, in [0, 1].
+    spectrum : float
+        Largest ratio of the power in a band of spatial frequency to the real one, or of the real one to it, > 1.
+    continuity : float
+        Largest difference of Fisher's z (arctanh) of the correlation of neighbouring sections.
+    order : float
+        Least share of sections more like their neighbour than like one further away, in [0, 1]; .5 is no order.
+    dark : float
+        Largest ratio of the dark share deep inside neurons to the real one, or of the real one to it, > 1. A difference
+        of `DARK_SLACK` always passes.
+    spreads : float
+        Limits of grey values, spectrum, continuity and dark shares are widened to so many standard deviations among
+        parts of the real volume, ratios not beyond `MOST_RATIO`.
+    """
+
+    following: float = 0.5
+    missing: float = 0.17
+    grey: float = 0.08
+    spectrum: float = 2.0
+    continuity: float = 0.25
+    order: float = 0.85
+    dark: float = 1.2
+    spreads: float = 3.5
+
+
+#: Two dark shares no further apart than this are as good as equal: ratios of next to nothing say nothing.
+DARK_SLACK = 0.02
+#: No ratio is widened beyond this, however much the parts of a small volume differ.
+MOST_RATIO = 5.0
+
+
+@dataclass(frozen=True)
+class Check:
+    """One number of a pair beside the real one.
+
+    Attributes
+    ----------
+    name : str
+        What was measured.
+    got, real : float
+        Of the pair, and of the real volume.
+    low, high : float
+        What is allowed, both included.
+    passed : bool
+        Whether `got` is.
+    problem : str
+        What is wrong, in a sentence; empty if it passed.
+    """
+
+    name: str
+    got: float
+    real: float
+    low: float
+    high: float
+    passed: bool
+    problem: str = ""
+
+
+@dataclass(frozen=True)
+class PairReport:
+    """The gate's verdict on a pair.
+
+    Attributes
+    ----------
+    passed : bool
+        Whether it may be trained on.
+    reason : str
+        Why not, in one line; empty if it passed.
+    checks : tuple of Check
+        Every number that was looked at.
+    following : Following or None
+        The judge's numbers; None if that was switched off or could not be judged.
+    """
+
+    passed: bool
+    reason: str
+    checks: tuple[Check, ...] = field(default=())
+    following: Following | None = None
+
+    def require(self) -> None:
+        """Raise :class:`ValueRangeError` with the reason unless the pair passed."""
+        if not self.passed:
+            raise ValueRangeError(self.reason)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain numbers and words, for JSON; what is not a number is None."""
+        checks = {check.name: asdict(check) for check in self.checks}
+        plain = {
+            name: {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in check.items()}
+            for name, check in checks.items()
+        }
+        following = {**asdict(self.following), "share": self.following.share} if self.following else None
+        return {"passed": self.passed, "reason": self.reason, "checks": plain, "following": following}
+
+
+def judge_pair(
+    image: ArrayLike, mask: Mask, *, real: RealTissue, judge: Judge | None, limits: GateLimits | None = None
+) -> PairReport:
+    """Judge whether an image painted onto masks may be trained on.
+
+    Parameters
+    ----------
+    image : array_like
+        (z, y, x), values in [0, 1].
+    mask : Mask
+        Label, membrane and, if there are any, mitochondria of the same shape and of the real volume's voxel size. Where
+        both the pair and the real volume have mitochondria, what is dark is compared inside and outside of them.
+    real : RealTissue
+        Of the real train part (:func:`.measure_real`), measured with membranes of the same thickness.
+    judge : Judge or None
+        Trained on the same part (:func:`.train_judge`); None only if `limits` switches following off.
+    limits : GateLimits, optional
+        What is allowed.
+
+    Returns
+    -------
+    PairReport
+        Never raises for a bad pair; call :meth:`PairReport.require` for that. A check that cannot be made fails and
+        says so.
+
+    Raises
+    ------
+    ShapeMismatch
+        If image and masks differ in shape.
+    """
+    allowed = limits or GateLimits()
+    values = np.asarray(image, dtype=np.float32)
+    reason = _defect("synthetic", values)
+    if not reason and (std := float(values.std(dtype=np.float64))) < _LEAST_STD:
+        reason = f"The synthetic image is constant (standard deviation {std:.2g}, needs {_LEAST_STD:.2g})."
+    if reason:
+        return PairReport(passed=False, reason=reason)
+    label, membrane = np.asarray(mask.label), np.asarray(mask.membrane)
+    mito = None if mask.mito is None else np.asarray(mask.mito)
+    painted = measure_tissue(values, label, membrane, mito, real.voxel_nm, real.bands)
+    following, checks = _check_following(values, label, membrane, judge, allowed)
+    checks += [*_check_grey(painted, real, allowed), *_check_spectrum(painted, real, allowed)]
+    checks += [*_check_continuity(painted, real, allowed), *_check_order(painted, real, allowed)]
+    checks += [*_check_dark(painted, real, allowed)]
+    reason = " ".join(check.problem for check in checks if check.problem)
+    return PairReport(not reason, reason, tuple(checks), following)
+
+
+def _cannot(name: str, what: str, limit: str) -> Check:
+    """A check that cannot be made."""
+    problem = f"Cannot judge {what}. Give larger volumes, or switch the check off ({limit} 0)."
+    return Check(name, math.nan, math.nan, math.nan, math.nan, passed=False, problem=problem)
+
+
+def _checked(name: str, got: float, real: float, allowed: tuple[float, float], problem: str) -> Check:
+    low, high = (float(limit) for limit in allowed)
+    passed = bool(low <= got <= high)
+    return Check(name, float(got), float(real), low, high, passed, "" if passed else problem)
+
+
+def _widened(ratio: float, octaves: float) -> float:
+    """A largest ratio, widened to so many octaves but not beyond `MOST_RATIO`."""
+    return max(ratio, min(2**octaves, MOST_RATIO))
+
+
+def _check_following(
+    image: np.ndarray, label: np.ndarray, membrane: np.ndarray, judge: Judge | None, limits: GateLimits
+) -> tuple[Following | None, list[Check]]:
+    if not limits.following and not limits.missing:
+        return None, []
+    defect = "Cannot judge whether images follow their masks without a judge." if judge is None else judge.defect
+    if judge is None or defect:
+        return None, [Check("following", math.nan, math.nan, math.nan, math.nan, passed=False, problem=defect)]
+    found = judge.following(image, membrane, label)
+    if not math.isfinite(found.share):
+        what = "whether the image follows its mask, which lacks membranes or neurons"
+        return None, [_cannot("following", what, "following and missing")]
+    checks = []
+    if limits.following:
+        problem = (
+            f"The image does not follow its mask: a judge finds its membranes with an average precision of "
+            f"{found.average_precision:.2f} (masks of elsewhere {found.null:.2f}, real tissue {found.real:.2f}), "
+            f"{100 * found.share:.0f} % of the way to real tissue; at least {100 * limits.following:.0f} % is needed."
+        )
+        checks.append(_checked("following", found.share, 1.0, (limits.following, math.inf), problem))
+    if limits.missing:
+        problem = (
+            f"Membranes are missing: {100 * found.missing:.0f} % of the mask's look like cytoplasm "
+            f"({100 * found.real_missing:.0f} % in real tissue); at most {100 * limits.missing:.0f} % is allowed."
+        )
+        checks.append(_checked("missing", found.missing, found.real_missing, (0.0, limits.missing), problem))
+    return found, checks
+
+
+def _check_grey(painted: TissueStatistics, real: RealTissue, limits: GateLimits) -> list[Check]:
+    if not limits.grey:
+        return []
+    got = grey_distance(painted.histogram, real.whole.histogram)
+    most = max(limits.grey, limits.spreads * real.grey_spread)
+    problem = f"Grey values are {got:.3f} from those of the real volume; at most {most:.3f} is allowed."
+    return [_checked("grey", got, 0.0, (0.0, most), problem)]
+
+
+def _check_spectrum(painted: TissueStatistics, real: RealTissue, limits: GateLimits) -> Iterator[Check]:
+    """One check per band: power relative to the real one."""
+    if not limits.spectrum:
+        return
+    if not real.bands:
+        yield _cannot("spectrum", "the texture: sections of the real volume show too few cycles", "spectrum")
+        return
+    ratios = np.exp2(painted.comparable - real.whole.comparable)
+    for band, ratio, spread in zip(real.bands, ratios, real.spread, strict=False):
+        most = _widened(limits.spectrum, limits.spreads * spread)
+        problem = (
+            f"The texture is not that of the tissue: details of {band} have {ratio:.2f} times the power of real ones; "
+            f"{1 / most:.2f} to {most:.2f} is allowed."
+        )
+        yield _checked(f"power {band}", ratio, 1.0, (1 / most, most), problem)
+
+
+def _check_continuity(painted: TissueStatistics, real: RealTissue, limits: GateLimits) -> Iterator[Check]:
+    if not limits.continuity:
+        return
+    got, own = painted.continuity, real.whole.continuity
+    if not math.isfinite(got + own):
+        yield _cannot("continuity", "how alike neighbouring sections are: there are no two", "continuity")
+        return
+    width = max(limits.continuity, limits.spreads * real.spread[len(real.bands)])
+    low, high = (math.tanh(math.atanh(max(min(own, 0.999), -0.999)) + sign * width) for sign in (-1, 1))
+    problem = (
+        f"Sections do not go on as in tissue: neighbours correlate by {got:.2f}, real ones by {own:.2f}; "
+        f"{low:.2f} to {high:.2f} is allowed."
+    )
+    yield _checked("continuity", got, own, (low, high), problem)
+
+
+def _check_order(painted: TissueStatistics, real: RealTissue, limits: GateLimits) -> Iterator[Check]:
+    """Nothing to check for fewer than three sections."""
+    if not limits.order or not math.isfinite(painted.order):
+        return
+    problem = (
+        f"Sections are out of order: {100 * painted.order:.0f} % are more like their neighbour than like one further "
+        f"away ({100 * real.whole.order:.0f} % in the real volume); at least {100 * limits.order:.0f} % are needed."
+    )
+    yield _checked("order", painted.order, real.whole.order, (limits.order, 1.0), problem)
+
+
+def _check_dark(painted: TissueStatistics, real: RealTissue, limits: GateLimits) -> Iterator[Check]:
+    """Dark shares deep inside neurons: of all, or inside and outside mitochondria where both volumes know them."""
+    if not limits.dark:
+        return
+    own, got = real.whole.dark, painted.dark
+    if not math.isfinite(own.all + got.all):
+        yield _cannot("dark", "what is dark inside neurons: no voxel lies deep enough", "dark")
+        return
+    split = math.isfinite(own.mito + own.rest + got.mito + got.rest)
+    for name, where in (("mito", " in mitochondria"), ("rest", " outside mitochondria")) if split else (("all", ""),):
+        spread = real.spread[len(real.bands) + 1 + list(DarkShares.__dataclass_fields__).index(name)]
+        most = _widened(limits.dark, limits.spreads * spread)
+        share, real_share = getattr(got, name), getattr(own, name)
+        low = max(0.0, min(real_share / most, real_share - DARK_SLACK))
+        high = min(1.0, max(real_share * most, real_share + DARK_SLACK))
+        problem = (
+            f"Neurons are not as dark inside as real ones: {100 * share:.1f} % deep inside them{where} is as dark as "
+            f"membranes, {100 * real_share:.1f} % in the real volume; {100 * low:.1f} to {100 * high:.1f} % is allowed."
+        )
+        yield _checked(f"dark{where}", share, real_share, (low, high), problem)

@@ -8,7 +8,7 @@ from typing import Protocol
 
 from torch import nn
 
-from ..engine import FitSettings, Loss, SampleSource
+from ..engine import FitSettings, Loss, SampleSource, Watch
 from ..errors import UnknownName, did_you_mean
 from ..host import find_host
 from ..host.detect import explain
@@ -29,6 +29,7 @@ class Engine(Protocol):
         *,
         label: str,
         key: str = "",
+        watch: Watch | None = None,
     ) -> nn.Module:
         """Train a network, or go on where an interrupted training stopped."""
 

@@ -35,7 +35,10 @@ logger = logging.getLogger("connectomics_neurodiff")
 def make_masks(run: Run) -> None:
     """Remodel the train part's masks -> masks/copy_000.h5, copy_000.quality.json, ..."""
     node = run.cfg.NEURODIFF.REMODEL
-    settings = networks.training_keys(node, ("COPIES", "LIBRARY")) | {"MEMBRANE_NM": run.cfg.NEURODIFF.MEMBRANE_NM}
+    settings = networks.training_keys(node, ("COPIES", "LIBRARY")) | {
+        "MEMBRANE_NM": run.cfg.NEURODIFF.MEMBRANE_NM,
+        "DARK_BODIES": run.cfg.NEURODIFF.DARK_BODIES,
+    }
     parents = {"train": run.parts["train"].identity}
     libraries = library_paths(run.cfg)
     if libraries:

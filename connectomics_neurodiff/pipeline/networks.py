@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from ..training import AuxiliaryTargets
 
 #: Keys of NEURODIFF.DIFFUSION that the images depend on, but not the denoiser.
-SAMPLING_KEYS = ("SAMPLER", "SAMPLER_STEPS", "GUIDANCE", "TILE", "OVERLAP", "MARGIN")
+SAMPLING_KEYS = ("SAMPLER", "SAMPLER_STEPS", "GUIDANCE", "GUIDANCE_ABOVE", "TILE", "OVERLAP", "MARGIN")
 
 
 def device_and_precision(cfg: CfgNode) -> tuple[torch.device, str]:
@@ -183,6 +183,7 @@ def denoiser_options(cfg: CfgNode) -> dict[str, Any]:
     return {
         "preset": node.PRESET,
         "conditioning": node.CONDITIONING,
+        "flat_levels": node.FLAT_LEVELS,
         "rgm": node.RGM,
         "rpge": node.RPGE,
         "scan_directions": node.SCAN_DIRECTIONS,
@@ -192,29 +193,13 @@ def denoiser_options(cfg: CfgNode) -> dict[str, Any]:
     }
 
 
-#: Keys that are younger than the first trainings, at the values that change nothing: these are not recorded, so that a
-#: training made before stays valid.
-_NEUTRAL = {
-    "RESOLUTION_EMBEDDING": False,
-    "LEARN_VARIANCE": False,
-    "CHECKPOINTING": False,
-    "VOLUME_SHARE": "voxels",
-    "FLIPS": True,
-    "TRANSPOSE": True,
-    "INTENSITY_JITTER": 0.02,
-    "CONDITION_DROPOUT": 0.0,
-    "VOXEL_SIZE_DROPOUT": 0.0,
-    "SNR_GAMMA": 0.0,
-}
-
-
 def diffusion_training_settings(cfg: CfgNode) -> dict[str, Any]:
     """The settings that a trained denoiser depends on; its volumes are parents instead."""
     node = cfg.NEURODIFF.DIFFUSION
     keys = training_keys(node, (*SAMPLING_KEYS, "SAVE_EVERY", "EXTRA_VOLUMES"))
-    keys = {name: value for name, value in keys.items() if name not in _NEUTRAL or value != _NEUTRAL[name]}
     return keys | {
         "MEMBRANE_NM": cfg.NEURODIFF.MEMBRANE_NM,
+        "DARK_BODIES": cfg.NEURODIFF.DARK_BODIES,
         "PRECISION": device_and_precision(cfg)[1],
         **world_size(cfg),
     }
@@ -231,6 +216,8 @@ def diffusion_crop_options(cfg: CfgNode) -> dict[str, Any]:
         "share": node.VOLUME_SHARE,
         "condition_dropout": node.CONDITION_DROPOUT,
         "voxel_size_dropout": node.VOXEL_SIZE_DROPOUT,
+        "noise_mean": node.NOISE_MEAN,
+        "noise_spread": node.NOISE_SPREAD,
     }
 
 
@@ -252,7 +239,8 @@ def segmenter_options(cfg: CfgNode) -> dict[str, Any]:
     )
 
 
-#: Options that are younger than the first trainings, at the values that change nothing, as `_NEUTRAL`.
+#: Options that are younger than the first trainings, at the values that change nothing: these are not recorded, so that
+#: a training made before stays valid.
 _NEUTRAL_OPTIONS = {"component_threshold": 0.0, "coordinates": True}
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable
+from dataclasses import asdict
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -15,18 +17,22 @@ from ..conditions import membrane_from_labels, with_background
 from ..config import as_dict
 from ..errors import UserError
 from ..pairs import (
+    GateLimits,
+    Judge,
     MaskArrays,
+    RealTissue,
     ReliabilityMap,
     grey_value_gate,
+    judge_pair,
     match_grey_values,
-    membrane_gate,
-    membrane_visibility,
+    measure_real,
     write_pair,
 )
 from ..provenance import Provenance, hash_of_file, write_json
 from ..seeding import rng_for
 from ..volume import Volume, open_array, open_volume
 from . import networks
+from .judging import judge_of
 from .run import Run
 
 logger = logging.getLogger("connectomics_neurodiff")
@@ -36,7 +42,7 @@ Painter = Callable[[Volume, np.ndarray, Path, str, int, int], np.ndarray]
 
 
 def make_pairs(run: Run) -> None:
-    """Paint EM onto every remodelled mask -> pairs/copy_000.h5, ...; a volume with wrong grey values is set aside."""
+    """Paint EM onto every remodelled mask -> pairs/copy_000.h5, ...; a volume that fails the gate is set aside."""
     from ..synthesis import discard_scratch
 
     cfg, node = run.cfg, run.cfg.NEURODIFF.DIFFUSION
@@ -46,6 +52,7 @@ def make_pairs(run: Run) -> None:
     settings |= {"PRECISION": networks.device_and_precision(cfg)[1]}
     denoiser_hash = run.hash_of("diffusion/checkpoint.pt")
     paint: Painter | None = None
+    gate = _Gate(run)
     verdicts = []
     for copy in range(cfg.NEURODIFF.REMODEL.COPIES):
         masks = run.folder / "masks" / f"copy_{copy:03d}.h5"
@@ -59,23 +66,24 @@ def make_pairs(run: Run) -> None:
         # Also what a run left that was killed between the last two lines.
         for scratch in target.parent.glob(f".{target.stem}.*.unfinished"):
             discard_scratch(scratch)
-        verdicts.append(_judge_pair(run, target, target.with_suffix(".gate.json")))
+        verdicts.append(gate.verdict_on(target))
     if not any(verdict["passed"] for verdict in verdicts):
         raise UserError(
-            f"No synthetic volume passed the gate. {verdicts[-1]['reason']} Train the denoiser longer, or loosen "
-            "NEURODIFF.PAIRS.GREY_LIMIT and LEAST_VISIBILITY."
+            f"No synthetic volume passed the gate. {verdicts[-1]['reason']} Train the denoiser longer "
+            "(NEURODIFF.DIFFUSION.ITERATIONS), or loosen the limits of NEURODIFF.PAIRS (docs/gate.md)."
         )
 
 
 def _make_painter(run: Run) -> Painter:
     """Function that paints an image onto masks with the run's denoiser."""
     from ..checkpoints import load_checkpoint
-    from ..synthesis import denoiser_from_checkpoint, guided, require_fitting_tile, synthesise
+    from ..synthesis import denoiser_from_checkpoint, grey_scale_for, guided, require_fitting_tile, synthesise
 
     node = run.cfg.NEURODIFF.DIFFUSION
     checkpoint = load_checkpoint(run.folder / "diffusion" / "checkpoint.pt", kind="denoiser")
     network, process = denoiser_from_checkpoint(checkpoint)
-    network = guided(network, node.GUIDANCE, checkpoint)
+    network = guided(network, node.GUIDANCE, checkpoint, process.step_at(node.GUIDANCE_ABOVE))
+    grey = grey_scale_for(checkpoint, run.parts["train"].volume.voxel_nm)
     device, precision = networks.device_and_precision(run.cfg)
     samples = run.cfg.NEURODIFF.PAIRS.SAMPLES
     require_fitting_tile(checkpoint, node.TILE, node.MARGIN, run.parts["train"].box.shape, device)
@@ -88,6 +96,7 @@ def _make_painter(run: Run) -> Painter:
             masks.mito_array,
             masks.voxel_nm,
             seed=int(rng_for(run.cfg.NEURODIFF.SEED, "pairs", copy, *([sample] if sample else [])).integers(2**31)),
+            grey=grey,
             sampler=node.SAMPLER,
             steps=node.SAMPLER_STEPS,
             tile=tuple(node.TILE),
@@ -122,35 +131,54 @@ def _paint_pair(run: Run, paint: Painter, masks_path: Path, target: Path, proven
     run.finish(target, provenance)
 
 
-def _judge_pair(run: Run, target: Path, report: Path) -> dict[str, Any]:
-    """Verdict of the gate -> pairs/copy_000.gate.json; kept for as long as pair and limits are the same."""
-    node, train = run.cfg.NEURODIFF.PAIRS, run.parts["train"]
-    limits = {"GREY_LIMIT": node.GREY_LIMIT, "LEAST_VISIBILITY": node.LEAST_VISIBILITY}
-    judged = {"pair": hash_of_file(target), "train": train.identity, "limits": limits}
-    if report.exists():
-        verdict: dict[str, Any] = json.loads(report.read_text())
-        if {name: verdict.get(name) for name in judged} == judged:
-            return verdict
-    pair, real = open_volume(target).load(), train.load()
-    gate = grey_value_gate(pair.array("image"), real.array("image"), limit=node.GREY_LIMIT)
-    membrane = np.asarray(open_array(target, ("membrane",)))
-    visible = {
-        "real": _visibility(
-            real, membrane_from_labels(real.array("label"), real.voxel_nm, run.cfg.NEURODIFF.MEMBRANE_NM)
-        ),
-        "synthetic": _visibility(pair, membrane),
-    }
-    reason = gate.reason or membrane_gate(visible["synthetic"], visible["real"], least=node.LEAST_VISIBILITY)
-    verdict = {**gate.__dict__, "passed": not reason, "reason": reason, "membrane_visibility": visible, **judged}
-    write_json(report, verdict)
-    if reason:
-        logger.warning("%s does not enter training: %s", target.name, reason)
-    return verdict
+class _Gate:
+    """The gate of a run: its limits, its judge, and what its real tissue looks like, measured when first needed."""
+
+    def __init__(self, run: Run) -> None:
+        self._run = run
+        node = run.cfg.NEURODIFF.PAIRS
+        self._limits = GateLimits(
+            following=node.LEAST_FOLLOWING,
+            missing=node.MOST_MISSING if node.LEAST_FOLLOWING else 0.0,
+            grey=node.GREY_LIMIT,
+            spectrum=node.SPECTRUM_LIMIT,
+            continuity=node.CONTINUITY_LIMIT,
+            dark=node.DARK_LIMIT,
+        )
+
+    @cached_property
+    def _judge(self) -> Judge | None:
+        return judge_of(self._run)
+
+    @cached_property
+    def _real(self) -> RealTissue:
+        return _measured(self._run.parts["train"].load(), self._run.cfg.NEURODIFF.MEMBRANE_NM)
+
+    def verdict_on(self, target: Path) -> dict[str, Any]:
+        """Verdict on a pair -> pairs/copy_000.gate.json; kept for as long as pair and limits are the same."""
+        report = target.with_suffix(".gate.json")
+        train = self._run.parts["train"].identity
+        settings = {"JUDGE_ITERATIONS": self._run.cfg.NEURODIFF.PAIRS.JUDGE_ITERATIONS, **asdict(self._limits)}
+        judged = {"pair": hash_of_file(target), "train": train, "limits": settings}
+        if report.exists():
+            verdict: dict[str, Any] = json.loads(report.read_text())
+            if {name: verdict.get(name) for name in judged} == judged:
+                return verdict
+        pair = open_volume(target).load()
+        masks = MaskArrays(pair.array("label"), np.asarray(open_array(target, ("membrane",))), pair.mito_array)
+        found = judge_pair(pair.array("image"), masks, real=self._real, judge=self._judge, limits=self._limits)
+        verdict = {**found.as_dict(), **judged}
+        write_json(report, verdict)
+        if not found.passed:
+            logger.warning("%s does not enter training: %s", target.name, found.reason)
+        return verdict
 
 
-def _visibility(volume: Volume, membrane: np.ndarray) -> float:
-    image, label = volume.array("image"), volume.array("label")
-    return membrane_visibility(image, label, membrane, volume.mito_array, volume.voxel_nm)
+def _measured(real: Volume, membrane_nm: float) -> RealTissue:
+    """What the tissue of a real volume looks like."""
+    label = real.array("label")
+    membrane = membrane_from_labels(label, real.voxel_nm, membrane_nm)
+    return measure_real(real.array("image"), label, membrane, real.mito_array, real.voxel_nm)
 
 
 def pair_paths(run: Run) -> list[Path]:

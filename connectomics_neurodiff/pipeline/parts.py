@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import combinations
 from pathlib import Path
 
 import numpy as np
 from yacs.config import CfgNode
 
+from ..conditions import dark_bodies
 from ..errors import ConfigError, MissingInput, ValueRangeError
 from ..geometry import Box, is_anisotropic
 from ..pairs import open_pairs
@@ -37,6 +39,9 @@ class Part:
         Hash of the source's content, the box, and the voxel size if it was given in the configuration.
     image : str
         Hash of the image's source alone: equal in two parts that show the same tissue, whatever the files are called.
+    dark_bodies_nm : float
+        Above 0, dark bodies are found in a part without masks of mitochondria and stand for them; the thickness of its
+        membranes, nm.
     """
 
     name: str
@@ -45,10 +50,27 @@ class Part:
     box: Box
     identity: str
     image: str
+    dark_bodies_nm: float = 0.0
 
     def load(self) -> Volume:
         """The part in memory."""
-        return self.volume.crop(self.box)
+        part = self.volume.crop(self.box)
+        return replace(part, mito=self._dark_bodies) if self.finds_dark_bodies else part
+
+    @property
+    def finds_dark_bodies(self) -> bool:
+        """Whether what is dark inside its neurons is found in the image."""
+        return self.dark_bodies_nm > 0 and self.volume.mito is None
+
+    @cached_property
+    def _dark_bodies(self) -> np.ndarray:
+        part = self.volume.crop(self.box)
+        return dark_bodies(part.array("image"), part.array("label"), part.voxel_nm, self.dark_bodies_nm)
+
+
+def dark_bodies_nm(cfg: CfgNode) -> float:
+    """:attr:`Part.dark_bodies_nm` of what the denoiser is trained on."""
+    return float(cfg.NEURODIFF.MEMBRANE_NM) if makes_pairs(cfg) and cfg.NEURODIFF.DARK_BODIES else 0.0
 
 
 def part_names(cfg: CfgNode) -> tuple[str, ...]:
@@ -114,7 +136,8 @@ def open_parts(cfg: CfgNode) -> dict[str, Part]:
     for name in part_names(cfg):
         source, volume, identity, image = _open_source(cfg, name, opened)
         box = _box_of(cfg.NEURODIFF.SPLIT[name.upper()].BOX, volume, name)
-        parts[name] = Part(name, source, volume, box, hash_of([identity, box.start, box.stop]), image)
+        found = dark_bodies_nm(cfg) if name == "train" else 0.0
+        parts[name] = Part(name, source, volume, box, hash_of([identity, box.start, box.stop]), image, found)
     for part in parts.values():
         _require_labels(part)
     _require_neurons_left(parts["train"], cfg.NEURODIFF.SEGMENTER.LABEL_EROSION)
@@ -142,7 +165,8 @@ def open_extra_volumes(cfg: CfgNode, parts: Mapping[str, Part]) -> list[Part]:
         name = f"EXTRA_VOLUMES[{number}]"
         volume, identity, image = _read_source(paths, entry.get("VOXEL_NM", []), with_mito=bool(entry.get("MITO_NAME")))
         box = _box_of(entry.get("BOX", []), volume, name)
-        extra.append(Part(name, _file_of(paths), volume, box, hash_of([identity, box.start, box.stop]), image))
+        identity = hash_of([identity, box.start, box.stop])
+        extra.append(Part(name, _file_of(paths), volume, box, identity, image, dark_bodies_nm(cfg)))
         _require_labels(extra[-1])
         for part in parts.values():
             if part.name != "train":

@@ -13,6 +13,7 @@ from ..conditions import membrane_from_labels
 from ..config import dump_config
 from ..engine import read_loss_curve
 from ..report import (
+    following_figure,
     grey_value_figure,
     loss_figure,
     mask_quality_figure,
@@ -24,6 +25,7 @@ from ..report import (
     write_report,
 )
 from ..volume import Volume, open_array, open_source, open_volume
+from .judging import read_following
 from .pairs_stage import pair_paths
 from .run import Run
 
@@ -34,6 +36,7 @@ def make_report(run: Run) -> None:
         "scores": _draw_scores,
         "synthesis": _draw_synthesis,
         "mask_quality": _draw_mask_quality,
+        "following": _draw_following,
         "grey_values": _draw_grey_values,
         "losses": _draw_losses,
         "thresholds": _draw_thresholds,
@@ -115,6 +118,14 @@ def _draw_mask_quality(run: Run, path: Path) -> bool:
     if files:
         mask_quality_figure(path, {file.name.split(".")[0]: json.loads(file.read_text()) for file in files})
     return bool(files)
+
+
+def _draw_following(run: Run, path: Path) -> bool:
+    rows = read_following(run.folder / "diffusion" / "following.csv")
+    if rows:
+        curve = [(row[0], row[-1]) for row in rows]
+        following_figure(path, curve, run.cfg.NEURODIFF.PAIRS.LEAST_FOLLOWING)
+    return bool(rows)
 
 
 def _draw_grey_values(run: Run, path: Path) -> bool:

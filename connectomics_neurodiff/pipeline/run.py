@@ -213,7 +213,12 @@ def write_config(folder: Path, cfg: CfgNode) -> None:
 
 def discard_training(folder: Path) -> None:
     """Remove the resume point and logs of a training that is to start anew."""
-    for path in [folder / "last.ckpt", folder / "loss.csv", *folder.glob("checkpoint_*.pth.tar")]:
+    for path in [
+        folder / "last.ckpt",
+        folder / "loss.csv",
+        folder / "following.csv",
+        *folder.glob("checkpoint_*.pth.tar"),
+    ]:
         path.unlink(missing_ok=True)
     for path in [folder / "tensorboard", *folder.glob("log????-??-??_*")]:
         shutil.rmtree(path, ignore_errors=True)

@@ -20,6 +20,7 @@ from ..provenance import hash_of, hash_of_file, write_json
 from ..seeding import rng_for
 from ..volume import Volume, open_array, write_volume
 from . import networks
+from .judging import FollowingWatch, judge_of
 from .pairs_stage import pair_paths
 from .parts import hash_of_source
 from .run import Run, discard_training
@@ -42,7 +43,7 @@ SCORE_NAMES = ("voi_split", "voi_merge", "voi", "arand")
 def make_diffusion(run: Run) -> None:
     """Train the denoiser on the train part and the extra volumes -> diffusion/checkpoint.pt."""
     from ..checkpoints import save_checkpoint
-    from ..synthesis import DiffusionCrops, DiffusionProcess, build_denoiser, cosine_betas
+    from ..synthesis import DiffusionCrops, DiffusionProcess, build_denoiser, cosine_betas, recorded_scales
 
     cfg, node = run.cfg, run.cfg.NEURODIFF.DIFFUSION
     settings = networks.diffusion_training_settings(cfg) | run.engine_settings()
@@ -61,6 +62,8 @@ def make_diffusion(run: Run) -> None:
     crops = DiffusionCrops(
         volumes, tuple(node.PATCH), cfg.NEURODIFF.SEED, process, **networks.diffusion_crop_options(cfg)
     )
+    judge = judge_of(run)
+    watch = FollowingWatch(run, judge, process, crops.scales[0], target.parent / "following.csv") if judge else None
     network = run.engine.fit(
         network,
         _diffusion_loss(cfg, process),
@@ -69,10 +72,15 @@ def make_diffusion(run: Run) -> None:
         target.parent,
         label="diffusion",
         key=provenance.key,
+        watch=watch,
     )
+    if watch:
+        watch.warn()
     extra = {
         "voxel_nm": [list(size) for size in dict.fromkeys(volume.voxel_nm for volume in volumes)],
         "process": {"steps": node.STEPS, "cosine_offset": node.COSINE_OFFSET, "prediction": node.PREDICTION},
+        "grey_scales": recorded_scales(crops.scales, [volume.voxel_nm for volume in volumes]),
+        "dark_bodies": any(part.finds_dark_bodies for part in (run.parts["train"], *run.extra)),
         "patch": list(node.PATCH),
         "membrane_nm": cfg.NEURODIFF.MEMBRANE_NM,
         "condition_dropout": node.CONDITION_DROPOUT,
@@ -90,11 +98,14 @@ def make_diffusion(run: Run) -> None:
 
 
 def _diffusion_loss(cfg: CfgNode, process: DiffusionProcess) -> Loss:
-    from ..synthesis import VariationalBound, min_snr_weight, noise_loss
+    from ..synthesis import VariationalBound, min_snr_weight, noise_loss, velocity_weight
 
     node = cfg.NEURODIFF.DIFFUSION
-    weight = min_snr_weight(process, node.SNR_GAMMA) if node.SNR_GAMMA else None
-    return partial(noise_loss, weight=weight, bound=VariationalBound(process) if node.LEARN_VARIANCE else None)
+    weight = velocity_weight(process, node.LOSS) if node.PREDICTION == "image" else None
+    if node.SNR_GAMMA:
+        weight = min_snr_weight(process, node.SNR_GAMMA, node.LOSS)
+    bound = VariationalBound(process) if node.LEARN_VARIANCE else None
+    return partial(noise_loss, norm=node.LOSS, weight=weight, bound=bound)
 
 
 def make_segmenter(run: Run) -> None:

@@ -40,7 +40,10 @@ def synthesis_metrics(run: Run) -> dict[str, Any]:
     reports = [path.with_suffix(".gate.json") for path in paths]
     gates = [json.loads(path.read_text()) for path in reports if path.exists()]
     if gates:
-        found["grey_value_distance"] = float(np.mean([gate["distance"] for gate in gates]))
+        for name, check in (("grey_value_distance", "grey"), ("following", "following"), ("dark_share", "dark")):
+            numbers = [gate["checks"][check]["got"] for gate in gates if check in gate["checks"]]
+            if numbers:
+                found[name] = float(np.mean(numbers))
         found["pairs"] = len(gates)
         found["seams"] = _seams(run, [path for path, report in zip(paths, reports, strict=True) if report.exists()])
     return found

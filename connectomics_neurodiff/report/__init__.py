@@ -4,7 +4,14 @@ Figures are functions from arrays to a PNG file; ``write_report`` binds them wit
 opens offline; ``view`` serves volumes to the browser of this machine.
 """
 
-from .charts import grey_value_figure, loss_figure, mask_quality_figure, scores_figure, threshold_figure
+from .charts import (
+    following_figure,
+    grey_value_figure,
+    loss_figure,
+    mask_quality_figure,
+    scores_figure,
+    threshold_figure,
+)
 from .colours import colourise, label_colours, match_segments, outlines, overlay
 from .figures import sections_to_show, segmentation_figure, synthesis_figure
 from .report import FIGURES, write_report
@@ -17,6 +24,7 @@ __all__ = [
     "Verdict",
     "View",
     "colourise",
+    "following_figure",
     "grey_value_figure",
     "label_colours",
     "layers_of",

@@ -163,6 +163,34 @@ _QUALITIES: Mapping[str, str] = {
 }
 
 
+def following_figure(path: str | os.PathLike[str], curve: Curve, least: float) -> None:
+    """How closely small images followed their mask while the denoiser was trained.
+
+    Parameters
+    ----------
+    path : path
+        PNG file to write.
+    curve : sequence of (step, share)
+        0: as tissue of elsewhere; 1: as real tissue with its own mask.
+    least : float
+        What pairs need; drawn as a line.
+
+    Raises
+    ------
+    ValueRangeError
+        If there is no finite point.
+    """
+    step, share = _points(curve, "following")
+    with figure_file(path, (_WIDTH, _ROW_HEIGHT)) as figure:
+        axes = figure.subplots()
+        axes.plot(step, share, color=PALETTE[0], marker="o", ms=4)
+        for level, text in ((1.0, "real tissue"), (least, "pairs need"), (0.0, "tissue of elsewhere")):
+            axes.axhline(level, color=MUTED, lw=0.8, ls="--")
+            axes.annotate(text, (0.01, level), xycoords=("axes fraction", "data"), va="bottom", color=MUTED, fontsize=8)
+        axes.set(title="Following of the mask", xlabel="Step of the denoiser's training", ylabel="Share")
+        axes.set_ylim(min(-0.1, float(share.min()) - 0.1), max(1.2, float(share.max()) + 0.1))
+
+
 def mask_quality_figure(path: str | os.PathLike[str], reports: Mapping[str, Mapping[str, float]]) -> None:
     """Numbers of remodelled masks, as multiples of their source's, which is written beside each row.
 

@@ -51,6 +51,13 @@ FIGURES: Mapping[str, _Slot] = {
         "Remodelled masks against the real one they were made from; 1 is equal. All numbers are in "
         "masks/*.quality.json.",
     ),
+    "following": _Slot(
+        "synthesis",
+        "chart",
+        "How closely small images followed their mask, against the step of the denoiser's training.",
+        "Small images painted while the denoiser was trained: how well a boundary network that knows real tissue finds "
+        "the mask's membranes in them. 1: as well as in real tissue; 0: no better than under masks of elsewhere.",
+    ),
     "grey_values": _Slot(
         "synthesis",
         "chart",
@@ -88,6 +95,7 @@ _SECTIONS: Mapping[str, tuple[str, str]] = {
 
 _SYNTHESIS_NAMES: Mapping[str, str] = {
     "grey_value_distance": "Distance of grey values, synthetic to real",
+    "following": "Following of the masks: 0 as tissue of elsewhere, 1 as real tissue",
     "pairs": "Synthetic volumes that entered training",
     **{f"seams.{axis}.ratio": f"Seams of tiles along {axis}, 1: none" for axis in "zyx"},
     **{f"seams.{axis}.standard_error": f"Seams along {axis}, standard error" for axis in "zyx"},

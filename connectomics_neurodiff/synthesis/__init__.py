@@ -5,8 +5,9 @@ process (:mod:`.process`) at most. :mod:`.crops` feeds the training, :mod:`.synt
 """
 
 from .crops import DiffusionCrops
-from .guidance import GuidedDenoiser, guided
-from .losses import VariationalBound, min_snr_weight, noise_loss
+from .grey import GreyScale, grey_scale_for, grey_scale_of, recorded_scales
+from .guidance import DEFAULT_GUIDANCE, GUIDED_LEVEL, GuidedDenoiser, guided
+from .losses import VariationalBound, min_snr_weight, noise_loss, velocity_weight
 from .nets import SYNTHESISERS, build_denoiser, selective_scan
 from .process import DiffusionProcess, cosine_betas
 from .samplers import SAMPLERS, Sampler, Step, sampler_steps
@@ -15,11 +16,14 @@ from .synthesise import DEFAULT_MARGIN, denoiser_from_checkpoint, synthesise
 from .working_arrays import discard_scratch
 
 __all__ = [
+    "DEFAULT_GUIDANCE",
     "DEFAULT_MARGIN",
+    "GUIDED_LEVEL",
     "SAMPLERS",
     "SYNTHESISERS",
     "DiffusionCrops",
     "DiffusionProcess",
+    "GreyScale",
     "GuidedDenoiser",
     "Sampler",
     "Step",
@@ -28,13 +32,17 @@ __all__ = [
     "cosine_betas",
     "denoiser_from_checkpoint",
     "discard_scratch",
+    "grey_scale_for",
+    "grey_scale_of",
     "guided",
     "min_snr_weight",
     "noise_loss",
+    "recorded_scales",
     "require_fitting_tile",
     "sampler_steps",
     "selective_scan",
     "synthesise",
     "tile_bytes",
+    "velocity_weight",
     "warn_of_voxel_size",
 ]

@@ -10,6 +10,7 @@ from ..conditions import NULL_CONDITION, encode_condition, membrane_from_labels,
 from ..errors import MissingInput, UnknownName, ValueRangeError, did_you_mean
 from ..seeding import rng_for
 from ..volume import Volume
+from .grey import GreyScale, grey_scale_of
 from .nets.resolution import UNKNOWN_NM
 from .process import DiffusionProcess
 
@@ -44,13 +45,20 @@ class DiffusionCrops:
         guidance needs; .1 to .2 as published (Ho and Salimans 2022).
     voxel_size_dropout : float
         Probability in [0, 1) of a sample without voxel size: three zeros.
+    noise_mean, noise_spread : float
+        Which noise levels are drawn, see :meth:`.DiffusionProcess.level_shares`.
+
+    Attributes
+    ----------
+    scales : list of GreyScale
+        Scale of each volume: on it the volume is centred and has unit variance.
 
     Raises
     ------
     MissingInput
         If there is no volume, or one lacks image or label.
     ValueRangeError
-        If the patch is not three sizes >= 1, or a probability not in [0, 1).
+        If the patch is not three sizes >= 1, a probability not in [0, 1), or an image constant.
     UnknownName
         If there is no such share.
     """
@@ -69,6 +77,8 @@ class DiffusionCrops:
         share: str = "voxels",
         condition_dropout: float = 0.0,
         voxel_size_dropout: float = 0.0,
+        noise_mean: float = 0.0,
+        noise_spread: float = 0.0,
     ) -> None:
         if len(patch) != 3 or min(patch) < 1:
             raise ValueRangeError(f"A crop has three sizes >= 1, (z, y, x). Got {tuple(patch)}.")
@@ -85,6 +95,8 @@ class DiffusionCrops:
         self.flips, self.transpose, self.intensity_jitter = flips, transpose, intensity_jitter
         self._voxel_nm = [np.asarray(v.voxel_nm, np.float32) for v in volumes]
         self._images = [self._at_least_patch(np.asarray(v.image, np.float32)) for v in volumes]
+        self.scales: list[GreyScale] = [grey_scale_of(np.asarray(v.image)) for v in volumes]
+        self._level_shares = process.level_shares(noise_mean, noise_spread) if noise_spread else None
         self._conditions = [self._condition_of(v, thickness_nm) for v in volumes]
         self.condition_dropout, self.voxel_size_dropout = condition_dropout, voxel_size_dropout
         sizes = np.array([image.size if share == "voxels" else 1 for image in self._images], dtype=np.float64)
@@ -112,8 +124,8 @@ class DiffusionCrops:
         cut = tuple(slice(c, c + p) for c, p in zip(corner, self.patch, strict=True))
         stack = np.concatenate([image[cut][None], condition[(slice(None), *cut)]]).astype(np.float32)
         stack, voxel_nm = self._reoriented(stack, self._voxel_nm[which], rng)
-        clean = 2 * self._jittered(stack[:1], rng) - 1
-        t = int(rng.integers(self.process.steps))
+        clean = self.scales[which].to_model(self._jittered(stack[:1], rng))
+        t = int(rng.choice(self.process.steps, p=self._level_shares))
         noise = rng.standard_normal(clean.shape, dtype=np.float32)
         condition, voxel_nm = self._dropped(stack[1:], voxel_nm, index)
         return {

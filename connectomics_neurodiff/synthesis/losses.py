@@ -9,9 +9,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..errors import ValueRangeError
+from ..errors import UnknownName, ValueRangeError, did_you_mean
 from .process import DiffusionProcess, interpolated
 
+NORMS = ("l1", "l2")
+#: Standard deviation of the noise below which errors of the image do not count more.
+LEAST_NOISE = 0.05
 #: Weight of L_vlb beside L_simple (Nichol and Dhariwal 2021, section 3.1).
 VLB_WEIGHT = 0.001
 
@@ -20,10 +23,14 @@ def noise_loss(
     network: nn.Module,
     batch: Mapping[str, Tensor],
     *,
+    norm: str = "l1",
     weight: Tensor | None = None,
     bound: VariationalBound | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Mean absolute error of what the network predicts: L_simple (Ho et al. 2020, eq. 14) in L1, as published.
+    """Mean error of what the network predicts: L_simple (Ho et al. 2020, eq. 14).
+
+    The least squared error is that of the mean, which a sampler needs; the least absolute error, as published, is that
+    of the median: where the mask leaves it open whether a voxel is dark, it is bright, and what is rare is not painted.
 
     Parameters
     ----------
@@ -32,6 +39,8 @@ def noise_loss(
     batch : mapping
         ``noisy`` and ``target`` (b, 1, z, y, x), ``t`` (b,), ``condition`` (b, 2, z, y, x), ``voxel_nm`` (b, 3): what
         :class:`~connectomics_neurodiff.synthesis.crops.DiffusionCrops` makes, collated.
+    norm : {"l1", "l2"}
+        Absolute error as published, or squared error.
     weight : torch.Tensor, optional
         (T,) factor of the error at each step; see :func:`min_snr_weight`.
     bound : VariationalBound, optional
@@ -43,15 +52,22 @@ def noise_loss(
     loss : torch.Tensor
         Scalar, float32.
     parts : dict
-        ``l1`` and, with a bound, ``vlb`` in nats per voxel: detached, for a log.
+        The error by its `norm` and, with a bound, ``vlb`` in nats per voxel: detached, for a log.
+
+    Raises
+    ------
+    UnknownName
+        If there is no such norm.
     """
+    if norm not in NORMS:
+        raise UnknownName(f"No norm '{norm}'.{did_you_mean(norm, NORMS)} Known: {', '.join(NORMS)}.")
     predicted = network(batch["noisy"], batch["t"], batch["condition"], batch["voxel_nm"]).float()
     error = predicted[:, :1] - batch["target"].float()
-    absolute = error.abs()
+    size = error.abs() if norm == "l1" else error.square()
     if weight is not None:
-        absolute = absolute * _per_sample(weight, batch["t"])
-    loss = absolute.mean()
-    parts = {"l1": loss.detach()}
+        size = size * _per_sample(weight, batch["t"])
+    loss = size.mean()
+    parts = {norm: loss.detach()}
     if bound is not None:
         vlb = bound(error.detach(), predicted[:, 1:], batch["t"])
         loss = loss + VLB_WEIGHT * vlb
@@ -59,12 +75,12 @@ def noise_loss(
     return loss, parts
 
 
-def min_snr_weight(process: DiffusionProcess, gamma: float) -> Tensor:
-    """Min-SNR-gamma weighting (Hang et al. 2023, eq. 8) of an L1 loss.
+def min_snr_weight(process: DiffusionProcess, gamma: float, norm: str = "l1") -> Tensor:
+    """Min-SNR-gamma weighting (Hang et al. 2023, eq. 8).
 
     Published for squared errors: the error of x_0 weighs min(SNR, gamma), hence that of the noise min(SNR, gamma) /
-    SNR and that of the velocity min(SNR, gamma) / (SNR + 1). Here the errors are absolute, so they are scaled by the
-    roots of these; only so do both predictions weigh the same error of x_0 alike.
+    SNR and that of the velocity min(SNR, gamma) / (SNR + 1). Absolute errors are scaled by the roots of these; only so
+    do all predictions weigh the same error of x_0 alike.
 
     Parameters
     ----------
@@ -72,11 +88,13 @@ def min_snr_weight(process: DiffusionProcess, gamma: float) -> Tensor:
         Schedule, and what is predicted.
     gamma : float
         Largest weight > 0; 5 as published.
+    norm : {"l1", "l2"}
+        Of the loss.
 
     Returns
     -------
     torch.Tensor
-        (T,) float32 in (0, 1].
+        (T,) float32 > 0.
 
     Raises
     ------
@@ -86,8 +104,32 @@ def min_snr_weight(process: DiffusionProcess, gamma: float) -> Tensor:
     if not 0 < gamma < math.inf:
         raise ValueRangeError(f"Min-SNR weighting needs a finite gamma > 0. Got {gamma}.")
     snr = process.signal / (1 - process.signal)
-    squared = np.minimum(snr, gamma) / (snr if process.prediction == "noise" else snr + 1)
-    return torch.tensor(np.sqrt(squared), dtype=torch.float32)
+    return _of_norm(np.minimum(snr, gamma) * process.clean_errors**2, norm)
+
+
+def velocity_weight(process: DiffusionProcess, norm: str = "l1") -> Tensor:
+    """Weighting by which an error of the image counts as that of the velocity does; up to `LEAST_NOISE`.
+
+    Without, a network that predicts the image hardly learns what is fine, which only little noise leaves visible
+    (Li and He 2025, who predict the image and weigh its error so).
+
+    Parameters
+    ----------
+    process, norm
+        As in :func:`min_snr_weight`.
+
+    Returns
+    -------
+    torch.Tensor
+        (T,) float32 > 0; 1 for the velocity itself but for the least noise.
+    """
+    noise = np.maximum(1 - process.signal, LEAST_NOISE**2)
+    return _of_norm(process.clean_errors**2 / noise, norm)
+
+
+def _of_norm(squared: np.ndarray, norm: str) -> Tensor:
+    """Weights of squared errors as weights of the errors of a norm."""
+    return torch.tensor(np.sqrt(squared) if norm == "l1" else squared, dtype=torch.float32)
 
 
 class VariationalBound:
@@ -110,11 +152,8 @@ class VariationalBound:
         bounds = [process.log_variance_bounds(t, t - 1) for t in steps]
         self.steps = process.steps
         self.least, self.largest = (torch.tensor(side, dtype=torch.float32) for side in zip(*bounds, strict=True))
-        # x_0 error per error of the prediction: eq. 4 of Ho et al. solved for x_0, or the velocity's definition.
-        signal = process.signal
         of_clean = np.array([process.posterior(t, t - 1)[0] for t in steps])
-        clean_error = np.sqrt((1 - signal) / (signal if process.prediction == "noise" else 1))
-        self.mean_error = torch.tensor(of_clean * clean_error, dtype=torch.float32)
+        self.mean_error = torch.tensor(of_clean * process.clean_errors, dtype=torch.float32)
 
     def __call__(self, error: Tensor, v: Tensor, t: Tensor) -> Tensor:
         """Scalar estimate of L_vlb, the sum over all T steps, in nats per voxel.

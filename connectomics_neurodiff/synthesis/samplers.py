@@ -97,6 +97,7 @@ class Sampler:
         prediction: np.ndarray,
         before: np.ndarray | None = None,
         noise: np.ndarray | None = None,
+        limits: tuple[float, float] = (-1.0, 1.0),
     ) -> tuple[np.ndarray, np.ndarray]:
         """Take one step.
 
@@ -114,12 +115,14 @@ class Sampler:
             Clean image of the step before, for samplers that look back.
         noise : numpy.ndarray, optional
             Standard normal noise, for samplers that add it.
+        limits : tuple of 2 floats
+            Black and white: the clean image is clipped to them, as published to [-1, 1].
 
         Returns
         -------
         x_s, clean : numpy.ndarray
-            Image after the step, and the clean image predicted in it, clipped to [-1, 1] as published. Both are the
-            same after the last step of a deterministic sampler.
+            Image after the step, and the clean image predicted in it, clipped. Both are the same after the last step of
+            a deterministic sampler.
 
         Raises
         ------
@@ -130,8 +133,7 @@ class Sampler:
             raise ValueRangeError(f"Step {step.number} of this sampler adds noise. Got none.")
         if self.looks_back and before is None and step.t_before is not None:
             raise ValueRangeError(f"Step {step.number} of this sampler needs the clean image of the step before.")
-        predicted_noise = process.noise_from(prediction[0], x, step.t)
-        clean = np.clip(process.predict_clean(x, step.t, predicted_noise), -1, 1)
+        clean = np.clip(process.clean_from(prediction[0], x, step.t), *limits)
         coefficient = prediction[1] if len(prediction) > 1 else None
         return self.update(process, step, Given(x, clean, before, noise, coefficient)), clean
 

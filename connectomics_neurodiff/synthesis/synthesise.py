@@ -32,15 +32,18 @@ from ..progress import progress_bar
 from ..provenance import hash_of
 from ..seeding import rng_for
 from ..volume import ArrayLike, slabs
+from .grey import GreyScale
 from .nets import build_denoiser
 from .nets.resolution import UNKNOWN_NM
 from .process import DiffusionProcess, cosine_betas
 from .samplers import SAMPLERS, Sampler, Step, sampler_steps
-from .working_arrays import PaintedImage, WorkingArrays, to_grey
+from .working_arrays import PaintedImage, WorkingArrays
 
 #: Voxels that a tile reaches beyond the faces of its volume, unless told otherwise: how it was measured is in
 #: docs/results.md, "Samplers and steps".
 DEFAULT_MARGIN = (0, 4, 4)
+#: Grey values of a denoiser that learnt on the published scale, [-1, 1].
+PUBLISHED_GREY = GreyScale()
 #: Image rows of a block that is drawn from one generator: the noise depends neither on tiles nor on memory.
 _NOISE_ROWS = 256
 
@@ -69,6 +72,7 @@ def synthesise(
     voxel_nm: Sequence[float] | None,
     *,
     seed: int,
+    grey: GreyScale = PUBLISHED_GREY,
     sampler: str = "ddim",
     steps: int = 50,
     tile: Sequence[int] = (8, 128, 128),
@@ -93,6 +97,8 @@ def synthesise(
         Voxel size in nm; None where it is unknown, which suits a denoiser that was trained with voxel size dropout.
     seed : int
         The same seed gives the same image.
+    grey : GreyScale
+        Scale of the images that the denoiser was trained on, see :func:`.grey_scale_for`.
     sampler, steps
         Name in ``SAMPLERS``, and its number of steps, at most ``process.steps``.
     tile, overlap : sequence of 3 ints
@@ -140,6 +146,7 @@ def synthesise(
     arguments = [
         scratch_key,
         seed,
+        [grey.mean, grey.std],
         sampler,
         steps,
         list(tile),
@@ -151,7 +158,7 @@ def synthesise(
     ]
     key = hash_of([arguments, _content_of(network, process, membrane, mito)])
     predict = _Predictor(network, membrane, mito, size, margin, precision, device, hint_cache_bytes)
-    canvas = _Canvas(membrane.shape, tile, overlap, process, rule, seed, predict.channels, scratch, key)
+    canvas = _Canvas(membrane.shape, tile, overlap, process, rule, seed, grey, predict.channels, scratch, key)
     done = canvas.tiles_done
     with (
         closing(canvas),
@@ -187,12 +194,13 @@ class _Canvas:
         process: DiffusionProcess,
         rule: Sampler,
         seed: int,
+        grey: GreyScale,
         channels: int,
         scratch: Path | None,
         key: str,
     ) -> None:
         self.shape = (int(shape[0]), int(shape[1]), int(shape[2]))
-        self.process, self.rule, self.seed = process, rule, seed
+        self.process, self.rule, self.seed, self.grey = process, rule, seed, grey
         boxes = tiles(self.shape, tile, overlap)
         self.extent = boxes[0].shape
         self.rows = tile_starts(self.shape[0], tile[0], overlap[0])
@@ -264,7 +272,9 @@ class _Canvas:
         """What is there after `steps` steps."""
         name = f"x{steps % 2}"
         path = self._arrays.path_of(name)
-        return to_grey(self._arrays[name]) if path is None else PaintedImage(path, self.shape)
+        if path is None:
+            return self.grey.to_grey(self._arrays[name])
+        return PaintedImage(path, self.shape, self.grey)
 
     def _begin(self, row: int, total: np.ndarray) -> None:
         """What the row before left in the sections that both cover; nothing in the others."""
@@ -285,6 +295,7 @@ class _Canvas:
                 total[:, rows] / weight,
                 self._arrays[f"clean{now}"][z, rows] if self.rule.looks_back else None,
                 self._noise(z, index, rows, "noise", step.number) if noisy else None,
+                self.grey.limits,
             )
             if self.rule.looks_back:
                 self._arrays[f"clean{after}"][z, rows] = clean

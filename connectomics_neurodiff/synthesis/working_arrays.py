@@ -18,6 +18,7 @@ import numpy as np
 from ..errors import CheckpointMismatch, NotEnoughSpace, NotWritable, UserError
 from ..provenance import atomic_write
 from ..volume.arrays import LazyArray
+from .grey import GreyScale
 
 try:
     import fcntl
@@ -174,7 +175,7 @@ def _bytes(shape: tuple[int, ...]) -> int:
 
 
 class PaintedImage(LazyArray):
-    """Image (z, y, x) in [0, 1], float32, read from a file of raw values in [-1, 1] as it is indexed.
+    """Image (z, y, x) in [0, 1], float32, read from a file of the model's values as it is indexed.
 
     Parameters
     ----------
@@ -182,16 +183,13 @@ class PaintedImage(LazyArray):
         File of an array of :class:`WorkingArrays`.
     shape : tuple of 3 ints
         Its shape.
+    grey : GreyScale
+        Scale of the values.
     """
 
-    def __init__(self, path: Path, shape: tuple[int, ...]) -> None:
+    def __init__(self, path: Path, shape: tuple[int, ...], grey: GreyScale) -> None:
         super().__init__(shape, np.float32)
-        self._path = path
+        self._path, self._grey = path, grey
 
     def _read(self, box: tuple[slice, ...]) -> np.ndarray:
-        return to_grey(np.memmap(self._path, np.float32, mode="r", shape=self.shape)[box])
-
-
-def to_grey(values: np.ndarray) -> np.ndarray:
-    """Grey values in [0, 1] from the scale of the diffusion model, [-1, 1]."""
-    return np.clip((np.asarray(values) + 1) / 2, 0, 1)
+        return self._grey.to_grey(np.memmap(self._path, np.float32, mode="r", shape=self.shape)[box])

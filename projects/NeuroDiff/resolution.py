@@ -22,7 +22,7 @@ from connectomics_neurodiff.checkpoints import load_checkpoint
 from connectomics_neurodiff.conditions import membrane_from_labels, with_background
 from connectomics_neurodiff.errors import UserError
 from connectomics_neurodiff.geometry import Box, voxel_size
-from connectomics_neurodiff.synthesis import denoiser_from_checkpoint, synthesise
+from connectomics_neurodiff.synthesis import denoiser_from_checkpoint, grey_scale_for, synthesise
 from connectomics_neurodiff.volume import Volume, open_volume, write_volume
 
 #: Octaves of spatial frequency within sections, cycles per voxel: from coarse shapes to single voxels.
@@ -93,6 +93,7 @@ def paint(options: argparse.Namespace, volume: Volume) -> dict[str, dict[str, An
             volume.mito_array,
             told,
             seed=options.seed,
+            grey=grey_scale_for(checkpoint, volume.voxel_nm),
             sampler=options.sampler,
             steps=options.steps,
             tile=tile,

@@ -31,7 +31,7 @@ from connectomics_neurodiff.pipeline.networks import trained_segmenter
 from connectomics_neurodiff.predict import predict_affinities
 from connectomics_neurodiff.provenance import write_json
 from connectomics_neurodiff.seeding import rng_for
-from connectomics_neurodiff.synthesis import SAMPLERS, denoiser_from_checkpoint, guided, synthesise
+from connectomics_neurodiff.synthesis import SAMPLERS, denoiser_from_checkpoint, grey_scale_for, guided, synthesise
 from connectomics_neurodiff.volume import Volume, open_volume, write_volume
 
 
@@ -94,6 +94,7 @@ def paint(
         volume.mito_array,
         volume.voxel_nm,
         seed=options.seed,
+        grey=grey_scale_for(checkpoint, volume.voxel_nm),
         sampler=sampler,
         steps=steps,
         tile=tile,

@@ -30,10 +30,13 @@ from ...engine import (
     LossCurve,
     SampleNumbers,
     SampleSource,
+    Watch,
+    is_watched,
     learning_rate_factor,
     make_optimizer,
     resolve_device,
     resolve_precision,
+    resting,
 )
 from ...errors import StaleArtifactError, ValueRangeError
 from ...memory import kept_memory
@@ -51,6 +54,7 @@ def fit(
     *,
     label: str,
     key: str = "",
+    watch: Watch | None = None,
 ) -> nn.Module:
     """Train a network with PyTC's loop, or go on where an interrupted training stopped.
 
@@ -78,7 +82,7 @@ def fit(
     first_step = 0 if resume is None else int(read_checkpoint(resume)["iteration"])
     with open(folder / "host.log", "a") as log, redirect_stdout(log), kept_memory(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", module=r"connectomics\.")  # of PyTC's own code, about its own prints
-        trainer = _FitTrainer(network, loss, dataset, settings, folder, device, first_step, label, key)
+        trainer = _FitTrainer(network, loss, dataset, settings, folder, device, first_step, label, key, watch)
         if resume is not None:
             trainer.resume(resume)
         trainer.train()
@@ -136,7 +140,9 @@ class _FitTrainer(NeuroDiffTrainer):
         first_step: int,
         label: str,
         key: str,
+        watch: Watch | None,
     ) -> None:
+        self.watch = watch
         self.loss, self.settings, self.label, self.key = loss, settings, label, key
         self.first_step, self.folder = first_step, folder
         self.total, self.count = 0.0, 0  # of the unfinished row of the loss curve
@@ -206,9 +212,18 @@ class _FitTrainer(NeuroDiffTrainer):
                 value, batch = self._accumulated()
                 self._log(iteration + 1, float(value.detach()) * self.settings.accumulate, bar)
                 self._train_misc(value, *self._for_monitor(batch), iteration, {self.label: value.detach()})
+                self._look(iteration + 1)
                 bar.update()
         if self.settings.steps % self.settings.checkpoint_every:
             self.save_checkpoint(self.settings.steps - 1)
+
+    def _look(self, step: int) -> None:
+        """Let the watch look at the averaged weights, without a word to the monitor, which draws what it knows."""
+        if self.watch is not None and is_watched(self.watch, step, self.settings.steps):
+            output = self.output
+            with resting(bare(self.model) if self.averaged is None else self.averaged.module) as network:
+                self.watch(network, step)
+            self.output = output
 
     def _log(self, step: int, value: float, bar: Any) -> None:
         """Add to the loss curve the mean since the row before, as the native engine does."""

@@ -38,14 +38,15 @@ def time_embedding(t: Tensor, width: int, max_period: float = 1000.0) -> Tensor:
     return torch.cat([angle.cos(), angle.sin()], dim=1)
 
 
-def conv3(in_channels: int, out_channels: int, *, stride: tuple[int, int, int] = (1, 1, 1)) -> Convolution:
-    """3x3x3 convolution that keeps the shape (stride 1)."""
-    return Convolution(in_channels, out_channels, 3, padding=1, stride=stride)
+def conv3(in_channels: int, out_channels: int, *, flat: bool = False) -> Convolution:
+    """3x3x3 convolution that keeps the shape, or 1x3x3: `flat`, within sections."""
+    kernel, padding = ((1, 3, 3), (0, 1, 1)) if flat else (3, 1)
+    return Convolution(in_channels, out_channels, kernel, padding=padding)
 
 
-def zero_conv3(in_channels: int, out_channels: int) -> Convolution:
-    """3x3x3 convolution whose weights and bias start at zero, so that its branch starts as the identity."""
-    conv = conv3(in_channels, out_channels)
+def zero_conv3(in_channels: int, out_channels: int, *, flat: bool = False) -> Convolution:
+    """:func:`conv3` whose weights and bias start at zero, so that its branch starts as the identity."""
+    conv = conv3(in_channels, out_channels, flat=flat)
     for parameter in conv.parameters():
         nn.init.zeros_(parameter)
     return conv
@@ -76,15 +77,19 @@ class ResidualBlock(nn.Module):
         Width of the time embedding.
     groups : int
         Groups of the normalisation.
+    flat : bool
+        Whether its convolutions stay within a section.
     """
 
-    def __init__(self, in_channels: int, out_channels: int, time_channels: int, groups: int) -> None:
+    def __init__(
+        self, in_channels: int, out_channels: int, time_channels: int, groups: int, *, flat: bool = False
+    ) -> None:
         super().__init__()
         self.norm_in = NormSiLU(in_channels, groups)
-        self.conv_in = conv3(in_channels, out_channels)
+        self.conv_in = conv3(in_channels, out_channels, flat=flat)
         self.time = nn.Linear(time_channels, out_channels)
         self.norm_out = NormSiLU(out_channels, groups)
-        self.conv_out = zero_conv3(out_channels, out_channels)
+        self.conv_out = zero_conv3(out_channels, out_channels, flat=flat)
         self.skip = nn.Identity() if in_channels == out_channels else Pointwise(in_channels, out_channels)
 
     def forward(self, x: Tensor, time: Tensor, *, spent: bool = False) -> Tensor:
@@ -104,22 +109,42 @@ class ResidualBlock(nn.Module):
 
 
 class Downsample(Convolution):
-    """Halve y and x by a strided 3x3x3 convolution."""
+    """Halve y and x by a strided 3x3x3 convolution, or a 1x3x3 one: `flat`."""
 
-    def __init__(self, in_channels: int, out_channels: int) -> None:
-        super().__init__(in_channels, out_channels, 3, padding=1, stride=(1, 2, 2))
+    def __init__(self, in_channels: int, out_channels: int, *, flat: bool = False) -> None:
+        kernel, padding = ((1, 3, 3), (0, 1, 1)) if flat else (3, 1)
+        super().__init__(in_channels, out_channels, kernel, padding=padding, stride=(1, 2, 2))
 
 
 class Upsample(nn.Module):
     """Double y and x by interpolation, then convolve."""
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, *, flat: bool = False) -> None:
         super().__init__()
-        self.conv = conv3(channels, channels)
+        self.conv = conv3(channels, channels, flat=flat)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (b, c, z, y, x) to (b, c, z, 2y, 2x)."""
         return self.conv(resize_sections(x, (2 * x.shape[3], 2 * x.shape[4])))
+
+
+def join_pixels(x: Tensor, side: int) -> Tensor:
+    """(b, c, z, y, x) as (b, c side^2, z, y / side, x / side): squares of pixels become channels."""
+    if side == 1:
+        return x
+    b, c, z, height, width = x.shape
+    squares = x.view(b, c, z, height // side, side, width // side, side)
+    return squares.permute(0, 1, 4, 6, 2, 3, 5).reshape(b, c * side * side, z, height // side, width // side)
+
+
+def part_pixels(x: Tensor, side: int) -> Tensor:
+    """Inverse of :func:`join_pixels`."""
+    if side == 1:
+        return x
+    b, joined, z, height, width = x.shape
+    c = joined // side**2
+    squares = x.reshape(b, c, side, side, z, height, width).permute(0, 1, 4, 5, 2, 6, 3)
+    return squares.reshape(b, c, z, height * side, width * side)
 
 
 def resize_sections(x: Tensor, size: tuple[int, int]) -> Tensor:

@@ -10,7 +10,7 @@ from itertools import pairwise
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .blocks import Downsample, conv3, resize_sections, zero_conv3
+from .blocks import Downsample, conv3, join_pixels, resize_sections, zero_conv3
 from .options import DenoiserOptions
 
 
@@ -25,13 +25,19 @@ class ConditionPath(nn.Module):
     def __init__(self, options: DenoiserOptions) -> None:
         super().__init__()
         widths = options.condition_channels
-        self.encoder = nn.ModuleList([conv3(2, widths[0]), *(Downsample(a, b) for a, b in pairwise(widths))])
-        self.projections = nn.ModuleList(zero_conv3(widths[-1], channels) for channels in options.channels)
+        flat = options.flat_levels
+        self.pixels = options.pixels
+        first = conv3(2 * self.pixels**2, widths[0], flat=flat > 0)
+        deeper = (Downsample(a, b, flat=level < flat) for level, (a, b) in enumerate(pairwise(widths), start=1))
+        self.encoder = nn.ModuleList([first, *deeper])
+        self.projections = nn.ModuleList(
+            zero_conv3(widths[-1], channels, flat=level < flat) for level, channels in enumerate(options.channels)
+        )
         self.shrinkage = [max(r // options.embedding_reduction, 1) for r in options.reductions]
 
     def forward(self, condition: Tensor) -> list[Tensor]:
         """Map (b, 2, z, y, x) in [-1, 1] to one hint (b, c_i, z, y', x') per level, finest level first."""
-        h = condition
+        h = join_pixels(condition, self.pixels)
         for layer in self.encoder:
             h = F.silu(layer(h))
         return [

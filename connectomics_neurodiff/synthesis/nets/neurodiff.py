@@ -1,6 +1,7 @@
 """The NeuroDiff denoiser: a conditional 3D U-Net with MSC and RGM that predicts the noise in x_t.
 
-Glossary: b batch, c channels, z, y, x sections, rows, columns, t diffusion step, level i is reduced (1, 2^i, 2^i).
+Glossary: b batch, c channels, z, y, x sections, rows, columns, t diffusion step; level i is reduced by `pixels` 2^i
+within sections.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from .blocks import (
     ResidualBlock,
     Upsample,
     conv3,
+    join_pixels,
+    part_pixels,
     resize_sections,
     time_embedding,
     zero_conv3,
@@ -33,15 +36,13 @@ from .rgm import ResolutionGuidedMamba
 class Stage(nn.Module):
     """Residual block, then the level's hint if there is one, then RGM where the level has it."""
 
-    def __init__(self, in_channels: int, out_channels: int, reduction: int, with_rgm: bool, o: DenoiserOptions) -> None:
+    def __init__(self, in_channels: int, out_channels: int, level: int, o: DenoiserOptions, *, middle: bool = False):
         super().__init__()
-        self.reduction = reduction
-        self.residual = ResidualBlock(in_channels, out_channels, o.time_channels, o.groups)
-        self.rgm = (
-            ResolutionGuidedMamba(out_channels, rpge=o.rpge, directions=o.scan_directions)
-            if with_rgm and o.rgm
-            else None
-        )
+        self.reduction = o.reductions[level]
+        flat = level < o.flat_levels
+        self.residual = ResidualBlock(in_channels, out_channels, o.time_channels, o.groups, flat=flat)
+        with_rgm = o.rgm and (middle or self.reduction in o.rgm_reductions)
+        self.rgm = ResolutionGuidedMamba(out_channels, rpge=o.rpge, directions=o.scan_directions) if with_rgm else None
 
     def forward(
         self, x: Tensor, time: Tensor, voxel_nm: Tensor, hint: Tensor | None = None, *, spent: bool = False
@@ -76,11 +77,14 @@ class NeuroDiffDenoiser(nn.Module):
         )
         self.resolution = ResolutionEmbedding(options.time_channels) if options.resolution_embedding else None
         self.condition = ConditionPath(options) if options.injects else None
-        self.stem = conv3(3 if options.concatenates else 1, channels[0])
+        joined = options.pixels**2
+        self.stem = conv3((3 if options.concatenates else 1) * joined, channels[0], flat=options.flat_levels > 0)
         self._build_encoder(options)
         self._build_decoder(options)
         self.out_norm = NormSiLU(channels[0], options.groups)
-        self.out_conv = zero_conv3(channels[0], 2 if options.learn_variance else 1)
+        self.out_conv = zero_conv3(
+            channels[0], (2 if options.learn_variance else 1) * joined, flat=options.flat_levels > 0
+        )
 
     @property
     def options(self) -> dict[str, Any]:
@@ -96,33 +100,37 @@ class NeuroDiffDenoiser(nn.Module):
         self.encoder, self.downsamples = nn.ModuleList(), nn.ModuleList()
         width = o.channels[0]
         self._skip_channels = [width]
-        for level, (channels, reduction) in enumerate(zip(o.channels, o.reductions, strict=True)):
+        for level, channels in enumerate(o.channels):
             stages = nn.ModuleList()
             for _ in range(o.blocks):
-                stages.append(Stage(width, channels, reduction, reduction in o.rgm_reductions, o))
+                stages.append(Stage(width, channels, level, o))
                 width = channels
                 self._skip_channels.append(width)
             self.encoder.append(stages)
             if level < len(o.channels) - 1:
-                self.downsamples.append(Downsample(width, width))
+                self.downsamples.append(Downsample(width, width, flat=level + 1 < o.flat_levels))
                 self._skip_channels.append(width)
 
     def _build_decoder(self, o: DenoiserOptions) -> None:
-        width, reduction = o.channels[-1], o.reductions[-1]
+        width, deepest = o.channels[-1], len(o.channels) - 1
+        flat = deepest < o.flat_levels
         self.middle = nn.ModuleList(
-            [Stage(width, width, reduction, True, o), ResidualBlock(width, width, o.time_channels, o.groups)]
+            [
+                Stage(width, width, deepest, o, middle=True),
+                ResidualBlock(width, width, o.time_channels, o.groups, flat=flat),
+            ]
         )
         self.decoder, self.upsamples = nn.ModuleList(), nn.ModuleList()
         skips = list(self._skip_channels)
         for level in reversed(range(len(o.channels))):
-            channels, reduction = o.channels[level], o.reductions[level]
+            channels = o.channels[level]
             stages = nn.ModuleList()
             for _ in range(o.blocks + 1):
-                stages.append(Stage(width + skips.pop(), channels, reduction, reduction in o.rgm_reductions, o))
+                stages.append(Stage(width + skips.pop(), channels, level, o))
                 width = channels
             self.decoder.append(stages)
             if level > 0:
-                self.upsamples.append(Upsample(width))
+                self.upsamples.append(Upsample(width, flat=level - 1 < o.flat_levels))
 
     def encode_condition_path(self, condition: Tensor) -> list[Tensor]:
         """Hints for :meth:`forward`: they depend neither on x_t nor on t, so one call serves all steps of a sample.
@@ -180,11 +188,12 @@ class NeuroDiffDenoiser(nn.Module):
         if self.resolution is not None:
             time = time + self.resolution(voxel_nm)
         x = torch.cat([x_t, _signed(condition).to(x_t.dtype)], dim=1) if self.settings.concatenates else x_t
-        h, skips = self._encode(self.stem(_layout(self._pad(x))), time, voxel_nm, hints)
+        joined = join_pixels(self._pad(x), self.settings.pixels)
+        h, skips = self._encode(self.stem(_layout(joined)), time, voxel_nm, hints)
         h = self._kept(self.middle[0], h, time, voxel_nm)
         h = self._kept(self.middle[1], h, time)
         h = self._decode(h, skips, time, voxel_nm)
-        noise = self.out_conv(self.out_norm(h))
+        noise = part_pixels(self.out_conv(self.out_norm(h)), self.settings.pixels)
         return noise[..., : x_t.shape[3], : x_t.shape[4]]
 
     def _encode(self, h: Tensor, time: Tensor, voxel_nm: Tensor, hints: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
