@@ -42,6 +42,7 @@ TEST = [
     "pytest-xdist>=3.6",
     "hypothesis>=6.100",
     "diffusers>=0.31",
+    "scikit-learn>=1.5",
     "ruff>=0.8",
     "mypy>=1.13",
     "types-PyYAML",

@@ -49,7 +49,7 @@ class Checkpoint:
     Attributes
     ----------
     kind : str
-        ``"denoiser"`` or ``"segmenter"``.
+        ``"denoiser"``, ``"segmenter"`` or ``"judge"``.
     architecture : str
         Registered name of the network.
     options : dict

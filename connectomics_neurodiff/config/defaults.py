@@ -324,7 +324,7 @@ def _add_pairs(node: CfgNode) -> None:
     node.PAIRS = CfgNode()
     # What a pair must keep to, or it does not enter training; 0 switches a check off (docs/gate.md). All are [ours].
     # Iterations of the judge, a small boundary network that is trained on the train part, >= 1.
-    node.PAIRS.JUDGE_ITERATIONS = 300
+    node.PAIRS.JUDGE_ITERATIONS = 1000
     # Least share of the way from masks of elsewhere (0) to real tissue (1) that the image follows its mask; and largest
     # share of the mask's membranes that look like cytoplasm, 0..0.5.
     node.PAIRS.LEAST_FOLLOWING = 0.5
@@ -332,15 +332,19 @@ def _add_pairs(node: CfgNode) -> None:
     # Largest Wasserstein distance between the grey values of a synthetic volume and the real one, in [0, 1] units.
     node.PAIRS.GREY_LIMIT = 0.08
     # Largest ratio, > 1, to the real power in a band of spatial frequency, and to the real share of dark voxels deep
-    # inside neurons; largest difference of the correlation of neighbouring sections, as Fisher's z.
+    # inside neurons; largest difference of the correlation of neighbouring sections, as Fisher's z; least share of the
+    # sections that are more like their neighbours than like those farther away, 0..1.
     node.PAIRS.SPECTRUM_LIMIT = 2.0
     node.PAIRS.DARK_LIMIT = 1.2
     node.PAIRS.CONTINUITY_LIMIT = 0.25
+    node.PAIRS.LEAST_ORDER = 0.85
     # Images painted onto each mask, >= 1. From two on the pair, which holds the first of them, also says where they
     # agree: its reliability (docs/method.md). Painting takes as many times longer. [ours]
     node.PAIRS.SAMPLES = 1
     # Shift and scale the grey values of a synthetic volume to the real mean and spread, one line per volume. [ours]
     node.PAIRS.MATCH_GREY = True
+    # Give fine detail the power that it has in the real volume, by one filter per volume, at most a factor of 2. [ours]
+    node.PAIRS.MATCH_SPECTRUM = True
 
 
 def _add_segmenter(node: CfgNode) -> None:

@@ -7,11 +7,10 @@ from .gate import (
     PairReport,
     grey_value_gate,
     judge_pair,
-    match_grey_values,
-    membrane_gate,
     membrane_visibility,
 )
 from .judge import Following, Judge, JudgeSettings, load_judge, train_judge
+from .matching import match_grey_values, match_spectrum
 from .mixing import is_synthetic, last_synthetic
 from .reliability import ReliabilityMap
 from .store import MaskArrays, open_pair, open_pairs, read_reliability, write_pair
@@ -36,8 +35,8 @@ __all__ = [
     "last_synthetic",
     "load_judge",
     "match_grey_values",
+    "match_spectrum",
     "measure_real",
-    "membrane_gate",
     "membrane_visibility",
     "open_pair",
     "open_pairs",

@@ -16,19 +16,19 @@ from ..geometry import is_anisotropic
 from .judge import Following, Judge
 from .store import Mask
 from .tissue import (
+    LEAST_STD,
     SMOOTHING_NM,
     DarkShares,
     RealTissue,
     TissueStatistics,
     grey_distance,
     grey_histogram,
+    image_defect,
     measure_tissue,
 )
 
 #: Membranes are looked for against the cytoplasm within this distance.
 SURROUNDINGS_NM = 200.0
-#: A volume whose standard deviation is below one grey level of uint8 shows nothing.
-_LEAST_STD = 1 / 255
 
 
 @dataclass(frozen=True)
@@ -62,17 +62,6 @@ class GateReport:
             raise ValueRangeError(self.reason)
 
 
-def _defect(name: str, image: np.ndarray) -> str:
-    """Why an image cannot be compared at all, or an empty string."""
-    if image.size == 0:
-        return f"The {name} image is empty."
-    if not np.isfinite(image).all():
-        return f"The {name} image must be finite. Got {int((~np.isfinite(image)).sum())} NaN or infinite voxels."
-    if image.min() < 0 or image.max() > 1:
-        return f"The {name} image must lie in [0, 1]. Got {image.min():.3g} to {image.max():.3g}."
-    return ""
-
-
 def grey_value_gate(synthetic: ArrayLike, real: ArrayLike, *, limit: float = 0.1) -> GateReport:
     """Compare the grey values of a synthetic volume with those of a real one.
 
@@ -97,13 +86,13 @@ def grey_value_gate(synthetic: ArrayLike, real: ArrayLike, *, limit: float = 0.1
     noise with the right histogram passes.
     """
     image, reference = np.asarray(synthetic, dtype=np.float32), np.asarray(real, dtype=np.float32)
-    reason = _defect("synthetic", image) or _defect("real", reference)
+    reason = image_defect("synthetic", image) or image_defect("real", reference)
     if reason:
         return GateReport(np.inf, *(np.nan,) * 4, passed=False, reason=reason)
     distance = grey_distance(grey_histogram(image), grey_histogram(reference))
     std, std_reference = float(image.std(dtype=np.float64)), float(reference.std(dtype=np.float64))
-    if std < _LEAST_STD:
-        reason = f"The synthetic image is constant (standard deviation {std:.2g}, needs {_LEAST_STD:.2g})."
+    if std < LEAST_STD:
+        reason = f"The synthetic image is constant (standard deviation {std:.2g}, needs {LEAST_STD:.2g})."
     elif distance > limit:
         reason = f"Grey values are {distance:.3f} from those of the real volume; at most {limit:g} is allowed."
     return GateReport(
@@ -115,39 +104,6 @@ def grey_value_gate(synthetic: ArrayLike, real: ArrayLike, *, limit: float = 0.1
         passed=not reason,
         reason=reason,
     )
-
-
-def match_grey_values(synthetic: ArrayLike, real: ArrayLike) -> np.ndarray:
-    """Give a synthetic volume the mean and standard deviation of the real one.
-
-    One increasing linear map for the whole volume, then clipping to [0, 1]; never per section, which would remove
-    the very differences between sections that a segmenter must learn to bear.
-
-    Parameters
-    ----------
-    synthetic, real : array_like
-        Images in [0, 1], any shapes.
-
-    Returns
-    -------
-    numpy.ndarray
-        float32 in [0, 1], shape of `synthetic`.
-
-    Raises
-    ------
-    ValueRangeError
-        If an image is empty, not finite or outside [0, 1], or the synthetic one is constant.
-    """
-    image, reference = np.asarray(synthetic, dtype=np.float32), np.asarray(real, dtype=np.float32)
-    reason = _defect("synthetic", image) or _defect("real", reference)
-    std = 0.0 if reason else float(image.std(dtype=np.float64))
-    if not reason and std < _LEAST_STD:
-        reason = "A constant synthetic image cannot be matched to a real one."
-    if reason:
-        raise ValueRangeError(reason)
-    gain = reference.std(dtype=np.float64) / std
-    offset = reference.mean(dtype=np.float64) - gain * image.mean(dtype=np.float64)
-    return np.clip(image * np.float32(gain) + np.float32(offset), 0.0, 1.0)
 
 
 def membrane_visibility(
@@ -187,25 +143,6 @@ def membrane_visibility(
         return 0.0
     beside = ndimage.uniform_filter(np.where(cytoplasm, smooth, 0), width)[judged] / share[judged]
     return float((beside - smooth[judged] > smooth[cytoplasm].std()).mean())
-
-
-def membrane_gate(synthetic: float, real: float, *, least: float) -> str:
-    """Why a synthetic volume does not show the membranes it was painted on, or an empty string.
-
-    Parameters
-    ----------
-    synthetic, real : float
-        :func:`membrane_visibility` of the synthetic volume on its mask, and of the real one on its own.
-    least : float
-        Smallest share of the real visibility that passes, [0, 1]; 0 lets everything pass.
-    """
-    share = synthetic / real if real else 1.0
-    if not least or share >= least:
-        return ""
-    return (
-        f"The image does not follow its mask: {100 * synthetic:.0f} % of its membrane is visible, {100 * real:.0f} % "
-        f"of the real one; at least {100 * least:.0f} % of that is needed."
-    )
 
 
 @dataclass(frozen=True)
@@ -347,9 +284,9 @@ def judge_pair(
     """
     allowed = limits or GateLimits()
     values = np.asarray(image, dtype=np.float32)
-    reason = _defect("synthetic", values)
-    if not reason and (std := float(values.std(dtype=np.float64))) < _LEAST_STD:
-        reason = f"The synthetic image is constant (standard deviation {std:.2g}, needs {_LEAST_STD:.2g})."
+    reason = image_defect("synthetic", values)
+    if not reason and (std := float(values.std(dtype=np.float64))) < LEAST_STD:
+        reason = f"The synthetic image is constant (standard deviation {std:.2g}, needs {LEAST_STD:.2g})."
     if reason:
         return PairReport(passed=False, reason=reason)
     label, membrane = np.asarray(mask.label), np.asarray(mask.membrane)

@@ -20,6 +20,8 @@ from ..errors import ShapeMismatch
 from ..geometry import ZYX, is_anisotropic, voxel_size
 
 GREY_BINS = 256
+#: A volume whose standard deviation is below one grey level of uint8 shows nothing.
+LEAST_STD = 1 / 255
 #: Octaves of spatial frequency, cycles per micrometre: a quarter of a micrometre down to 8 nm.
 BAND_EDGES = (4.0, 8.0, 16.0, 32.0, 64.0, 128.0)
 #: Bands of fewer cycles than this per window, or that end so close above their beginning, say little.
@@ -34,6 +36,17 @@ _PART, _STARTS = 0.5, (0.0, 0.5, 1.0)
 _REACH = 4
 #: Shares are compared as ratios, of no less than this.
 _LEAST_SHARE = 1e-3
+
+
+def image_defect(name: str, image: np.ndarray) -> str:
+    """Why an image cannot be compared at all, or an empty string."""
+    if image.size == 0:
+        return f"The {name} image is empty."
+    if not np.isfinite(image).all():
+        return f"The {name} image must be finite. Got {int((~np.isfinite(image)).sum())} NaN or infinite voxels."
+    if image.min() < 0 or image.max() > 1:
+        return f"The {name} image must lie in [0, 1]. Got {image.min():.3g} to {image.max():.3g}."
+    return ""
 
 
 def grey_histogram(image: np.ndarray) -> np.ndarray:

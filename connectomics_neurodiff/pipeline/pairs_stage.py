@@ -25,6 +25,7 @@ from ..pairs import (
     grey_value_gate,
     judge_pair,
     match_grey_values,
+    match_spectrum,
     measure_real,
     write_pair,
 )
@@ -47,7 +48,7 @@ def make_pairs(run: Run) -> None:
 
     cfg, node = run.cfg, run.cfg.NEURODIFF.DIFFUSION
     keys = {k: as_dict(node)[k] for k in networks.SAMPLING_KEYS}
-    settings = keys | {"MATCH_GREY": cfg.NEURODIFF.PAIRS.MATCH_GREY}
+    settings = keys | {name: cfg.NEURODIFF.PAIRS[name] for name in ("MATCH_GREY", "MATCH_SPECTRUM")}
     settings |= {"SAMPLES": cfg.NEURODIFF.PAIRS.SAMPLES} if cfg.NEURODIFF.PAIRS.SAMPLES > 1 else {}
     settings |= {"PRECISION": networks.device_and_precision(cfg)[1]}
     denoiser_hash = run.hash_of("diffusion/checkpoint.pt")
@@ -122,7 +123,9 @@ def _paint_pair(run: Run, paint: Painter, masks_path: Path, target: Path, proven
     image = images[0]
     real = run.parts["train"].load().array("image")
     raw = grey_value_gate(image, real, limit=1.0)
-    if run.cfg.NEURODIFF.PAIRS.MATCH_GREY and raw.passed:
+    if raw.passed and run.cfg.NEURODIFF.PAIRS.MATCH_SPECTRUM:
+        image = match_spectrum(image, real, masks.voxel_nm)
+    if raw.passed and run.cfg.NEURODIFF.PAIRS.MATCH_GREY:
         image = match_grey_values(image, real)
     arrays = MaskArrays(masks.array("label"), membrane, masks.mito_array)
     attributes = {"copy": copy, "grey_value_distance_before_matching": raw.distance}
@@ -143,6 +146,7 @@ class _Gate:
             grey=node.GREY_LIMIT,
             spectrum=node.SPECTRUM_LIMIT,
             continuity=node.CONTINUITY_LIMIT,
+            order=node.LEAST_ORDER,
             dark=node.DARK_LIMIT,
         )
 
