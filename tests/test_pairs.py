@@ -20,7 +20,6 @@ from connectomics_neurodiff.pairs import (
     last_synthetic,
     match_grey_values,
     match_spectrum,
-    membrane_visibility,
     open_pairs,
     read_reliability,
     write_pair,
@@ -189,46 +188,6 @@ def test_two_halves_of_a_real_volume_pass_the_default_gate(real_data, name) -> N
     half = image.shape[1] // 2
     assert grey_value_gate(image[:, :half], image[:, half:]).passed
     assert not grey_value_gate(image[:, :half] * 0.5, image[:, half:]).passed
-
-
-def tissue() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Two neurons of 20 rows with a dark membrane of two rows between them: image, label, membrane."""
-    label = np.ones((4, 42, 60), np.uint32)
-    label[:, 21:] = 2
-    membrane = np.zeros(label.shape, np.uint8)
-    membrane[:, 20:22] = 1
-    noise = np.random.default_rng(0).normal(0, 0.02, label.shape)
-    return np.clip(0.7 - 0.4 * membrane + noise, 0, 1), label, membrane
-
-
-def test_visibility_sees_what_grey_values_cannot() -> None:
-    image, label, membrane = tissue()
-    assert membrane_visibility(image, label, membrane, None, VOXEL) == 1.0
-    shuffled = np.random.default_rng(1).permutation(image.ravel()).reshape(image.shape)  # the same grey values
-    for wrong in (1 - image, shuffled):
-        assert membrane_visibility(wrong, label, membrane, None, VOXEL) < 0.5
-
-
-def test_a_gap_in_the_membrane_is_not_visible() -> None:
-    image, label, membrane = tissue()
-    image[:, 20:22, :30] = 0.7
-    assert membrane_visibility(image, label, membrane, None, VOXEL) == pytest.approx(0.5, abs=0.04)
-
-
-def test_mitochondria_are_not_the_surroundings() -> None:
-    image, label, membrane = tissue()
-    mito = np.zeros_like(membrane)
-    mito[:, 4:15] = mito[:, 27:38] = 1
-    image[mito > 0] = 0.1  # darker than the membrane
-    with_masks = membrane_visibility(image, label, membrane, mito, VOXEL)
-    assert with_masks > 0.9
-    assert membrane_visibility(image, label, membrane, None, VOXEL) < 0.5 * with_masks
-
-
-@pytest.mark.parametrize("value", [0, 1])
-def test_without_membrane_or_without_cytoplasm_nothing_is_visible(value: int) -> None:
-    image, label, membrane = tissue()
-    assert membrane_visibility(image, label, np.full_like(membrane, value), None, VOXEL) == 0
 
 
 def textured(shape: tuple[int, int, int], strength: float, seed: int = 0) -> np.ndarray:

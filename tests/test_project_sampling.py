@@ -23,10 +23,11 @@ SCRIPT = REPOSITORY / "projects" / "NeuroDiff" / "sampling.py"
 @pytest.fixture
 def arguments(tmp_path: Path) -> list[str]:
     torch.manual_seed(0)
-    denoiser = {"preset": "small", "multipliers": [1, 1], "rgm_reductions": []}
+    denoiser = {"preset": "small", "base_channels": 32, "multipliers": [1, 1], "rgm_reductions": []}
     segmenter = {"filters": [8, 12], "z_pool": [False]}
     extra = {
         "voxel_nm": [[29.0, 6.0, 6.0]], "patch": [4, 24, 24], "membrane_nm": 25.0, "condition_dropout": 0.1,
+        "grey_scales": [{"mean": 0.5, "std": 0.2, "voxel_nm": [29.0, 6.0, 6.0]}],
         "process": {"steps": 10, "cosine_offset": 0.008, "prediction": "velocity"},
     }  # fmt: skip
     for kind, name, options, network in (

@@ -6,6 +6,7 @@
 ``seams`` whether the tiles they were painted in show.
 """
 
+from .boundaries import boundary_precision
 from .columns import evaluate_columns, paired_difference
 from .fid3d import FID3D, fid3d, patch_features
 from .frechet import bootstrap_interval, frechet_distance
@@ -22,6 +23,7 @@ __all__ = [
     "Seams",
     "TuneResult",
     "bootstrap_interval",
+    "boundary_precision",
     "contingency",
     "evaluate",
     "evaluate_columns",

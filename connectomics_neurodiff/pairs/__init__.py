@@ -7,7 +7,6 @@ from .gate import (
     PairReport,
     grey_value_gate,
     judge_pair,
-    membrane_visibility,
 )
 from .judge import Following, Judge, JudgeSettings, load_judge, train_judge
 from .matching import match_grey_values, match_spectrum
@@ -37,7 +36,6 @@ __all__ = [
     "match_grey_values",
     "match_spectrum",
     "measure_real",
-    "membrane_visibility",
     "open_pair",
     "open_pairs",
     "read_reliability",

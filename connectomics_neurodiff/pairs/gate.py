@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
-from scipy import ndimage
 
 from ..errors import ValueRangeError
-from ..geometry import is_anisotropic
 from .judge import Following, Judge
 from .store import Mask
 from .tissue import (
     LEAST_STD,
-    SMOOTHING_NM,
     DarkShares,
     RealTissue,
     TissueStatistics,
@@ -26,9 +23,6 @@ from .tissue import (
     image_defect,
     measure_tissue,
 )
-
-#: Membranes are looked for against the cytoplasm within this distance.
-SURROUNDINGS_NM = 200.0
 
 
 @dataclass(frozen=True)
@@ -104,45 +98,6 @@ def grey_value_gate(synthetic: ArrayLike, real: ArrayLike, *, limit: float = 0.1
         passed=not reason,
         reason=reason,
     )
-
-
-def membrane_visibility(
-    image: np.ndarray, label: np.ndarray, membrane: np.ndarray, mito: np.ndarray | None, voxel_nm: Sequence[float]
-) -> float:
-    """Share of the membrane that stands out dark against the cytoplasm beside it.
-
-    Grey values alone cannot tell whether an image follows its mask: an inverted image, or noise with the right
-    histogram, has those of the real one. A membrane with gaps teaches a segmenter to merge.
-
-    Parameters
-    ----------
-    image : numpy.ndarray
-        (z, y, x), values in [0, 1]; compared after smoothing by `SMOOTHING_NM`.
-    label, membrane, mito : numpy.ndarray
-        Masks of the same shape; `mito` may be None. Cytoplasm is what lies in a neuron and is neither.
-    voxel_nm : sequence of 3 floats
-        Voxel size. Anisotropic volumes are judged section by section.
-
-    Returns
-    -------
-    float
-        Share of the membrane voxels, [0, 1], that are darker than the mean of the cytoplasm within `SURROUNDINGS_NM` by
-        at least the standard deviation of all cytoplasm; 0 if there is no membrane or no cytoplasm.
-    """
-    by_section = is_anisotropic(voxel_nm)
-    sigma = [0.0 if by_section and axis == 0 else SMOOTHING_NM / size for axis, size in enumerate(voxel_nm)]
-    width = [1 if by_section and axis == 0 else int(SURROUNDINGS_NM / size) | 1 for axis, size in enumerate(voxel_nm)]
-    smooth = ndimage.gaussian_filter(np.asarray(image, dtype=np.float32), sigma)
-    on = np.asarray(membrane) > 0
-    cytoplasm = ~on & (np.asarray(label) > 0)
-    if mito is not None:
-        cytoplasm &= np.asarray(mito) == 0
-    share = ndimage.uniform_filter(cytoplasm.astype(np.float32), width)
-    judged = on & (share > 0.1)
-    if not judged.any():
-        return 0.0
-    beside = ndimage.uniform_filter(np.where(cytoplasm, smooth, 0), width)[judged] / share[judged]
-    return float((beside - smooth[judged] > smooth[cytoplasm].std()).mean())
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from scipy import ndimage
 from ..errors import ShapeMismatch, ValueRangeError
 from ..geometry import is_anisotropic, voxel_size
 from ..volume import ArrayLike, LazyArray, slabs
-from .gate import SMOOTHING_NM
+from .tissue import SMOOTHING_NM
 
 #: The variance among a handful of images is noisy itself: it is averaged over this distance.
 AVERAGING_NM = 24.0
