@@ -2,7 +2,7 @@
 
 A mask of membranes says nothing about mitochondria, clouds of vesicles, reticulum and whorls of myelin, which are as
 dark as membranes. A denoiser that is told membranes alone leaves them out, and the segmenter that trains on its empty
-neurons takes all that is dark for a boundary (docs/results.md).
+neurons takes all that is dark for a boundary (docs/painting.md).
 """
 
 from __future__ import annotations

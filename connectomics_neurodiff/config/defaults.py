@@ -244,7 +244,7 @@ def _add_diffusion(node: CfgNode) -> None:
     node.DIFFUSION.STEPS = 250
     node.DIFFUSION.COSINE_OFFSET = 0.008
     # What the network predicts: "noise" [published], "velocity", or "image", with which a small network paints neither
-    # clouds nor noise after minutes on a CPU (docs/results.md). [ours]
+    # clouds nor noise after minutes on a CPU (docs/painting.md). [ours]
     node.DIFFUSION.PREDICTION = "image"
     # How the condition enters: "msc": hints at every level [paper]; "concat": with the noisy image; "both" [published],
     # whose hints lie at an eighth of the resolution, so that only the concatenation gives voxel-level control; "none".
@@ -281,7 +281,7 @@ def _add_diffusion(node: CfgNode) -> None:
     # Probability of a sample without voxel size, [0, 1): the checkpoint then also paints where it is unknown. [ours]
     node.DIFFUSION.VOXEL_SIZE_DROPOUT = 0.0
     # Error that is trained on: "l1" [published], or "l2", whose least is the mean image: with "l1" what is rare inside
-    # neurons is not painted (docs/results.md). [ours]
+    # neurons is not painted (docs/painting.md). [ours]
     node.DIFFUSION.LOSS = "l2"
     # Noise levels drawn in training, log-normal: mean and standard deviation of ln(noise / image), both as standard
     # deviations. SPREAD 0: all steps alike [published]. (Karras et al. 2022, shifted to where the layout is decided.)

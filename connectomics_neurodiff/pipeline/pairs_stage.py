@@ -156,7 +156,15 @@ class _Gate:
 
     @cached_property
     def _real(self) -> RealTissue:
-        return _measured(self._run.parts["train"].load(), self._run.cfg.NEURODIFF.MEMBRANE_NM)
+        real = self._run.parts["train"].load()
+        label = real.array("label")
+        membrane = membrane_from_labels(label, real.voxel_nm, self._run.cfg.NEURODIFF.MEMBRANE_NM)
+        return measure_real(real.array("image"), label, membrane, self._annotated(real), real.voxel_nm)
+
+    def _annotated(self, volume: Volume) -> np.ndarray | None:
+        """Mitochondria, if somebody annotated them: dark bodies that were found in the image are no ground truth, and
+        what is dark is then compared as a whole."""
+        return None if self._run.parts["train"].finds_dark_bodies else volume.mito_array
 
     def verdict_on(self, target: Path) -> dict[str, Any]:
         """Verdict on a pair -> pairs/copy_000.gate.json; kept for as long as pair and limits are the same."""
@@ -169,20 +177,13 @@ class _Gate:
             if {name: verdict.get(name) for name in judged} == judged:
                 return verdict
         pair = open_volume(target).load()
-        masks = MaskArrays(pair.array("label"), np.asarray(open_array(target, ("membrane",))), pair.mito_array)
+        masks = MaskArrays(pair.array("label"), np.asarray(open_array(target, ("membrane",))), self._annotated(pair))
         found = judge_pair(pair.array("image"), masks, real=self._real, judge=self._judge, limits=self._limits)
         verdict = {**found.as_dict(), **judged}
         write_json(report, verdict)
         if not found.passed:
             logger.warning("%s does not enter training: %s", target.name, found.reason)
         return verdict
-
-
-def _measured(real: Volume, membrane_nm: float) -> RealTissue:
-    """What the tissue of a real volume looks like."""
-    label = real.array("label")
-    membrane = membrane_from_labels(label, real.voxel_nm, membrane_nm)
-    return measure_real(real.array("image"), label, membrane, real.mito_array, real.voxel_nm)
 
 
 def pair_paths(run: Run) -> list[Path]:

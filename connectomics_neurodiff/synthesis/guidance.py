@@ -10,7 +10,7 @@ from ..conditions import NULL_CONDITION
 from ..errors import CheckpointMismatch, ValueRangeError
 
 #: Scale of the guidance unless told otherwise, and the noise level (noise over image, as standard deviations) below
-#: which steps are not guided. Measured in docs/results.md.
+#: which steps are not guided. Measured in docs/painting.md.
 DEFAULT_GUIDANCE, GUIDED_LEVEL = 2.0, 1.0
 #: Beyond, images are black and white whatever the network.
 _MOST_SCALE = 100.0
