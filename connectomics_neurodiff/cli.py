@@ -155,6 +155,11 @@ def _add_synthesis_commands(commands: Any) -> None:
         "once if memory holds it, else the largest blocks that fit)",
     )
     _add_seed(remodel)
+    remodel.add_argument(
+        "--dark-bodies",
+        action="store_true",
+        help="find dark bodies in the image where there are no masks of mitochondria, and place those, as a run does",
+    )
     remodel.add_argument("--no-mito", action="store_true", help="leave the mitochondria where they are")
     remodel.add_argument("--no-elastic", action="store_true", help="leave the membranes where they are")
     remodel.add_argument(

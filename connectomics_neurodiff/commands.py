@@ -255,11 +255,11 @@ def remodel(options: argparse.Namespace) -> None:
             raise ValueRangeError(f"--save-library writes a file whose name ends in .npz. Got {options.save_library}.")
         _require_unused(options.save_library, *options.library, force=options.force)
     lazy = open_volume(options.volume, voxel_nm=_voxel_size(options))
-    check_training_volume(lazy, needs=("label",))
+    check_training_volume(lazy, needs=("label", "image") if options.dark_bodies else ("label",))
     if options.block_sections or not fits_in_memory(lazy.shape):
         _remodel_in_blocks(options, lazy, outputs)
         return
-    volume = lazy.load()
+    volume = _with_bodies(options, lazy)
     label, mito = volume.array("label"), volume.mito_array
     place = not options.no_mito
     library = gather_libraries(label, mito, volume.voxel_nm, options.library) if place or options.save_library else None
@@ -282,7 +282,7 @@ def _remodel_in_blocks(options: argparse.Namespace, volume: Volume, outputs: Seq
 
     if options.save_library:
         raise ConfigError("--save-library measures a whole volume in memory; it does not go with blocks. Crop it.")
-    for flag in ("rearrange", "neuron_spread", "grown_fraction"):
+    for flag in ("rearrange", "neuron_spread", "grown_fraction", "dark_bodies"):
         if getattr(options, flag):
             raise ConfigError(f"--{flag.replace('_', '-')} needs the whole volume in memory, not blocks of it.")
     assert volume.label is not None
@@ -314,6 +314,14 @@ def _remodel_in_blocks(options: argparse.Namespace, volume: Volume, outputs: Seq
         remodelling.make(output, rng_for(options.seed, "remodel", copy), attributes, overwrite=options.force)
 
 
+def _with_bodies(options: argparse.Namespace, volume: Volume) -> Volume:
+    """A volume in memory, with dark bodies for mitochondria if they are asked for and it has no masks."""
+    from .conditions import with_dark_bodies
+
+    loaded = volume.load()
+    return with_dark_bodies(loaded, options.membrane_nm) if options.dark_bodies else loaded
+
+
 def _remodel_copy(
     options: argparse.Namespace, volume: Volume, library: SignatureLibrary | None, copy: tuple[int, Path]
 ) -> None:
@@ -323,6 +331,7 @@ def _remodel_copy(
     from .volume import write_volume
 
     number, output = copy
+    volume = _with_bodies(options, volume)
     mask = remodel_masks(
         volume.array("label"),
         volume.mito_array,
@@ -361,6 +370,7 @@ def sample(options: argparse.Namespace) -> None:
         guided,
         require_fitting_tile,
         synthesise,
+        warn_of_empty_neurons,
         warn_of_voxel_size,
     )
     from .volume import open_array, open_volume, read_voxel_size
@@ -374,6 +384,7 @@ def sample(options: argparse.Namespace) -> None:
     membrane = open_array(options.masks, ("membrane",))
     check_masks(volume.label, membrane, volume.mito)
     warn_of_voxel_size(checkpoint, voxel_nm)
+    warn_of_empty_neurons(checkpoint, volume.mito)
     tile = tuple(options.tile or checkpoint.patch)
     device = resolve_device(options.gpus)
     require_fitting_tile(checkpoint, tile, DEFAULT_MARGIN, volume.shape, device)
@@ -381,7 +392,7 @@ def sample(options: argparse.Namespace) -> None:
     guidance = DEFAULT_GUIDANCE if checkpoint.extra.get("condition_dropout") else 1.0
     guidance = guidance if options.guidance is None else options.guidance
     network = guided(network, guidance, checkpoint, process.step_at(GUIDED_LEVEL))
-    steps = min(10, process.steps) if options.steps is None else options.steps  # docs/results.md
+    steps = min(10, process.steps) if options.steps is None else options.steps  # docs/painting.md
     # Beside the output: there is room for the whole volume, and the same command finds it again after a kill.
     scratch = Path(options.output).absolute().with_name(f".{Path(options.output).name}.unfinished")
     image = synthesise(

@@ -19,8 +19,10 @@ from tiny import neurodiff, settings
 
 from connectomics_neurodiff.affinities import affinities_from_labels
 from connectomics_neurodiff.checkpoints import load_checkpoint, save_checkpoint
+from connectomics_neurodiff.conditions import dark_bodies
 from connectomics_neurodiff.segmenters import build_segmenter
 from connectomics_neurodiff.synthesis import build_denoiser
+from connectomics_neurodiff.volume import grow_phantom, write_volume
 
 
 @pytest.fixture(scope="module")
@@ -445,3 +447,23 @@ def test_shapes_of_one_volume_serve_another_without_mitochondria(cells: Path, tm
     refused("not a signature library", "remodel", str(bare), out, "--library", str(cells))
     assert not (tmp_path / "new.npz").exists()
     assert not (tmp_path / "o.h5").exists()
+
+
+def test_dark_bodies_stand_for_mitochondria_where_they_are_asked_for(tmp_path: Path) -> None:
+    """With --no-mito what was found only moves along; several processes find the same."""
+    volume = grow_phantom((6, 100, 110), (29, 6, 6), 2)
+    found = dark_bodies(volume.array("image"), volume.array("label"), volume.voxel_nm)
+    assert found.any()
+    bare = tmp_path / "bare.h5"
+    write_volume(bare, {"image": volume.array("image"), "label": volume.array("label")}, volume.voxel_nm, {})
+    still = ("--no-elastic", "--no-mito")
+    done("remodel", str(bare), str(tmp_path / "without.h5"), *still)
+    done("remodel", str(bare), str(tmp_path / "with.h5"), *still, "--dark-bodies", "--copies", "2", "--workers", "2")
+    with h5py.File(tmp_path / "without.h5") as file:
+        assert "mito" not in file or not file["mito"][:].any()
+    for name in ("with.h5", "with_001.h5"):
+        with h5py.File(tmp_path / name) as file:
+            np.testing.assert_array_equal(file["mito"][:], found & (file["membrane"][:] == 0))
+    refused(
+        "--dark-bodies needs", "remodel", str(bare), str(tmp_path / "x.h5"), "--dark-bodies", "--block-sections", "4"
+    )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -12,7 +13,13 @@ from torch import nn
 from connectomics_neurodiff.checkpoints import Checkpoint
 from connectomics_neurodiff.errors import ValueRangeError
 from connectomics_neurodiff.memory import available_bytes, peak_bytes
-from connectomics_neurodiff.synthesis import require_fitting_tile, suitability, tile_bytes, warn_of_voxel_size
+from connectomics_neurodiff.synthesis import (
+    require_fitting_tile,
+    suitability,
+    tile_bytes,
+    warn_of_empty_neurons,
+    warn_of_voxel_size,
+)
 
 CPU = torch.device("cpu")
 NONE = (0, 0, 0)
@@ -93,3 +100,18 @@ def test_a_voxel_size_ten_times_off_is_told(size: Any, axis: str, caplog: pytest
 def test_a_checkpoint_that_does_not_say_is_not_judged(caplog: pytest.LogCaptureFixture) -> None:
     warn_of_voxel_size(checkpoint(), (8, 8, 8))
     assert not caplog.records
+
+
+NOTHING, SOMETHING = np.zeros((2, 3, 4), np.uint8), np.ones((2, 3, 4), np.uint8)
+
+
+@pytest.mark.parametrize(
+    ("learnt", "mito", "warned"),
+    [(True, None, True), (True, NOTHING, True), (True, SOMETHING, False), (False, None, False)],
+)
+def test_masks_without_dark_bodies_are_told_of(
+    learnt: bool, mito: np.ndarray | None, warned: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        warn_of_empty_neurons(checkpoint(dark_bodies=learnt), mito)
+    assert ("painted empty" in caplog.text) == warned

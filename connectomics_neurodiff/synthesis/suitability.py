@@ -6,11 +6,13 @@ import logging
 import math
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 
 from ..checkpoints import Checkpoint
 from ..errors import ValueRangeError
 from ..memory import available_bytes, peak_bytes
+from ..volume import ArrayLike, slabs
 from .nets import build_denoiser
 
 logger = logging.getLogger("connectomics_neurodiff")
@@ -43,6 +45,25 @@ def warn_of_voxel_size(checkpoint: Checkpoint, voxel_nm: Sequence[float]) -> Non
                 min(known),
                 max(known),
             )
+
+
+def warn_of_empty_neurons(checkpoint: Checkpoint, mito: ArrayLike | None) -> None:
+    """Log a warning if masks hold nothing of what a denoiser learnt to paint inside neurons.
+
+    Parameters
+    ----------
+    checkpoint : Checkpoint
+        Denoiser.
+    mito : array or None
+        (z, y, x) mask of mitochondria, or of dark bodies.
+    """
+    if not checkpoint.extra.get("dark_bodies"):
+        return
+    if mito is None or not any(np.asarray(mito[index]).any() for index in slabs(tuple(mito.shape))):
+        logger.warning(
+            "The denoiser learnt dark bodies inside neurons, and these masks have none: neurons are painted empty, and "
+            "a segmenter takes all that is dark for a boundary. Make masks with 'neurodiff remodel --dark-bodies'."
+        )
 
 
 def tile_bytes(checkpoint: Checkpoint, tile: Sequence[int]) -> int:
