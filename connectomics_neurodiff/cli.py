@@ -204,7 +204,7 @@ def _add_synthesis_commands(commands: Any) -> None:
         commands,
         "sample",
         "paint EM onto masks",
-        "neurodiff sample masks.h5 pairs.h5 --checkpoint outputs/demo/diffusion/checkpoint.pt --steps 40",
+        "neurodiff sample masks.h5 pairs.h5 --checkpoint outputs/demo/diffusion/checkpoint.pt",
     )
     sample.add_argument("masks", metavar="MASKS.h5", help="label, membrane, mito")
     _add_output(sample)

@@ -19,6 +19,7 @@ from connectomics_neurodiff.pipeline import run_pipeline
 from connectomics_neurodiff.pipeline.judging import read_following
 from connectomics_neurodiff.pipeline.parts import open_parts
 from connectomics_neurodiff.pipeline.plan import describe_plan
+from connectomics_neurodiff.pipeline.synthesis_metrics import _means_of_checks
 from connectomics_neurodiff.synthesis import denoiser_from_checkpoint
 from connectomics_neurodiff.volume import grow_phantom, open_volume, write_volume
 
@@ -223,3 +224,20 @@ def test_a_training_is_watched_and_its_following_recorded(tmp_path: Path, caplog
         for name in ("watched", "alone")
     ]
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])  # looking changes nothing
+
+
+def test_a_train_part_too_small_for_the_judge_is_told_before_the_training(tmp_path: Path) -> None:
+    changes = {"NEURODIFF__PAIRS__LEAST_FOLLOWING": "0.5", "NEURODIFF__SPLIT__TRAIN__BOX": "[0, 0, 0, 1, 12, 40]"}
+    with pytest.raises(UserError, match=r"Cannot judge.*LEAST_FOLLOWING"):
+        run(tmp_path / "out", **changes)
+    assert not (tmp_path / "out" / "diffusion").exists()
+
+
+def test_numbers_that_the_gate_could_not_measure_are_left_out_of_the_means() -> None:
+    gates = [
+        {"checks": {"grey": {"got": 0.02}, "following": {"got": None}, "dark in mitochondria": {"got": 0.9}}},
+        {"checks": {"grey": {"got": 0.04}, "dark in mitochondria": {"got": 0.7}}},
+        {"passed": False},
+    ]
+    found = _means_of_checks(gates)
+    assert found == {"grey_value_distance": pytest.approx(0.03), "dark_share_in_mitochondria": pytest.approx(0.8)}

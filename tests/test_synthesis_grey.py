@@ -57,6 +57,14 @@ def test_the_scale_of_the_nearest_voxel_size_is_taken_and_of_equals_the_first() 
     assert grey_scale_for(kept, (10, 10, 10)) == scales[0]
 
 
+def test_of_an_unknown_voxel_size_the_train_parts_scale_is_taken() -> None:
+    scales = [GreyScale(0.1, 0.2), GreyScale(0.3, 0.4)]
+    kept = checkpoint(grey_scales=recorded_scales(scales, [(50, 4.6, 4.6), (8, 8, 8)]))
+    assert grey_scale_for(kept, None) == scales[0]
+    with pytest.raises(ValueRangeError, match="oxel size"):
+        grey_scale_for(kept, (30, 0, 6))
+
+
 def test_a_checkpoint_of_an_older_version_is_refused() -> None:
     with pytest.raises(CheckpointMismatch, match="older version"):
         grey_scale_for(checkpoint(), (30, 6, 6))

@@ -125,6 +125,8 @@ def _validate_diffusion(cfg: CfgNode) -> None:
         _require(0 <= node[key] < 1, f"{group}.{key}", "in [0, 1)", node[key])
     _require_numbers(cfg, [f"{group}.NOISE_MEAN"], -10, 10)
     _require_numbers(cfg, [f"{group}.NOISE_SPREAD"], 0, 10)
+    wide = node.NOISE_SPREAD == 0 or node.NOISE_SPREAD >= 0.1
+    _require(wide, f"{group}.NOISE_SPREAD", "0, or at least 0.1", node.NOISE_SPREAD)
     even = not (node.LEARN_VARIANCE and node.NOISE_SPREAD)
     _require(
         even, f"{group}.NOISE_SPREAD", "0 with LEARN_VARIANCE, whose bound needs all steps alike", node.NOISE_SPREAD

@@ -257,7 +257,7 @@ def judge_pair(
 
 def _cannot(name: str, what: str, limit: str) -> Check:
     """A check that cannot be made."""
-    problem = f"Cannot judge {what}. Give larger volumes, or switch the check off ({limit} 0)."
+    problem = f"Cannot judge {what}. Give larger volumes, or switch the check off (NEURODIFF.PAIRS.{limit} 0)."
     return Check(name, math.nan, math.nan, math.nan, math.nan, passed=False, problem=problem)
 
 
@@ -283,7 +283,7 @@ def _check_following(
     found = judge.following(image, membrane, label)
     if not math.isfinite(found.share):
         what = "whether the image follows its mask, which lacks membranes or neurons"
-        return None, [_cannot("following", what, "following and missing")]
+        return None, [_cannot("following", what, "LEAST_FOLLOWING and MOST_MISSING")]
     checks = []
     if limits.following:
         problem = (
@@ -315,7 +315,7 @@ def _check_spectrum(painted: TissueStatistics, real: RealTissue, limits: GateLim
     if not limits.spectrum:
         return
     if not real.bands:
-        yield _cannot("spectrum", "the texture: sections of the real volume show too few cycles", "spectrum")
+        yield _cannot("spectrum", "the texture: sections of the real volume show too few cycles", "SPECTRUM_LIMIT")
         return
     ratios = np.exp2(painted.comparable - real.whole.comparable)
     for band, ratio, spread in zip(real.bands, ratios, real.spread, strict=False):
@@ -330,12 +330,12 @@ def _check_spectrum(painted: TissueStatistics, real: RealTissue, limits: GateLim
 def _check_continuity(painted: TissueStatistics, real: RealTissue, limits: GateLimits) -> Iterator[Check]:
     if not limits.continuity:
         return
-    got, own = painted.continuity, real.whole.continuity
+    got, own = (min(tissue.continuity, 0.999) for tissue in (painted, real.whole))
     if not math.isfinite(got + own):
-        yield _cannot("continuity", "how alike neighbouring sections are: there are no two", "continuity")
+        yield _cannot("continuity", "how alike neighbouring sections are: there are no two", "CONTINUITY_LIMIT")
         return
     width = max(limits.continuity, limits.spreads * real.spread[len(real.bands)])
-    low, high = (math.tanh(math.atanh(max(min(own, 0.999), -0.999)) + sign * width) for sign in (-1, 1))
+    low, high = (math.tanh(math.atanh(max(own, -0.999)) + sign * width) for sign in (-1, 1))
     problem = (
         f"Sections do not go on as in tissue: neighbours correlate by {got:.2f}, real ones by {own:.2f}; "
         f"{low:.2f} to {high:.2f} is allowed."
@@ -360,7 +360,7 @@ def _check_dark(painted: TissueStatistics, real: RealTissue, limits: GateLimits)
         return
     own, got = real.whole.dark, painted.dark
     if not math.isfinite(own.all + got.all):
-        yield _cannot("dark", "what is dark inside neurons: no voxel lies deep enough", "dark")
+        yield _cannot("dark", "what is dark inside neurons: no voxel lies deep enough", "DARK_LIMIT")
         return
     split = math.isfinite(own.mito + own.rest + got.mito + got.rest)
     for name, where in (("mito", " in mitochondria"), ("rest", " outside mitochondria")) if split else (("all", ""),):

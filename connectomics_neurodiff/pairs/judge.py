@@ -318,7 +318,7 @@ def _too_small(membrane: np.ndarray, label: np.ndarray, *parts: Box) -> str:
             return (
                 "Cannot judge whether images follow their masks: a quarter of the train part is held out, and either "
                 f"part needs membranes, neurons and {_LEAST_SIDE} voxels in y and x. Got {membrane.shape} in all. "
-                "Give a larger train part, or switch the check off (following and missing 0)."
+                "Give a larger train part, or set LEAST_FOLLOWING and MOST_MISSING of NEURODIFF.PAIRS to 0."
             )
     return ""
 
@@ -330,7 +330,8 @@ def _no_contrast(own: float, elsewhere: float) -> str:
     return (
         f"Cannot judge whether images follow their masks: on held-out real tissue the judge scores {own:.2f} on its "
         f"own membranes and {elsewhere:.2f} on mirrored ones; {LEAST_CONTRAST:g} more is needed. Train the judge "
-        "longer, give a larger train part, or switch the check off (following and missing 0)."
+        "longer (NEURODIFF.PAIRS.JUDGE_ITERATIONS), give a larger train part, or switch the check off (LEAST_FOLLOWING "
+        "and MOST_MISSING 0)."
     )
 
 

@@ -147,7 +147,9 @@ def _filtered(
         padded = np.pad(piece, margin, mode="symmetric")
         response = np.interp(_frequencies(padded.shape, size, axes), frequency, gain)
         shape = [padded.shape[axis] for axis in axes]
-        sharpened = fft.irfftn(fft.rfftn(padded, axes=axes) * response, s=shape, axes=axes)
+        spectrum = fft.rfftn(padded, axes=axes)
+        spectrum *= response.astype(np.float32)
+        sharpened = fft.irfftn(spectrum, s=shape, axes=axes, overwrite_x=True)
         inner = tuple(slice(before, n - after) for (before, after), n in zip(margin, padded.shape, strict=True))
         result[where] = sharpened[inner]
     return np.clip(result, 0, 1)

@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..conditions import with_background
+from ..errors import UserError
 from ..geometry import Box
 from ..provenance import atomic_write
 from ..seeding import rng_for
 from ..volume import Volume
 from . import networks
-from .run import Run, discard_training
+from .run import Run, forget_other_training
 
 if TYPE_CHECKING:
     from torch import nn
@@ -32,23 +33,27 @@ COLUMNS = ("step", "average_precision", "null", "real", "following")
 
 
 def judge_of(run: Run) -> Judge | None:
-    """The run's judge -> judge/checkpoint.pt; None if the configuration asks for no following.
+    """The run's judge -> judge/checkpoint.pt; None if the configuration asks neither for following nor for membranes.
 
     It is trained on the train part in about a minute, once per run.
+
+    Raises
+    ------
+    UserError
+        If it cannot judge: told before the denoiser is trained or an image painted.
     """
     from ..pairs import JudgeSettings, load_judge, train_judge
 
     node = run.cfg.NEURODIFF.PAIRS
-    if not node.LEAST_FOLLOWING:
+    if not node.LEAST_FOLLOWING and not node.MOST_MISSING:
         return None
     device, precision = networks.device_and_precision(run.cfg)
     settings = {"MEMBRANE_NM": run.cfg.NEURODIFF.MEMBRANE_NM, "ITERATIONS": node.JUDGE_ITERATIONS}
     provenance = run.provenance("judge", settings | {"PRECISION": precision}, train=run.parts["train"].identity)
     target = run.folder / "judge" / "checkpoint.pt"
     if run.is_done(target, provenance):
-        return load_judge(target)
-    if run.force:
-        discard_training(target.parent)
+        return _able(load_judge(target))
+    forget_other_training(run, target.parent, provenance.key)
     judge = train_judge(
         run.parts["train"].load(),
         membrane_nm=run.cfg.NEURODIFF.MEMBRANE_NM,
@@ -61,6 +66,12 @@ def judge_of(run: Run) -> Judge | None:
     )
     judge.save(target)
     run.finish(target, provenance)
+    return _able(judge)
+
+
+def _able(judge: Judge) -> Judge:
+    if judge.defect:
+        raise UserError(judge.defect)
     return judge
 
 
@@ -86,12 +97,10 @@ class FollowingWatch:
         node = run.cfg.NEURODIFF.DIFFUSION
         self.every = max(1, node.ITERATIONS // LOOKS)
         self._mask, self._membrane = _bent_middle(run.parts["train"].load(), node.TILE, run)
-        self.last: float | None = None
 
     def __call__(self, network: nn.Module, step: int) -> Mapping[str, float]:
         """Share of the way from an image of elsewhere (0) to real tissue (1), and what it comes from."""
         found = self._judge.following(self._image(network), self._membrane, self._mask.array("label"))
-        self.last = found.share
         kept = [row for row in read_following(self._path) if row[0] < step]
         row = (float(step), found.average_precision, found.null, found.real, found.share)
         with atomic_write(self._path) as temporary, open(temporary, "w", newline="") as handle:
@@ -126,13 +135,14 @@ class FollowingWatch:
     def warn(self) -> None:
         """Say in one line that the trained denoiser does not follow its masks, if so, and what to do."""
         least = self._cfg.NEURODIFF.PAIRS.LEAST_FOLLOWING
-        if self.last is None or self.last >= least:
+        rows = read_following(self._path)  # of a training that was killed after its last look, too
+        if not rows or rows[-1][-1] >= least:
             return
         logger.warning(
             "The denoiser does not follow its masks: its last image is %.2f of the way from tissue of elsewhere to "
             "real tissue; pairs need %g (NEURODIFF.PAIRS.LEAST_FOLLOWING). Train it longer "
             "(NEURODIFF.DIFFUSION.ITERATIONS) or raise NEURODIFF.DIFFUSION.GUIDANCE before hours of painting.",
-            self.last,
+            rows[-1][-1],
             least,
         )
 

@@ -53,7 +53,7 @@ def make_pairs(run: Run) -> None:
     settings |= {"PRECISION": networks.device_and_precision(cfg)[1]}
     denoiser_hash = run.hash_of("diffusion/checkpoint.pt")
     paint: Painter | None = None
-    gate = _Gate(run)
+    gate = _Gate(run, judge_of(run))  # one that cannot judge is told before anything is painted
     verdicts = []
     for copy in range(cfg.NEURODIFF.REMODEL.COPIES):
         masks = run.folder / "masks" / f"copy_{copy:03d}.h5"
@@ -70,8 +70,8 @@ def make_pairs(run: Run) -> None:
         verdicts.append(gate.verdict_on(target))
     if not any(verdict["passed"] for verdict in verdicts):
         raise UserError(
-            f"No synthetic volume passed the gate. {verdicts[-1]['reason']} Train the denoiser longer "
-            "(NEURODIFF.DIFFUSION.ITERATIONS), or loosen the limits of NEURODIFF.PAIRS (docs/gate.md)."
+            f"No synthetic volume passed the gate. {verdicts[-1]['reason']} If a number missed its limit, train the "
+            "denoiser longer (NEURODIFF.DIFFUSION.ITERATIONS), or loosen that limit of NEURODIFF.PAIRS (docs/gate.md)."
         )
 
 
@@ -137,22 +137,18 @@ def _paint_pair(run: Run, paint: Painter, masks_path: Path, target: Path, proven
 class _Gate:
     """The gate of a run: its limits, its judge, and what its real tissue looks like, measured when first needed."""
 
-    def __init__(self, run: Run) -> None:
-        self._run = run
+    def __init__(self, run: Run, judge: Judge | None) -> None:
+        self._run, self._judge = run, judge
         node = run.cfg.NEURODIFF.PAIRS
         self._limits = GateLimits(
             following=node.LEAST_FOLLOWING,
-            missing=node.MOST_MISSING if node.LEAST_FOLLOWING else 0.0,
+            missing=node.MOST_MISSING,
             grey=node.GREY_LIMIT,
             spectrum=node.SPECTRUM_LIMIT,
             continuity=node.CONTINUITY_LIMIT,
             order=node.LEAST_ORDER,
             dark=node.DARK_LIMIT,
         )
-
-    @cached_property
-    def _judge(self) -> Judge | None:
-        return judge_of(self._run)
 
     @cached_property
     def _real(self) -> RealTissue:
@@ -170,7 +166,7 @@ class _Gate:
         """Verdict on a pair -> pairs/copy_000.gate.json; kept for as long as pair and limits are the same."""
         report = target.with_suffix(".gate.json")
         train = self._run.parts["train"].identity
-        settings = {"JUDGE_ITERATIONS": self._run.cfg.NEURODIFF.PAIRS.JUDGE_ITERATIONS, **asdict(self._limits)}
+        settings = asdict(self._limits) | {"judge": self._run.hash_of("judge/checkpoint.pt") if self._judge else ""}
         judged = {"pair": hash_of_file(target), "train": train, "limits": settings}
         if report.exists():
             verdict: dict[str, Any] = json.loads(report.read_text())

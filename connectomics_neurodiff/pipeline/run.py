@@ -18,7 +18,7 @@ from yacs.config import CfgNode
 
 from ..agglomerate import SCRATCH_PREFIX
 from ..config import dump_config
-from ..errors import MissingInput, NotWritable, OutputExists, StaleArtifactError, UserError
+from ..errors import CheckpointMismatch, MissingInput, NotWritable, OutputExists, StaleArtifactError, UserError
 from ..provenance import Provenance, atomic_write, hash_of_file, is_reusable, sidecar_of, write_json, write_provenance
 from .engines import Engine, load_engine
 from .parts import Part
@@ -209,6 +209,15 @@ def write_config(folder: Path, cfg: CfgNode) -> None:
     """Write the resolved configuration."""
     with atomic_write(folder / "config.yaml") as temporary:
         temporary.write_text(dump_config(cfg))
+
+
+def forget_other_training(run: Run, folder: Path, key: str) -> None:
+    """With --force, a half-finished training of other settings is discarded; without, the engine refuses it."""
+    if run.force:
+        try:
+            run.engine.check_resume_point(folder, key)
+        except (StaleArtifactError, CheckpointMismatch):
+            discard_training(folder)
 
 
 def discard_training(folder: Path) -> None:

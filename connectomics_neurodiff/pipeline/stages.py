@@ -6,14 +6,13 @@ import json
 import logging
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ..affinities import CONVENTION
 from ..config import as_dict
-from ..errors import CheckpointMismatch, StaleArtifactError, UserError
+from ..errors import UserError
 from ..metrics import evaluate, evaluate_columns
 from ..pairs import open_pairs, read_reliability
 from ..provenance import hash_of, hash_of_file, write_json
@@ -23,7 +22,7 @@ from . import networks
 from .judging import FollowingWatch, judge_of
 from .pairs_stage import pair_paths
 from .parts import hash_of_source
-from .run import Run, discard_training
+from .run import Run, forget_other_training
 from .segmentations_stage import QUERIES
 from .synthesis_metrics import synthesis_metrics
 
@@ -54,7 +53,7 @@ def make_diffusion(run: Run) -> None:
     target = run.folder / "diffusion" / "checkpoint.pt"
     if run.is_done(target, provenance):
         return
-    _forget_other_training(run, target.parent, provenance.key)
+    forget_other_training(run, target.parent, provenance.key)
     volumes = [part.load() for part in (run.parts["train"], *run.extra)]
     options = networks.denoiser_options(cfg)
     network = _built_with_seed(run, "denoiser", lambda: build_denoiser(node.ARCHITECTURE, **options))
@@ -158,7 +157,7 @@ def _train_arm(run: Run, arm: str) -> None:
     target = run.folder / "segmenter" / arm / "checkpoint.pt"
     if run.is_done(target, provenance):
         return
-    _forget_other_training(run, target.parent, provenance.key)
+    forget_other_training(run, target.parent, provenance.key)
     train = run.parts["train"].load()
     synthetic = [pair.load() for pair in open_pairs(paths, train)]
     reliability = [read_reliability(path) for path in paths] if weighted else []
@@ -288,12 +287,3 @@ def _built_with_seed(run: Run, purpose: str, build: Callable[[], torch.nn.Module
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(int(rng_for(run.cfg.NEURODIFF.SEED, purpose).integers(2**31)))
         return build()
-
-
-def _forget_other_training(run: Run, folder: Path, key: str) -> None:
-    """With --force, a half-finished training of other settings is discarded; without, the engine refuses it."""
-    if run.force:
-        try:
-            run.engine.check_resume_point(folder, key)
-        except (StaleArtifactError, CheckpointMismatch):
-            discard_training(folder)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -40,12 +40,30 @@ def synthesis_metrics(run: Run) -> dict[str, Any]:
     reports = [path.with_suffix(".gate.json") for path in paths]
     gates = [json.loads(path.read_text()) for path in reports if path.exists()]
     if gates:
-        for name, check in (("grey_value_distance", "grey"), ("following", "following"), ("dark_share", "dark")):
-            numbers = [gate["checks"][check]["got"] for gate in gates if check in gate["checks"]]
-            if numbers:
-                found[name] = float(np.mean(numbers))
+        found |= _means_of_checks(gates)
         found["pairs"] = len(gates)
         found["seams"] = _seams(run, [path for path, report in zip(paths, reports, strict=True) if report.exists()])
+    return found
+
+
+#: Numbers of the gate that metrics.json has, by their names there.
+_CHECKS = {
+    "grey_value_distance": "grey",
+    "following": "following",
+    "dark_share": "dark",
+    "dark_share_in_mitochondria": "dark in mitochondria",
+    "dark_share_outside_mitochondria": "dark outside mitochondria",
+}
+
+
+def _means_of_checks(gates: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Means over the pairs of what the gate measured, as far as it could."""
+    found = {}
+    for name, check in _CHECKS.items():
+        checks = [gate.get("checks", {}).get(check, {}) for gate in gates]
+        numbers = [one["got"] for one in checks if one.get("got") is not None]
+        if numbers:
+            found[name] = float(np.mean(numbers))
     return found
 
 

@@ -96,6 +96,9 @@ _SECTIONS: Mapping[str, tuple[str, str]] = {
 _SYNTHESIS_NAMES: Mapping[str, str] = {
     "grey_value_distance": "Distance of grey values, synthetic to real",
     "following": "Following of the masks: 0 as tissue of elsewhere, 1 as real tissue",
+    "dark_share": "Share of dark voxels deep inside neurons",
+    "dark_share_in_mitochondria": "Share of dark voxels in mitochondria",
+    "dark_share_outside_mitochondria": "Share of dark voxels deep inside neurons, outside mitochondria",
     "pairs": "Synthetic volumes that entered training",
     **{f"seams.{axis}.ratio": f"Seams of tiles along {axis}, 1: none" for axis in "zyx"},
     **{f"seams.{axis}.standard_error": f"Seams along {axis}, standard error" for axis in "zyx"},

@@ -15,6 +15,7 @@ import numpy as np
 
 from ..checkpoints import Checkpoint
 from ..errors import CheckpointMismatch, ValueRangeError
+from ..geometry import voxel_size
 
 #: A volume whose standard deviation is below half a grey level of uint8 shows nothing.
 _LEAST_STD = 0.5 / 255
@@ -76,21 +77,24 @@ def recorded_scales(scales: Sequence[GreyScale], voxel_nm: Sequence[Sequence[flo
     ]
 
 
-def grey_scale_for(checkpoint: Checkpoint, voxel_nm: Sequence[float]) -> GreyScale:
+def grey_scale_for(checkpoint: Checkpoint, voxel_nm: Sequence[float] | None) -> GreyScale:
     """The grey scale of the volume that a denoiser was trained on whose voxels are most like these.
 
     Parameters
     ----------
     checkpoint : Checkpoint
         Of a denoiser.
-    voxel_nm : sequence of 3 floats
-        Voxel size of the masks, nm. Of volumes alike in it the first is taken: the train part.
+    voxel_nm : sequence of 3 floats or None
+        Voxel size of the masks, nm. Of volumes alike in it the first is taken: the train part; so it is for None.
 
     Raises
     ------
     CheckpointMismatch
-        If the checkpoint says nothing of its grey values, as those of versions before 0.2, or nonsense.
+        If the checkpoint says nothing of its grey values, as those of older versions, or nonsense.
+    ValueRangeError
+        If the voxel size is not three positive numbers.
     """
+    wanted = None if voxel_nm is None else voxel_size(voxel_nm)
     recorded = checkpoint.extra.get("grey_scales")
     if not recorded:
         raise CheckpointMismatch(
@@ -98,7 +102,7 @@ def grey_scale_for(checkpoint: Checkpoint, voxel_nm: Sequence[float]) -> GreySca
             "another scale. Train it again."
         )
     try:
-        return min((_entry(entry, voxel_nm) for entry in recorded), key=lambda found: found[0])[1]
+        return min((_entry(entry, wanted) for entry in recorded), key=lambda found: found[0])[1]
     except (KeyError, TypeError, ValueError, AttributeError, ValueRangeError) as error:
         raise CheckpointMismatch(
             f"The denoiser's checkpoint is damaged: its grey_scales must be mean, std and voxel_nm per volume. "
@@ -106,7 +110,8 @@ def grey_scale_for(checkpoint: Checkpoint, voxel_nm: Sequence[float]) -> GreySca
         ) from error
 
 
-def _entry(entry: Mapping[str, Any], voxel_nm: Sequence[float]) -> tuple[float, GreyScale]:
+def _entry(entry: Mapping[str, Any], voxel_nm: Sequence[float] | None) -> tuple[float, GreyScale]:
     """How far a recorded volume's voxels are from these, in logarithms, and its scale."""
+    voxel_nm = entry["voxel_nm"] if voxel_nm is None else voxel_nm
     apart = sum(abs(math.log(a / b)) for a, b in zip(entry["voxel_nm"], voxel_nm, strict=True))
     return round(apart, 6), GreyScale(float(entry["mean"]), float(entry["std"]))

@@ -151,7 +151,7 @@ class DiffusionProcess:
         Returns
         -------
         numpy.ndarray
-            (T,) float64 > 0, sum 1.
+            (T,) float64 >= 0, sum 1.
 
         Raises
         ------
@@ -163,7 +163,8 @@ class DiffusionProcess:
         if spread == 0 or self.steps == 1:
             return np.full(self.steps, 1 / self.steps)
         level = self._log_levels
-        density = np.exp(-0.5 * ((level - mean) / spread) ** 2) * np.gradient(level)
+        exponent = -0.5 * ((level - mean) / spread) ** 2
+        density = np.exp(exponent - exponent.max()) * np.gradient(level)
         return np.asarray(density / density.sum())
 
     def add_noise(self, clean: np.ndarray, t: int, noise: np.ndarray) -> np.ndarray:
