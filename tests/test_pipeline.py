@@ -153,11 +153,11 @@ def test_new_limits_of_the_gate_judge_again_and_paint_nothing(undisturbed: Path,
     shutil.copytree(undisturbed, folder)
     pair = folder / "pairs" / "copy_000.h5"
     before = pair.read_bytes(), pair.stat().st_mtime_ns
-    with pytest.raises(UserError, match=r"No synthetic volume passed the gate\. Grey values are"):
-        run(folder, NEURODIFF__PAIRS__GREY_LIMIT="0.0001", stages=["pairs"])
+    with pytest.raises(UserError, match=r"No synthetic volume passed the gate\. Sections are out of order"):
+        run(folder, NEURODIFF__PAIRS__LEAST_ORDER="1.0", stages=["pairs"])
     gate = json.loads((folder / "pairs" / "copy_000.gate.json").read_text())
     assert not gate["passed"]
-    assert gate["limits"]["GREY_LIMIT"] == 0.0001
+    assert gate["limits"]["order"] == 1.0
     run(folder, stages=["pairs"])
     assert (pair.read_bytes(), pair.stat().st_mtime_ns) == before
     assert json.loads((folder / "pairs" / "copy_000.gate.json").read_text())["passed"]

@@ -67,6 +67,7 @@ def checkpoint(tmp_path: Path) -> Path:
             if not parameter.any():
                 parameter.normal_(std=0.05)
     extra = {
+        "grey_scales": [{"mean": 0.5, "std": 0.2, "voxel_nm": [29, 6, 6]}],
         "voxel_nm": [[29.0, 6.0, 6.0], [8.0, 8.0, 8.0]], "patch": [8, 48, 48], "membrane_nm": 25.0,
         "process": {"steps": 10, "cosine_offset": 0.008, "prediction": "velocity"},
     }  # fmt: skip
