@@ -87,6 +87,10 @@ def test_a_block_freed_inside_is_used_again() -> None:
     in_a_new_process(fewer_faults_inside)
 
 
+def test_a_block_within_another_changes_nothing() -> None:
+    in_a_new_process(a_block_within_leaves_the_outer_one_as_it_is)
+
+
 def test_large_passes_give_freed_memory_back() -> None:
     in_a_new_process(as_many_faults_in_large_passes)
 

@@ -2,6 +2,7 @@
 
 from .dark_bodies import dark_bodies, with_dark_bodies
 from .encoding import NULL_CONDITION, check_masks, encode_condition
+from .measures import distance_inside, smoothed
 from .membrane import MOST_THICKNESS_NM, BackgroundMask, membrane_from_labels, membrane_halo, with_background
 
 __all__ = [
@@ -10,9 +11,11 @@ __all__ = [
     "BackgroundMask",
     "check_masks",
     "dark_bodies",
+    "distance_inside",
     "encode_condition",
     "membrane_from_labels",
     "membrane_halo",
+    "smoothed",
     "with_background",
     "with_dark_bodies",
 ]

@@ -12,11 +12,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
-from scipy import ndimage
 
 from ..errors import ShapeMismatch
-from ..geometry import is_anisotropic, voxel_size
+from ..geometry import voxel_size
 from ..volume import Volume
+from .measures import distance_inside, smoothed
 from .membrane import membrane_from_labels
 
 logger = logging.getLogger("connectomics_neurodiff")
@@ -67,12 +67,10 @@ def dark_bodies(
     if image.shape != label.shape:
         raise ShapeMismatch(f"Image and label must have one shape. Got {image.shape} and {label.shape}.")
     size = voxel_size(voxel_nm)
-    flat = is_anisotropic(size)
-    sigma = [0.0 if flat and axis == 0 else SMOOTHING_NM / nm for axis, nm in enumerate(size)]
-    smooth = ndimage.gaussian_filter(np.asarray(image, dtype=np.float32), sigma)
+    smooth = smoothed(image, size, SMOOTHING_NM)
     membrane = membrane_from_labels(label, size, membrane_nm) > 0
     inside = (label > 0) & ~membrane
-    deep = _distances(inside, size, flat) > MARGIN_NM
+    deep = distance_inside(inside, size) > MARGIN_NM
     if not deep.any() or not membrane.any():
         logger.warning("No dark bodies are looked for: no neuron is wide enough, or there is no membrane.")
         return np.zeros(image.shape, np.uint8)
@@ -86,7 +84,7 @@ def dark_bodies(
         )
         return np.zeros(image.shape, np.uint8)
     dark = deep & (smooth < cytoplasm + DARKNESS * (of_membrane - cytoplasm))
-    return _opened(dark, size, flat).astype(np.uint8)
+    return _opened(dark, size).astype(np.uint8)
 
 
 def with_dark_bodies(volume: Volume, membrane_nm: float = 25.0) -> Volume:
@@ -97,17 +95,7 @@ def with_dark_bodies(volume: Volume, membrane_nm: float = 25.0) -> Volume:
     return replace(volume, mito=found)
 
 
-def _opened(dark: np.ndarray, size: Sequence[float], flat: bool) -> np.ndarray:
+def _opened(dark: np.ndarray, size: Sequence[float]) -> np.ndarray:
     """Opening by a disk (ball) of `LEAST_RADIUS_NM`; nothing is known, and nothing shrinks, beyond the faces."""
-    core = _distances(dark, size, flat) > LEAST_RADIUS_NM
-    return dark & (_distances(~core, size, flat) <= LEAST_RADIUS_NM) if core.any() else core
-
-
-def _distances(mask: np.ndarray, size: Sequence[float], flat: bool) -> np.ndarray:
-    """Distance in nm from each voxel of a mask to the nearest one outside, within sections if `flat`."""
-    import edt
-
-    def of(part: np.ndarray, spacing: Sequence[float]) -> np.ndarray:
-        return np.asarray(edt.edt(part, anisotropy=tuple(spacing), black_border=False, parallel=1))
-
-    return np.stack([of(section, size[1:]) for section in mask]) if flat else of(mask, size)
+    core = distance_inside(dark, size) > LEAST_RADIUS_NM
+    return dark & (distance_inside(~core, size) <= LEAST_RADIUS_NM) if core.any() else core

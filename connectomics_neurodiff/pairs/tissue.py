@@ -16,6 +16,7 @@ from typing import NamedTuple
 import numpy as np
 from scipy import ndimage
 
+from ..conditions import distance_inside, smoothed
 from ..errors import ShapeMismatch
 from ..geometry import ZYX, is_anisotropic, voxel_size
 
@@ -212,19 +213,7 @@ def depth_in_neurons(label: np.ndarray, membrane: np.ndarray, voxel_nm: Sequence
 
     In the plane of the section for anisotropic volumes, in 3D else; the faces of the volume are no membrane.
     """
-    import edt
-
-    inside = (np.asarray(label) > 0) & (np.asarray(membrane) == 0)
-    if not is_anisotropic(voxel_nm):
-        return edt.edt(inside, anisotropy=tuple(voxel_nm), black_border=False, parallel=1)
-    pitch = tuple(voxel_nm[1:])
-    return np.stack([edt.edt(section, anisotropy=pitch, black_border=False, parallel=1) for section in inside])
-
-
-def smoothed(image: np.ndarray, voxel_nm: Sequence[float]) -> np.ndarray:
-    """The image smoothed by `SMOOTHING_NM`, section by section if it is anisotropic; float32."""
-    sigma = [0.0 if is_anisotropic(voxel_nm) and axis == 0 else SMOOTHING_NM / nm for axis, nm in enumerate(voxel_nm)]
-    return ndimage.gaussian_filter(np.asarray(image, dtype=np.float32), sigma)
+    return distance_inside((np.asarray(label) > 0) & (np.asarray(membrane) == 0), voxel_nm)
 
 
 @dataclass(frozen=True)
@@ -269,7 +258,7 @@ def dark_shares(
     on = np.asarray(membrane) > 0
     if not deep.any() or not on.any():
         return DarkShares(math.nan)
-    smooth = smoothed(image, voxel_nm)
+    smooth = smoothed(image, voxel_nm, SMOOTHING_NM)
     dark = smooth < (np.median(smooth[on]) + np.median(smooth[deep])) / 2
     if mito is None:
         return DarkShares(float(dark[deep].mean()))

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 from scipy import ndimage
 
-from connectomics_neurodiff.conditions import membrane_from_labels
+from connectomics_neurodiff.conditions import membrane_from_labels, smoothed
 from connectomics_neurodiff.geometry import Box, is_anisotropic
 from connectomics_neurodiff.pairs import (
     Judge,
@@ -34,7 +34,7 @@ from connectomics_neurodiff.pairs import (
     measure_real,
     train_judge,
 )
-from connectomics_neurodiff.pairs.tissue import DEPTH_NM, depth_in_neurons, smoothed
+from connectomics_neurodiff.pairs.tissue import DEPTH_NM, SMOOTHING_NM, depth_in_neurons
 from connectomics_neurodiff.provenance import write_json
 from connectomics_neurodiff.seeding import rng_for
 from connectomics_neurodiff.volume import Volume, grow_phantom, open_volume
@@ -155,7 +155,7 @@ def without_half_of_its_membranes(pair: Pair, voxel_nm: Any, rng: np.random.Gene
     erased = contacts[order[np.cumsum(sizes[order]) <= on.sum() / 2]]
     where = np.isin(contact, erased)
     where = ndimage.binary_dilation(where, structure=np.ones((1, 3, 3)))
-    bright = smoothed(pair.image, voxel_nm)
+    bright = smoothed(pair.image, voxel_nm, SMOOTHING_NM)
     source = ~on & (pair.label > 0)
     source &= bright > np.median(bright[source])
     return pair.painted(painted_over(pair.image, where, source, voxel_nm, rng))
@@ -163,7 +163,7 @@ def without_half_of_its_membranes(pair: Pair, voxel_nm: Any, rng: np.random.Gene
 
 def without_organelles(pair: Pair, voxel_nm: Any, rng: np.random.Generator) -> Pair:
     """All that is dark inside neurons painted over with cytoplasm."""
-    depth, smooth = depth_in_neurons(pair.label, pair.membrane, voxel_nm), smoothed(pair.image, voxel_nm)
+    depth, smooth = depth_in_neurons(pair.label, pair.membrane, voxel_nm), smoothed(pair.image, voxel_nm, SMOOTHING_NM)
     deep = depth > DEPTH_NM
     dark = smooth < 0.4 * np.median(smooth[pair.membrane > 0]) + 0.6 * np.median(smooth[deep])
     where = ndimage.binary_dilation(dark & (depth > DEPTH_NM / 2), structure=np.ones((1, 3, 3))) & (depth > 0)
