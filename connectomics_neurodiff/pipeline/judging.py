@@ -111,7 +111,6 @@ class FollowingWatch:
         from ..synthesis import GuidedDenoiser, synthesise
 
         node = self._cfg.NEURODIFF.DIFFUSION
-        device, precision = networks.device_and_precision(self._cfg)
         first = self._process.step_at(node.GUIDANCE_ABOVE)
         image = synthesise(
             network if node.GUIDANCE == 1 else GuidedDenoiser(network, node.GUIDANCE, first),
@@ -121,14 +120,10 @@ class FollowingWatch:
             self._mask.voxel_nm,
             seed=int(rng_for(self._cfg.NEURODIFF.SEED, "following").integers(2**31)),
             grey=self._grey,
-            sampler=node.SAMPLER,
-            steps=node.SAMPLER_STEPS,
             tile=self._mask.shape,
             overlap=(0, 0, 0),
-            margin=tuple(node.MARGIN),
-            precision=precision,
-            device=device,
             label="following",
+            **networks.sampling_arguments(self._cfg),
         )
         return np.asarray(image)
 

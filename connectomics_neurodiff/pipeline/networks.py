@@ -221,6 +221,19 @@ def diffusion_crop_options(cfg: CfgNode) -> dict[str, Any]:
     }
 
 
+def sampling_arguments(cfg: CfgNode) -> dict[str, Any]:
+    """Keyword arguments of :func:`~connectomics_neurodiff.synthesis.synthesise`, whatever it paints."""
+    node = cfg.NEURODIFF.DIFFUSION
+    device, precision = device_and_precision(cfg)
+    return {
+        "sampler": node.SAMPLER,
+        "steps": node.SAMPLER_STEPS,
+        "margin": tuple(node.MARGIN),
+        "precision": precision,
+        "device": device,
+    }
+
+
 def segmenter_options(cfg: CfgNode) -> dict[str, Any]:
     """Keyword arguments of :func:`~connectomics_neurodiff.segmenters.build_segmenter`."""
     from ..segmenters import options_of

@@ -85,9 +85,9 @@ def _make_painter(run: Run) -> Painter:
     network, process = denoiser_from_checkpoint(checkpoint)
     network = guided(network, node.GUIDANCE, checkpoint, process.step_at(node.GUIDANCE_ABOVE))
     grey = grey_scale_for(checkpoint, run.parts["train"].volume.voxel_nm)
-    device, precision = networks.device_and_precision(run.cfg)
+    arguments = networks.sampling_arguments(run.cfg)
     samples = run.cfg.NEURODIFF.PAIRS.SAMPLES
-    require_fitting_tile(checkpoint, node.TILE, node.MARGIN, run.parts["train"].box.shape, device)
+    require_fitting_tile(checkpoint, node.TILE, node.MARGIN, run.parts["train"].box.shape, arguments["device"])
 
     def paint(masks: Volume, membrane: np.ndarray, scratch: Path, key: str, copy: int, sample: int) -> np.ndarray:
         image = synthesise(
@@ -98,16 +98,12 @@ def _make_painter(run: Run) -> Painter:
             masks.voxel_nm,
             seed=int(rng_for(run.cfg.NEURODIFF.SEED, "pairs", copy, *([sample] if sample else [])).integers(2**31)),
             grey=grey,
-            sampler=node.SAMPLER,
-            steps=node.SAMPLER_STEPS,
             tile=tuple(node.TILE),
             overlap=tuple(node.OVERLAP),
-            margin=tuple(node.MARGIN),
-            precision=precision,
-            device=device,
             scratch=scratch,
             scratch_key=key,
             label=f"synthesis {copy * samples + sample + 1}/{run.cfg.NEURODIFF.REMODEL.COPIES * samples}",
+            **arguments,
         )
         return np.asarray(image)
 
