@@ -158,7 +158,8 @@ def _add_synthesis_commands(commands: Any) -> None:
     remodel.add_argument(
         "--dark-bodies",
         action="store_true",
-        help="find dark bodies in the image where there are no masks of mitochondria, and place those, as a run does",
+        help="find what is dark inside neurons in the image, as a run does: large bodies are placed where there are no "
+        "masks of mitochondria, all else moves along",
     )
     remodel.add_argument("--no-mito", action="store_true", help="leave the mitochondria where they are")
     remodel.add_argument("--no-elastic", action="store_true", help="leave the membranes where they are")

@@ -286,6 +286,10 @@ def _remodel_in_blocks(options: argparse.Namespace, volume: Volume, outputs: Seq
         if getattr(options, flag):
             raise ConfigError(f"--{flag.replace('_', '-')} needs the whole volume in memory, not blocks of it.")
     assert volume.label is not None
+    if volume.dark is not None:
+        raise ConfigError(
+            f"{volume.path} has a dataset 'dark', which needs the whole volume in memory, not blocks of it."
+        )
     sections = options.block_sections or sections_that_fit(volume.shape, volume.voxel_nm, options.membrane_nm)
     sections = min(sections, volume.shape[0])
     print(
@@ -315,7 +319,7 @@ def _remodel_in_blocks(options: argparse.Namespace, volume: Volume, outputs: Seq
 
 
 def _with_bodies(options: argparse.Namespace, volume: Volume) -> Volume:
-    """A volume in memory, with dark bodies for mitochondria if they are asked for and it has no masks."""
+    """A volume in memory that knows what is dark inside its neurons if that is asked for."""
     from .conditions import with_dark_bodies
 
     loaded = volume.load()
@@ -326,6 +330,7 @@ def _remodel_copy(
     options: argparse.Namespace, volume: Volume, library: SignatureLibrary | None, copy: tuple[int, Path]
 ) -> None:
     """Make one of the masks of ``neurodiff remodel``, by its number and file."""
+    from .remodel import mask_arrays
     from .remodel import remodel as remodel_masks
     from .seeding import rng_for
     from .volume import write_volume
@@ -337,6 +342,7 @@ def _remodel_copy(
         volume.mito_array,
         volume.voxel_nm,
         rng_for(options.seed, "remodel", number),
+        dark=volume.dark_array,
         elastic=not options.no_elastic,
         place_mitochondria=not options.no_mito,
         library=library,
@@ -350,14 +356,13 @@ def _remodel_copy(
         section_jump_nm=options.section_jump,
         section_drift_nm=options.section_drift,
     )
-    arrays = {"label": mask.label, "membrane": mask.membrane, "mito": mask.mito}
-    write_volume(output, arrays, volume.voxel_nm, {"seed": options.seed, "copy": number})
+    write_volume(output, mask_arrays(mask), volume.voxel_nm, {"seed": options.seed, "copy": number})
 
 
 def sample(options: argparse.Namespace) -> None:
     """``neurodiff sample``"""
     from .checkpoints import load_checkpoint
-    from .conditions import BackgroundMask, check_masks
+    from .conditions import BackgroundMask, OrganelleMask, check_masks
     from .engine import resolve_device
     from .pairs import MaskArrays, write_pair
     from .synthesis import (
@@ -382,9 +387,9 @@ def sample(options: argparse.Namespace) -> None:
     if volume.label is None:
         raise MissingInput(f"{options.masks} has no dataset 'label'.")
     membrane = open_array(options.masks, ("membrane",))
-    check_masks(volume.label, membrane, volume.mito)
+    check_masks(volume.label, membrane, volume.mito, volume.dark)
     warn_of_voxel_size(checkpoint, voxel_nm)
-    warn_of_empty_neurons(checkpoint, volume.mito)
+    warn_of_empty_neurons(checkpoint, volume.dark)
     tile = tuple(options.tile or checkpoint.patch)
     device = resolve_device(options.gpus)
     require_fitting_tile(checkpoint, tile, DEFAULT_MARGIN, volume.shape, device)
@@ -399,7 +404,7 @@ def sample(options: argparse.Namespace) -> None:
         network,
         process,
         BackgroundMask(membrane, volume.label),
-        volume.mito,
+        volume.mito if volume.dark is None else OrganelleMask(volume.mito, volume.dark),
         voxel_nm,
         seed=options.seed,
         grey=grey_scale_for(checkpoint, voxel_nm),
@@ -414,7 +419,8 @@ def sample(options: argparse.Namespace) -> None:
         label="synthesis",
     )
     attributes = {"seed": options.seed, "sampler": options.sampler, "steps": steps, "guidance": guidance}
-    write_pair(options.output, image, MaskArrays(volume.label, membrane, volume.mito), voxel_nm, attributes)
+    masks = MaskArrays(volume.label, membrane, volume.mito, volume.dark)
+    write_pair(options.output, image, masks, voxel_nm, attributes)
     discard_scratch(scratch)
 
 

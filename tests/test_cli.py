@@ -464,6 +464,7 @@ def test_dark_bodies_stand_for_mitochondria_where_they_are_asked_for(tmp_path: P
     for name in ("with.h5", "with_001.h5"):
         with h5py.File(tmp_path / name) as file:
             np.testing.assert_array_equal(file["mito"][:], found & (file["membrane"][:] == 0))
+            assert not (file["dark"][:] & (file["mito"][:] | file["membrane"][:])).any()
     refused(
         "--dark-bodies needs", "remodel", str(bare), str(tmp_path / "x.h5"), "--dark-bodies", "--block-sections", "4"
     )

@@ -12,7 +12,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from connectomics_neurodiff.conditions import check_masks, encode_condition, membrane_from_labels, with_background
+from connectomics_neurodiff.conditions import (
+    NULL_CONDITION,
+    OrganelleMask,
+    check_masks,
+    encode_condition,
+    membrane_from_labels,
+    organelles,
+    with_background,
+)
 from connectomics_neurodiff.errors import (
     LabelTypeError,
     ShapeMismatch,
@@ -234,6 +242,30 @@ def test_bad_masks_do_not(
     with pytest.raises(error) as caught:
         check_masks(label, membrane, mito)
     assert "\n" not in str(caught.value)
+
+
+def test_organelles_tell_mitochondria_from_what_else_is_dark() -> None:
+    mito, dark = np.zeros((2, 3, 4), np.uint8), np.zeros((2, 3, 4), np.uint8)
+    mito[0, 1] = 1
+    dark[:, 1:] = 1
+    inside = organelles(mito, dark)
+    assert inside is not None
+    levels = {"none": inside[0, 0, 0], "mito": inside[0, 1, 0], "dark": inside[1, 2, 3], "unknown": NULL_CONDITION}
+    assert len(set(levels.values())) == 4
+    assert levels["none"] == 0
+    assert levels["mito"] == 1
+    assert (inside[0, 1] == 1).all()  # both: a mitochondrion
+    assert (inside[dark > mito] == levels["dark"]).all()
+    assert organelles(mito, None) is mito
+    assert organelles(None, None) is None
+    alone = organelles(None, dark)
+    assert alone is not None
+    assert set(np.unique(alone)) == {0, levels["dark"]}
+    lazy = OrganelleMask(mito, dark)
+    np.testing.assert_array_equal(lazy[0:1, :, 1:3], inside[0:1, :, 1:3])
+    np.testing.assert_array_equal(encode_condition(dark, np.asarray(lazy[...]))[1], inside)
+    with pytest.raises(ShapeMismatch):
+        OrganelleMask(mito, dark[:1])
 
 
 def test_with_background_marks_all_that_is_outside_neurons() -> None:

@@ -104,7 +104,19 @@ def test_shapes_must_agree() -> None:
 def test_masks_win_over_what_is_found() -> None:
     image, label, (body, _) = tissue()
     masked = Volume(image, label, np.zeros(label.shape, np.uint8), VOXEL)
-    assert with_dark_bodies(masked) is masked
-    mito = with_dark_bodies(Volume(image, label, None, VOXEL)).mito
-    assert mito is not None
-    assert dice(np.asarray(mito), body) > 0.9
+    assert not with_dark_bodies(masked).array("mito").any()
+    bare = with_dark_bodies(Volume(image, label, None, VOXEL))
+    assert dice(bare.array("mito"), body) > 0.9
+    known = Volume(image, label, np.zeros(label.shape, np.uint8), VOXEL, dark=np.ones(label.shape, np.uint8))
+    assert with_dark_bodies(known) is known
+
+
+def test_what_is_too_small_for_a_body_is_dark_all_the_same() -> None:
+    image, label, (body, vesicle) = tissue(radii_nm=(90.0, 24.0))
+    bare = with_dark_bodies(Volume(image, label, None, VOXEL))
+    assert dice(bare.array("dark")[:, :, 70:], vesicle[:, :, 70:]) > 0.8
+    assert not (bare.array("dark") & bare.array("mito")).any()
+    # Masks that hold no mitochondrion: the body is then one of the dark things.
+    masked = with_dark_bodies(Volume(image, label, np.zeros(label.shape, np.uint8), VOXEL))
+    assert dice(masked.array("dark"), body | vesicle) > 0.9
+    assert not masked.array("dark")[membrane_from_labels(label, VOXEL) > 0].any()

@@ -27,6 +27,7 @@ from connectomics_neurodiff.pairs import (
     dark_shares,
     judge_pair,
     match_grey_values,
+    match_spectrum,
     measure_real,
     train_judge,
 )
@@ -35,6 +36,7 @@ from connectomics_neurodiff.pairs.tissue import (
     continuity_and_order,
     depth_in_neurons,
     frequency_bands,
+    grain_spread,
     section_likeness,
     tissue_bands,
 )
@@ -43,7 +45,7 @@ from connectomics_neurodiff.volume import Volume, grow_phantom
 VOXEL = (29.0, 6.0, 6.0)
 BANDS = ((4.0, 8.0), (8.0, 16.0), (16.0, 32.0))
 #: Everything but what a test is about is switched off.
-OFF = GateLimits(following=0, missing=0, grey=0, spectrum=0, continuity=0, order=0, dark=0)
+OFF = GateLimits(following=0, missing=0, grey=0, spectrum=0, grain=0, continuity=0, order=0, dark=0)
 
 
 def test_a_sine_lies_in_the_band_of_its_wavelength() -> None:
@@ -116,6 +118,29 @@ def test_order_of_sections_that_drift() -> None:
         if 0 <= z + side * lag < 7
     ]
     assert alike(image[[0, 3, 2, 1, 4, 6, 5]])[1] == pytest.approx(np.mean(wanted))
+
+
+def test_grain_is_even_in_noise_of_any_strength_and_uneven_where_some_places_have_none() -> None:
+    rng = np.random.default_rng(0)
+    noise, everywhere = rng.normal(0, 0.05, (4, 90, 110)), np.ones((4, 90, 110), bool)
+    even = grain_spread(0.5 + noise, everywhere)
+    assert even == pytest.approx(grain_spread(0.2 + noise / 7, everywhere), rel=1e-3)
+    # Half of the plane a tenth as strong: the two levels are ln(100) apart.
+    halves = noise * np.where(np.arange(110) < 55, 1.0, 0.1)
+    assert grain_spread(0.5 + halves, everywhere) == pytest.approx(np.hypot(even, np.log(100) / 2), rel=0.03)
+    left = everywhere & (np.arange(110) < 45)
+    assert grain_spread(0.5 + halves, left) == pytest.approx(even, rel=0.1)
+    assert np.isnan(grain_spread(noise, ~everywhere))
+
+
+def test_enlarged_and_sharpened_tissue_is_refused_for_its_grain(bench: dict[str, Any]) -> None:
+    """Right in its membranes, its grey values and its power: what is left is where the finest detail lies."""
+    pair = bench["pair"]
+    enlarged = ndimage.zoom(pair.image[:, ::2, ::2], (1, 2, 2), order=1)
+    sharpened = match_spectrum(enlarged, bench["train"].image, VOXEL)
+    report = verdict(bench, pair.painted(sharpened), replace(OFF, grain=1.35))
+    assert "The finest detail is not that of a recording" in report.reason
+    assert verdict(bench, pair, replace(OFF, grain=1.35)).passed
 
 
 def slab() -> tuple[np.ndarray, np.ndarray]:
@@ -252,6 +277,9 @@ def test_a_gate_that_cannot_judge_says_so(bench: dict[str, Any]) -> None:
     one = MaskArrays(pair.label[:1], pair.membrane[:1])
     report = judge_pair(pair.image[:1], one, real=real, judge=None, limits=replace(OFF, continuity=0.25))
     assert "Cannot judge how alike" in report.reason
+    full = MaskArrays(pair.label, np.ones_like(pair.membrane))
+    grain = judge_pair(pair.image, full, real=real, judge=None, limits=replace(OFF, grain=1.35))
+    assert "Cannot judge the finest detail" in grain.reason
     coarse = replace(real, bands=())
     assert "Cannot judge the texture" in verdict({**bench, "real": coarse}, pair, replace(OFF, spectrum=2.0)).reason
 

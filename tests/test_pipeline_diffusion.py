@@ -12,7 +12,7 @@ import torch
 from tiny import settings
 
 from connectomics_neurodiff.checkpoints import load_checkpoint
-from connectomics_neurodiff.conditions import dark_bodies
+from connectomics_neurodiff.conditions import dark_bodies, membrane_from_labels
 from connectomics_neurodiff.config import load_config
 from connectomics_neurodiff.errors import ConfigError, MissingInput, StaleArtifactError, UserError, ValueRangeError
 from connectomics_neurodiff.pipeline import run_pipeline
@@ -193,8 +193,12 @@ def test_the_denoiser_learns_the_dark_bodies_of_a_train_part_without_mitochondri
         mito = open_parts(cfg)["train"].load().mito_array
         assert mito is not None
         np.testing.assert_array_equal(mito, found if name == "bare.h5" else 0)
+        dark = open_parts(cfg)["train"].load().array("dark")
+        assert not dark[mito > 0].any()
+        assert not dark[membrane_from_labels(volume.array("label"), volume.voxel_nm) > 0].any()
         off = load_config(overrides=settings(tmp_path / "out", **boxes, **scored, NEURODIFF__DARK_BODIES="False"))
         assert (open_parts(off)["train"].load().mito_array is None) == (name == "bare.h5")
+        assert open_parts(off)["train"].load().dark is None
 
 
 def test_the_checkpoint_keeps_the_grey_scale_of_every_volume(

@@ -112,6 +112,38 @@ def test_switches(kept: tuple[bool, bool]) -> None:
         assert np.array_equal(new.mito, mito & (membrane == 0))
 
 
+@pytest.mark.parametrize("place", [True, False])
+@pytest.mark.parametrize(("voxel", "jump_nm"), [(VOXEL, 0.0), (VOXEL, 20.0), (ISOTROPIC, 0.0)])
+def test_what_is_dark_moves_along_with_its_neuron(voxel, jump_nm: float, place: bool) -> None:
+    """Dark all through every second neuron: it still is in the new mask, less its membranes and mitochondria."""
+    label, mito = tissue(SHAPE if voxel == VOXEL else (40, 70, 90), voxel)
+    dark = (label % 2 == 1).astype(np.uint8)
+    options = {"place_mitochondria": place, "section_jump_nm": jump_nm}
+    new = remodel(label, mito, voxel, rng_for(5), dark=dark, **options)
+    assert new.dark is not None
+    assert new.dark.dtype == np.uint8
+    known = np.isin(new.label, np.unique(label))  # not the pieces that a jump tore off
+    # Of mitochondria that move along the old places are not dark; new ones leave theirs as dark as the neuron was.
+    free = (new.membrane == 0) & (new.mito == 0) & known
+    wanted = (new.label % 2 == 1) & free
+    missed = (new.dark > 0)[free] != wanted[free]
+    assert missed.mean() < (0.002 + mito.mean() if place else 0.002)
+    assert not new.dark[(new.membrane > 0) | (new.mito > 0) | (new.label == 0)].any()
+    plain = remodel(label, mito, voxel, rng_for(5), **options)
+    for name in ("label", "membrane", "mito"):
+        assert np.array_equal(getattr(new, name), getattr(plain, name))
+    assert plain.dark is None
+
+
+def test_rearranged_tissue_takes_what_is_dark_along() -> None:
+    label, mito = tissue()
+    dark = ((label > 0) & (mito == 0)).astype(np.uint8)
+    new = remodel(label, mito, VOXEL, rng_for(5), dark=dark, rearrange=True, elastic=False, place_mitochondria=False)
+    assert new.dark is not None
+    # All that is not mitochondrion was dark: so it is wherever its tissue has come from.
+    assert np.array_equal(new.dark, (new.label > 0) & (new.membrane == 0) & (new.mito == 0))
+
+
 @pytest.mark.parametrize("voxel", [VOXEL, ISOTROPIC])
 def test_membrane_varies_between_its_thinnest_and_its_thickest(voxel) -> None:
     shape = (8, 240, 320) if voxel == VOXEL else (40, 90, 110)

@@ -161,7 +161,7 @@ def test_misaligned_labels_stay_in_their_sections_and_whole(seed: int, jump: flo
     membrane = membrane_from_labels(label, VOXEL, thickness_nm=8.0)
     mito = ((label % 4 == 0) & (membrane == 0)).astype(np.uint8)
     shifts = section_shifts(8, VOXEL, rng_for(seed), jump_nm=jump, drift_nm=8.0)
-    moved, walls, inside = misalign(label, membrane, mito, shifts)
+    moved, walls, inside, _ = misalign(label, membrane, mito, shifts)
     # Rows that are left out take no membrane with them, thin as it is.
     for axis in (1, 2):
         here, ahead = (np.take(moved, range(first, moved.shape[axis] - 1 + first), axis) for first in (0, 1))
@@ -182,7 +182,7 @@ def test_a_torn_neurite_gets_a_second_label() -> None:
     label = np.ones((6, 80, 90), dtype=np.uint32)
     label[:, 40:43, 44:47] = 2
     nothing = np.zeros(label.shape, np.uint8)
-    moved, _, _ = misalign(label, nothing, nothing, np.array([[0, 0]] * 3 + [[0, 6]] * 3))
+    moved, _, _, _ = misalign(label, nothing, nothing, np.array([[0, 0]] * 3 + [[0, 6]] * 3))
     assert (moved[:3, 40:43, 44:47] == moved[0, 41, 45]).all()
     assert (moved[3:, 40:43, 50:53] == moved[3, 41, 51]).all()
     assert {moved[0, 41, 45], moved[3, 41, 51]} == {2, 3}
@@ -190,7 +190,7 @@ def test_a_torn_neurite_gets_a_second_label() -> None:
     # Where the upper part is all membrane, it is background.
     membrane = np.zeros(label.shape, np.uint8)
     membrane[3:, 39:44, 43:48] = 1
-    moved, walls, _ = misalign(label, membrane, nothing, np.array([[0, 0]] * 3 + [[0, 6]] * 3))
+    moved, walls, _, _ = misalign(label, membrane, nothing, np.array([[0, 0]] * 3 + [[0, 6]] * 3))
     assert set(np.unique(moved)) == {0, 1, 2}
     assert walls[moved == 0].all()
 

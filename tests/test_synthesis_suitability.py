@@ -106,12 +106,12 @@ NOTHING, SOMETHING = np.zeros((2, 3, 4), np.uint8), np.ones((2, 3, 4), np.uint8)
 
 
 @pytest.mark.parametrize(
-    ("learnt", "mito", "warned"),
-    [(True, None, True), (True, NOTHING, True), (True, SOMETHING, False), (False, None, False)],
+    ("learnt", "dark", "warned"),
+    [(True, None, True), (True, NOTHING, False), (True, SOMETHING, False), (False, None, False)],
 )
-def test_masks_without_dark_bodies_are_told_of(
-    learnt: bool, mito: np.ndarray | None, warned: bool, caplog: pytest.LogCaptureFixture
+def test_masks_that_do_not_say_what_is_dark_are_told_of(
+    learnt: bool, dark: np.ndarray | None, warned: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.WARNING):
-        warn_of_empty_neurons(checkpoint(dark_bodies=learnt), mito)
+        warn_of_empty_neurons(checkpoint(dark_bodies=learnt), dark)
     assert ("painted empty" in caplog.text) == warned

@@ -1,4 +1,4 @@
-"""What is dark inside neurons, found in the image itself where nobody has annotated mitochondria.
+"""What is dark inside neurons, found in the image itself: nobody annotates more of it than mitochondria.
 
 A mask of membranes says nothing about mitochondria, clouds of vesicles, reticulum and whorls of myelin, which are as
 dark as membranes. A denoiser that is told membranes alone leaves them out, and the segmenter that trains on its empty
@@ -21,8 +21,8 @@ from .membrane import membrane_from_labels
 
 logger = logging.getLogger("connectomics_neurodiff")
 
-#: Grain is smoothed away by this, standard deviation.
-SMOOTHING_NM = 12.0
+#: Grain is smoothed away by these, standard deviations: of bodies, and of all that is dark, vesicles included.
+SMOOTHING_NM, FINE_NM = 12.0, 8.0
 #: The membrane's own blur reaches so far into a neuron.
 MARGIN_NM = 15.0
 #: Radius of the smallest disk (ball) that fits into a body: vesicles and tubules by themselves are no bodies.
@@ -64,16 +64,45 @@ def dark_bodies(
     ShapeMismatch
         If the shapes differ.
     """
+    return _opened(_dark(image, label, voxel_nm, membrane_nm, SMOOTHING_NM), voxel_size(voxel_nm)).astype(np.uint8)
+
+
+def with_dark_bodies(volume: Volume, membrane_nm: float = 25.0) -> Volume:
+    """A volume in memory that knows what is dark inside its neurons.
+
+    Where it has no masks of mitochondria its :func:`dark_bodies` stand for them. All else that is dark by the same
+    measure, smoothed by `FINE_NM` only and however small, is :attr:`.Volume.dark`: vesicles, reticulum, myelin,
+    densities. What the volume has of either stays as it is.
+
+    Raises
+    ------
+    MissingInput
+        If it has no image or no label.
+    """
+    if volume.mito is not None and volume.dark is not None:
+        return volume
+    image, label, size = volume.array("image"), volume.array("label"), volume.voxel_nm
+    mito = dark_bodies(image, label, size, membrane_nm) if volume.mito is None else volume.array("mito")
+    dark = volume.dark
+    if dark is None:
+        dark = (_dark(image, label, size, membrane_nm, FINE_NM) & (mito == 0)).astype(np.uint8)
+    return replace(volume, mito=mito, dark=dark)
+
+
+def _dark(
+    image: np.ndarray, label: np.ndarray, voxel_nm: Sequence[float], membrane_nm: float, width_nm: float
+) -> np.ndarray:
+    """Where neurons are dark inside, bool; nowhere, with a warning, where that cannot be told."""
     if image.shape != label.shape:
         raise ShapeMismatch(f"Image and label must have one shape. Got {image.shape} and {label.shape}.")
     size = voxel_size(voxel_nm)
-    smooth = smoothed(image, size, SMOOTHING_NM)
+    smooth = smoothed(image, size, width_nm)
     membrane = membrane_from_labels(label, size, membrane_nm) > 0
     inside = (label > 0) & ~membrane
     deep = distance_inside(inside, size) > MARGIN_NM
     if not deep.any() or not membrane.any():
         logger.warning("No dark bodies are looked for: no neuron is wide enough, or there is no membrane.")
-        return np.zeros(image.shape, np.uint8)
+        return np.zeros(image.shape, bool)
     cytoplasm, of_membrane = float(np.median(smooth[deep])), float(smooth[membrane].mean(dtype=np.float64))
     if of_membrane >= cytoplasm:
         logger.warning(
@@ -82,17 +111,8 @@ def dark_bodies(
             of_membrane,
             cytoplasm,
         )
-        return np.zeros(image.shape, np.uint8)
-    dark = deep & (smooth < cytoplasm + DARKNESS * (of_membrane - cytoplasm))
-    return _opened(dark, size).astype(np.uint8)
-
-
-def with_dark_bodies(volume: Volume, membrane_nm: float = 25.0) -> Volume:
-    """A volume in memory whose dark bodies stand for mitochondria; itself if it has masks of these."""
-    if volume.mito is not None:
-        return volume
-    found = dark_bodies(volume.array("image"), volume.array("label"), volume.voxel_nm, membrane_nm)
-    return replace(volume, mito=found)
+        return np.zeros(image.shape, bool)
+    return np.asarray(deep & (smooth < cytoplasm + DARKNESS * (of_membrane - cytoplasm)))
 
 
 def _opened(dark: np.ndarray, size: Sequence[float]) -> np.ndarray:

@@ -7,12 +7,55 @@ from collections.abc import Mapping
 import numpy as np
 
 from ..errors import LabelTypeError, ShapeMismatch, ValueRangeError, VolumeFormatError
-from ..volume import ArrayLike, slabs
+from ..volume import ArrayLike, LazyArray, slabs
 
 #: Condition of a sample that is to have none, in both channels and every voxel: halfway between in and out, 0 on the
 #: signed scale of the network. "No membrane" is 0 here and -1 there: another statement. The denoiser knows it only
 #: if its training dropped conditions (Ho and Salimans 2022, classifier-free guidance).
 NULL_CONDITION = 0.5
+#: What else is dark inside neurons, in the channel of mitochondria: neither none, nor one, nor unknown.
+DARK_LEVEL = 0.75
+
+
+def organelles(mito: np.ndarray | None, dark: np.ndarray | None) -> np.ndarray | None:
+    """What the denoiser is told of the inside of neurons: 1 in mitochondria, `DARK_LEVEL` where else it is dark.
+
+    Parameters
+    ----------
+    mito, dark : numpy.ndarray or None
+        (z, y, x) masks, 0 or 1; a voxel of both is mitochondrion.
+
+    Returns
+    -------
+    numpy.ndarray or None
+        (z, y, x) float32 in [0, 1]; `mito` itself where nothing else is known to be dark.
+    """
+    if dark is None:
+        return mito
+    level = np.where(dark > 0, np.float32(DARK_LEVEL), np.float32(0))
+    return level if mito is None else np.maximum(level, mito)
+
+
+class OrganelleMask(LazyArray):
+    """:func:`organelles` of arrays on disk, part by part as it is indexed.
+
+    Parameters
+    ----------
+    mito : array or None
+        As there.
+    dark : array
+        As there, same shape.
+    """
+
+    def __init__(self, mito: ArrayLike | None, dark: ArrayLike) -> None:
+        if mito is not None and tuple(mito.shape) != tuple(dark.shape):
+            raise ShapeMismatch(f"Masks must have the same shape. Got mito {mito.shape}, dark {dark.shape}.")
+        super().__init__(tuple(dark.shape), np.float32)
+        self._mito, self._dark = mito, dark
+
+    def _read(self, box: tuple[slice, ...]) -> np.ndarray:
+        mito = None if self._mito is None else np.asarray(self._mito[box])
+        return np.asarray(organelles(mito, np.asarray(self._dark[box])))
 
 
 def encode_condition(membrane: np.ndarray, mito: np.ndarray | None) -> np.ndarray:
@@ -23,7 +66,7 @@ def encode_condition(membrane: np.ndarray, mito: np.ndarray | None) -> np.ndarra
     membrane : numpy.ndarray
         (z, y, x), values in [0, 1].
     mito : numpy.ndarray or None
-        Same; None where there are no mitochondria masks: the channel is 0 then.
+        Same, or :func:`organelles`; None where there are no mitochondria masks: the channel is 0 then.
 
     Returns
     -------
@@ -48,15 +91,15 @@ def encode_condition(membrane: np.ndarray, mito: np.ndarray | None) -> np.ndarra
     return condition
 
 
-def check_masks(label: ArrayLike, membrane: ArrayLike, mito: ArrayLike | None) -> None:
+def check_masks(label: ArrayLike, membrane: ArrayLike, mito: ArrayLike | None, dark: ArrayLike | None = None) -> None:
     """Refuse masks that cannot condition a synthesis; arrays on disk are read a few sections at a time.
 
     Parameters
     ----------
     label : array
         (z, y, x) non-negative integers, at least one > 0.
-    membrane, mito : array
-        (z, y, x) integers or bool, 0 or 1; `mito` may be None.
+    membrane, mito, dark : array
+        (z, y, x) integers or bool, 0 or 1; all but the first may be None.
 
     Raises
     ------
@@ -69,7 +112,8 @@ def check_masks(label: ArrayLike, membrane: ArrayLike, mito: ArrayLike | None) -
     ValueRangeError
         If a mask holds something else than 0 and 1, or nothing is labelled.
     """
-    masks = {"membrane": membrane, **({} if mito is None else {"mito": mito})}
+    given = {"membrane": membrane, "mito": mito, "dark": dark}
+    masks = {name: mask for name, mask in given.items() if mask is not None}
     _require_same_shape({"label": label, **masks})
     for name, array in {"label": label, **masks}.items():
         if array.dtype.kind not in "uib":

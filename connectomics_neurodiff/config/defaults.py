@@ -168,8 +168,8 @@ def _add_data(node: CfgNode) -> None:
     node.VOXEL_NM = []
     # Mitochondria masks. Empty: the dataset "mito" of the training volume if it has one, else membranes alone.
     node.MITO_NAME = ""
-    # Where there are no masks of mitochondria, find dark bodies deep inside neurons in the image, and let them stand
-    # for mitochondria: as condition of the denoiser, and as what remodelling places. [ours]
+    # Find what is dark deep inside neurons in the image and tell the denoiser. Remodelling moves it along with its
+    # neurons; where there are no masks of mitochondria, large dark bodies stand for them and are placed anew. [ours]
     node.DARK_BODIES = True
     # The three disjoint parts of the data. A box is [z0, y0, x0, z1, y1, x1] in voxels, half open; empty: all of it.
     node.SPLIT = CfgNode()
@@ -331,10 +331,12 @@ def _add_pairs(node: CfgNode) -> None:
     node.PAIRS.MOST_MISSING = 0.17
     # Largest Wasserstein distance between the grey values of a synthetic volume and the real one, in [0, 1] units.
     node.PAIRS.GREY_LIMIT = 0.08
-    # Largest ratio, > 1, to the real power in a band of spatial frequency, and to the real share of dark voxels deep
-    # inside neurons; largest difference of the correlation of neighbouring sections, as Fisher's z; least share of the
-    # sections that are more like their neighbours than like those farther away, 0..1.
+    # Largest ratio, > 1, to the real power in a band of spatial frequency, to how unevenly the finest detail is spread
+    # in the real volume, and to the real share of dark voxels deep inside neurons; largest difference of the
+    # correlation of neighbouring sections, as Fisher's z; least share of the sections that are more like their
+    # neighbours than like those farther away, 0..1.
     node.PAIRS.SPECTRUM_LIMIT = 2.0
+    node.PAIRS.GRAIN_LIMIT = 1.35
     node.PAIRS.DARK_LIMIT = 1.2
     node.PAIRS.CONTINUITY_LIMIT = 0.25
     node.PAIRS.LEAST_ORDER = 0.85

@@ -76,7 +76,7 @@ def _validate_numbers(cfg: CfgNode) -> None:
     _require_numbers(cfg, fractions.split(), 0, 1)
     _require_numbers(cfg, ["NEURODIFF.REMODEL.MEMBRANE_SPREAD"], 0, 0.99)
     _require_numbers(cfg, ["NEURODIFF.PAIRS.MOST_MISSING"], 0, 0.5)
-    for key in ("SPECTRUM_LIMIT", "DARK_LIMIT"):
+    for key in ("SPECTRUM_LIMIT", "GRAIN_LIMIT", "DARK_LIMIT"):
         ratio = cfg.NEURODIFF.PAIRS[key]
         _require(ratio == 0 or ratio > 1, f"NEURODIFF.PAIRS.{key}", "a ratio > 1, or 0 for none", ratio)
     _require_numbers(cfg, ["NEURODIFF.REMODEL.GROWN_FRACTION"], 0, 0.9)

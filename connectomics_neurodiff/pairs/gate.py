@@ -115,6 +115,8 @@ class GateLimits:
         Largest 1-Wasserstein distance of the grey values, in [0, 1].
     spectrum : float
         Largest ratio of the power in a band of spatial frequency to the real one, or of the real one to it, > 1.
+    grain : float
+        Largest ratio, > 1, of how unevenly the finest detail is spread (:func:`.grain_spread`) to the real value.
     continuity : float
         Largest difference of Fisher's z (arctanh) of the correlation of neighbouring sections.
     order : float
@@ -123,14 +125,15 @@ class GateLimits:
         Largest ratio of the dark share deep inside neurons to the real one, or of the real one to it, > 1. A difference
         of `DARK_SLACK` always passes.
     spreads : float
-        Limits of grey values, spectrum, continuity and dark shares are widened to so many standard deviations among
-        parts of the real volume, ratios not beyond `MOST_RATIO`.
+        Limits of grey values, spectrum, grain, continuity and dark shares are widened to so many standard deviations
+        among parts of the real volume, ratios not beyond `MOST_RATIO`.
     """
 
     following: float = 0.5
     missing: float = 0.17
     grey: float = 0.08
     spectrum: float = 2.0
+    grain: float = 1.35
     continuity: float = 0.25
     order: float = 0.85
     dark: float = 1.2
@@ -249,6 +252,7 @@ def judge_pair(
     painted = measure_tissue(values, label, membrane, mito, real.voxel_nm, real.bands)
     following, checks = _check_following(values, label, membrane, judge, allowed)
     checks += [*_check_grey(painted, real, allowed), *_check_spectrum(painted, real, allowed)]
+    checks += [*_check_grain(painted, real, allowed)]
     checks += [*_check_continuity(painted, real, allowed), *_check_order(painted, real, allowed)]
     checks += [*_check_dark(painted, real, allowed)]
     reason = " ".join(check.problem for check in checks if check.problem)
@@ -325,6 +329,22 @@ def _check_spectrum(painted: TissueStatistics, real: RealTissue, limits: GateLim
             f"{1 / most:.2f} to {most:.2f} is allowed."
         )
         yield _checked(f"power {band}", ratio, 1.0, (1 / most, most), problem)
+
+
+def _check_grain(painted: TissueStatistics, real: RealTissue, limits: GateLimits) -> Iterator[Check]:
+    """Grain more evenly spread than in the real volume passes."""
+    if not limits.grain:
+        return
+    got, own = painted.grain, real.whole.grain
+    if not (math.isfinite(got + own) and own > 0):
+        yield _cannot("grain", "the finest detail: no voxel lies inside a neuron", "GRAIN_LIMIT")
+        return
+    most = own * _widened(limits.grain, limits.spreads * real.spread[-1])
+    problem = (
+        f"The finest detail is not that of a recording: it is spread {got / own:.2f} times as unevenly as in the real "
+        f"volume, as after enlarging or sharpening; at most {most / own:.2f} times is allowed."
+    )
+    yield _checked("grain", got, own, (0.0, most), problem)
 
 
 def _check_continuity(painted: TissueStatistics, real: RealTissue, limits: GateLimits) -> Iterator[Check]:

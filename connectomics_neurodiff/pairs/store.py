@@ -33,11 +33,12 @@ class Mask(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class MaskArrays:
-    """The three masks of a file as a :class:`Mask`."""
+    """The masks of a file as a :class:`Mask`; and, if there is one, that of what else is dark inside neurons."""
 
     label: ArrayLike
     membrane: ArrayLike
     mito: ArrayLike | None = None
+    dark: ArrayLike | None = None
 
 
 def write_pair(
@@ -53,11 +54,11 @@ def write_pair(
     Parameters
     ----------
     path : path
-        HDF5 file: datasets image (uint8), label, membrane, mito, reliability (uint8).
+        HDF5 file: datasets image (uint8), label, membrane, mito, dark, reliability (uint8).
     image : array
         float in [0, 1], (z, y, x); stored as round(255 x).
     mask : Mask
-        Label, membrane and, if there are any, mitochondria of the same shape.
+        Label, membrane and, if there are any, mitochondria and `dark` of the same shape.
     voxel_nm : sequence of 3 floats
         Voxel size (z, y, x), nm.
     attributes : mapping
@@ -75,8 +76,9 @@ def write_pair(
         If the image is not finite or leaves [0, 1].
     """
     arrays = {"label": mask.label, "membrane": mask.membrane}
-    if mask.mito is not None:
-        arrays["mito"] = mask.mito
+    for name in ("mito", "dark"):  # a mask of somebody's own need not have the second
+        if getattr(mask, name, None) is not None:
+            arrays[name] = getattr(mask, name)
     if reliability is not None:
         arrays["reliability"] = reliability
     for name, array in arrays.items():

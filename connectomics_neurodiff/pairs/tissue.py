@@ -1,8 +1,8 @@
 """What tissue looks like, in numbers that do not depend on where the neurons lie.
 
-Grey values, power in bands of physical frequency, how alike neighbouring sections are, and how much is dark deep inside
-neurons. Measured on a whole volume and on nine overlapping parts of it: how far the parts of one real volume differ
-says how far a painted volume may.
+Grey values, power in bands of physical frequency, how evenly the finest detail is spread, how alike neighbouring
+sections are, and how much is dark deep inside neurons. Measured on a whole volume and on nine overlapping parts of it:
+how far the parts of one real volume differ says how far a painted volume may.
 """
 
 from __future__ import annotations
@@ -29,6 +29,8 @@ BAND_EDGES = (4.0, 8.0, 16.0, 32.0, 64.0, 128.0)
 _LEAST_CYCLES, _LEAST_WIDTH = 3.8, 1.25
 #: Noise finer than the first is left out of what is compared; between sections also what is coarser than the second.
 SMOOTHING_NM, COARSE_NM = 8.0, 120.0
+#: Grain is what smoothing by the first takes away, its strength a mean over the second; standard deviations, pixels.
+_FINEST, _NEARBY = 0.6, 2.0
 #: So far from any membrane nothing dark is one.
 DEPTH_NM = 36.0
 #: A part has this share of the rows and columns, and begins at each of these shares of what is left.
@@ -37,6 +39,8 @@ _PART, _STARTS = 0.5, (0.0, 0.5, 1.0)
 _REACH = 4
 #: Shares are compared as ratios, of no less than this.
 _LEAST_SHARE = 1e-3
+#: A hundredth of a grey level of uint8, squared: less power is none.
+_LEAST_POWER = (0.01 / 255) ** 2
 
 
 def image_defect(name: str, image: np.ndarray) -> str:
@@ -208,6 +212,34 @@ def continuity_and_order(alike: np.ndarray) -> tuple[float, float]:
     return float(known.mean()) if known.size else math.nan, order
 
 
+def grain_spread(image: np.ndarray, inside: np.ndarray) -> float:
+    """How unevenly the finest detail of sections is spread.
+
+    What is finest in a recording is for the most part its noise, alike everywhere. Where an image was enlarged or
+    smoothed, and sharpened since, some places have grain and others none, however right the power in all.
+
+    Parameters
+    ----------
+    image : numpy.ndarray
+        (z, y, x), values in [0, 1].
+    inside : numpy.ndarray
+        (z, y, x) bool: where grain is looked at, away from membranes.
+
+    Returns
+    -------
+    float
+        Standard deviation of the logarithm of the local power of the finest detail, >= 0; independent of contrast. NaN
+        where nothing is inside.
+    """
+    levels = []
+    for section, where in zip(np.asarray(image, dtype=np.float32), inside, strict=True):
+        finest = section - ndimage.gaussian_filter(section, _FINEST)
+        power = ndimage.gaussian_filter(np.square(finest), _NEARBY)
+        levels.append(np.log(np.maximum(power[where], _LEAST_POWER)))
+    spread = np.concatenate(levels)
+    return float(spread.std(dtype=np.float64)) if spread.size else math.nan
+
+
 def depth_in_neurons(label: np.ndarray, membrane: np.ndarray, voxel_nm: Sequence[float]) -> np.ndarray:
     """Distance of a neuron's voxels to the nearest voxel of membrane or background, float32 nm; 0 there.
 
@@ -281,6 +313,8 @@ class TissueStatistics:
         :func:`continuity_and_order`.
     dark : DarkShares
         :func:`dark_shares`.
+    grain : float
+        :func:`grain_spread`.
     """
 
     histogram: np.ndarray
@@ -288,17 +322,19 @@ class TissueStatistics:
     continuity: float
     order: float
     dark: DarkShares
+    grain: float
 
     @property
     def comparable(self) -> np.ndarray:
         """All but histogram and order on scales on which differences mean the same everywhere.
 
-        log2 of the power per band, Fisher's z of the continuity, log2 of the three dark shares.
+        log2 of the power per band, Fisher's z of the continuity, log2 of the three dark shares and of the grain.
         """
-        shares = np.array([self.dark.all, self.dark.mito, self.dark.rest])
+        shares = (self.dark.all, self.dark.mito, self.dark.rest)
         power = np.log2(np.maximum(self.power, 1e-12))
         correlation = np.arctanh(np.clip(self.continuity, -0.999, 0.999))
-        return np.array([*power, correlation, *np.log2(np.maximum(shares, _LEAST_SHARE))])
+        ratios = np.log2(np.maximum([*shares, self.grain], _LEAST_SHARE))
+        return np.array([*power, correlation, *ratios])
 
 
 def measure_tissue(
@@ -326,7 +362,8 @@ def measure_tissue(
     tissue = (np.asarray(label) > 0) | (np.asarray(membrane) > 0)
     dark = dark_shares(image, label, membrane, mito, voxel_nm)
     sections = continuity_and_order(section_likeness(image, tissue, voxel_nm))
-    return TissueStatistics(grey_histogram(image), np.array(power), *sections, dark)
+    grain = grain_spread(image, (np.asarray(label) > 0) & (np.asarray(membrane) == 0))
+    return TissueStatistics(grey_histogram(image), np.array(power), *sections, dark, grain)
 
 
 @dataclass(frozen=True, eq=False)

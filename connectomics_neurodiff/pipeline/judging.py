@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..conditions import with_background
+from ..conditions import organelles, with_background
 from ..errors import UserError
 from ..geometry import Box
 from ..provenance import atomic_write
@@ -116,7 +116,7 @@ class FollowingWatch:
             network if node.GUIDANCE == 1 else GuidedDenoiser(network, node.GUIDANCE, first),
             self._process,
             with_background(self._membrane, self._mask.array("label")),
-            self._mask.mito_array,
+            organelles(self._mask.mito_array, self._mask.dark_array),
             self._mask.voxel_nm,
             seed=int(rng_for(self._cfg.NEURODIFF.SEED, "following").integers(2**31)),
             grey=self._grey,
@@ -162,7 +162,8 @@ def _bent_middle(train: Volume, tile: list[int], run: Run) -> tuple[Volume, np.n
         piece.mito_array,
         piece.voxel_nm,
         rng_for(run.cfg.NEURODIFF.SEED, "following", "mask"),
+        dark=piece.dark_array,
         place_mitochondria=False,
         membrane_thickness_nm=run.cfg.NEURODIFF.MEMBRANE_NM,
     )
-    return Volume(None, bent.label, bent.mito, piece.voxel_nm), np.asarray(bent.membrane)
+    return Volume(None, bent.label, bent.mito, piece.voxel_nm, dark=bent.dark), np.asarray(bent.membrane)

@@ -18,6 +18,7 @@ from ..remodel import (
     SignatureLibrary,
     gather_libraries,
     in_processes,
+    mask_arrays,
     mask_gate,
     quality_report,
     remodel,
@@ -64,7 +65,7 @@ def _make_copy(cfg: CfgNode, folder: Path, train: Volume, library: SignatureLibr
     """Write one mask and its report; returns why those before it were rejected."""
     mask, report, rejections = _passing_mask(cfg, train, library, copy)
     target = folder / "masks" / f"copy_{copy:03d}.h5"
-    arrays = {"label": mask.label, "membrane": mask.membrane, "mito": mask.mito}
+    arrays = mask_arrays(mask)
     write_volume(target, arrays, train.voxel_nm, {"seed": cfg.NEURODIFF.SEED, "copy": copy})
     write_json(target.with_suffix(".quality.json"), report)
     return rejections
@@ -96,6 +97,7 @@ def _passing_mask(
             train.mito_array,
             train.voxel_nm,
             rng_for(cfg.NEURODIFF.SEED, "remodel", copy, *([attempt] if attempt else [])),
+            dark=train.dark_array,
             elastic=node.ELASTIC,
             place_mitochondria=node.MITOCHONDRIA,
             library=library,

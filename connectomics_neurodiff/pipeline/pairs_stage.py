@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from yacs.config import CfgNode
 
-from ..conditions import membrane_from_labels, with_background
+from ..conditions import membrane_from_labels, organelles, with_background
 from ..config import as_dict
 from ..errors import UserError
 from ..pairs import (
@@ -94,7 +94,7 @@ def _make_painter(run: Run) -> Painter:
             network,
             process,
             with_background(membrane, masks.array("label")),
-            masks.mito_array,
+            organelles(masks.mito_array, masks.dark_array),
             masks.voxel_nm,
             seed=int(rng_for(run.cfg.NEURODIFF.SEED, "pairs", copy, *([sample] if sample else [])).integers(2**31)),
             grey=grey,
@@ -123,7 +123,7 @@ def _paint_pair(run: Run, paint: Painter, masks_path: Path, target: Path, proven
         image = match_spectrum(image, real, masks.voxel_nm)
     if raw.passed and run.cfg.NEURODIFF.PAIRS.MATCH_GREY:
         image = match_grey_values(image, real)
-    arrays = MaskArrays(masks.array("label"), membrane, masks.mito_array)
+    arrays = MaskArrays(masks.array("label"), membrane, masks.mito_array, masks.dark_array)
     attributes = {"copy": copy, "grey_value_distance_before_matching": raw.distance}
     reliability = ReliabilityMap(images, masks.voxel_nm) if len(images) > 1 else None
     write_pair(target, np.clip(image, 0, 1), arrays, masks.voxel_nm, attributes, reliability)
@@ -141,6 +141,7 @@ class _Gate:
             missing=node.MOST_MISSING,
             grey=node.GREY_LIMIT,
             spectrum=node.SPECTRUM_LIMIT,
+            grain=node.GRAIN_LIMIT,
             continuity=node.CONTINUITY_LIMIT,
             order=node.LEAST_ORDER,
             dark=node.DARK_LIMIT,

@@ -11,12 +11,12 @@ from pathlib import Path
 import numpy as np
 from yacs.config import CfgNode
 
-from ..conditions import dark_bodies
+from ..conditions import with_dark_bodies
 from ..errors import ConfigError, MissingInput, ValueRangeError
 from ..geometry import Box, is_anisotropic
 from ..pairs import open_pairs
 from ..provenance import hash_of, hash_of_file
-from ..volume import Volume, check_training_volume, grow_phantom, open_volume
+from ..volume import ArrayLike, Volume, check_training_volume, grow_phantom, open_volume
 
 PHANTOM = "phantom"
 
@@ -40,7 +40,7 @@ class Part:
     image : str
         Hash of the image's source alone: equal in two parts that show the same tissue, whatever the files are called.
     dark_bodies_nm : float
-        Above 0, dark bodies are found in a part without masks of mitochondria and stand for them; the thickness of its
+        Above 0, what is dark inside neurons is found in the image (:func:`.with_dark_bodies`); the thickness of
         membranes, nm.
     """
 
@@ -55,17 +55,20 @@ class Part:
     def load(self) -> Volume:
         """The part in memory."""
         part = self.volume.crop(self.box)
-        return replace(part, mito=self._dark_bodies) if self.finds_dark_bodies else part
+        if not self.dark_bodies_nm:
+            return part
+        mito, dark = self._dark_bodies
+        return replace(part, mito=mito, dark=dark)
 
     @property
     def finds_dark_bodies(self) -> bool:
-        """Whether what is dark inside its neurons is found in the image."""
+        """Whether bodies that are found in the image stand for mitochondria, which nobody has annotated."""
         return self.dark_bodies_nm > 0 and self.volume.mito is None
 
     @cached_property
-    def _dark_bodies(self) -> np.ndarray:
-        part = self.volume.crop(self.box)
-        return dark_bodies(part.array("image"), part.array("label"), part.voxel_nm, self.dark_bodies_nm)
+    def _dark_bodies(self) -> tuple[ArrayLike | None, ArrayLike | None]:
+        part = with_dark_bodies(self.volume.crop(self.box), self.dark_bodies_nm)
+        return part.mito, part.dark
 
 
 def dark_bodies_nm(cfg: CfgNode) -> float:

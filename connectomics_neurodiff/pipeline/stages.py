@@ -79,7 +79,7 @@ def make_diffusion(run: Run) -> None:
         "voxel_nm": [list(size) for size in dict.fromkeys(volume.voxel_nm for volume in volumes)],
         "process": {"steps": node.STEPS, "cosine_offset": node.COSINE_OFFSET, "prediction": node.PREDICTION},
         "grey_scales": recorded_scales(crops.scales, [volume.voxel_nm for volume in volumes]),
-        "dark_bodies": any(part.finds_dark_bodies for part in (run.parts["train"], *run.extra)),
+        "dark_bodies": any(part.dark_bodies_nm for part in (run.parts["train"], *run.extra)),
         "patch": list(node.PATCH),
         "membrane_nm": cfg.NEURODIFF.MEMBRANE_NM,
         "condition_dropout": node.CONDITION_DROPOUT,

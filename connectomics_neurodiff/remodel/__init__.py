@@ -24,7 +24,7 @@ from .inside import keep_inside
 from .library import Signature, SignatureLibrary, gather_libraries
 from .placement import place_mitochondria
 from .quality import PAIRED, MaskLimits, mask_gate, quality_report
-from .remodel import RemodelledMask, remodel
+from .remodel import RemodelledMask, mask_arrays, remodel
 from .sections import section_shifts, shift_sections
 from .swelling import swell
 
@@ -45,6 +45,7 @@ __all__ = [
     "in_processes",
     "jacobian_minimum",
     "keep_inside",
+    "mask_arrays",
     "mask_gate",
     "place_mitochondria",
     "quality_report",

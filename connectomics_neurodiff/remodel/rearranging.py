@@ -38,19 +38,19 @@ class Rearrangement:
     label : numpy.ndarray
         (z, y, x) uint32. Labels 1..n are the source's, as far as the first crop shows them; the second crop's and those
         of cut pieces are above n.
-    mito : numpy.ndarray
+    marks : numpy.ndarray
         (z, y, x) uint8.
     left_out : numpy.ndarray
         Labels of the source that are not in `label`.
     """
 
     label: np.ndarray
-    mito: np.ndarray
+    marks: np.ndarray
     left_out: np.ndarray
 
 
 def join_crops(
-    compact: np.ndarray, mito: np.ndarray, voxel_nm: Sequence[float], rng: np.random.Generator
+    compact: np.ndarray, marks: np.ndarray, voxel_nm: Sequence[float], rng: np.random.Generator
 ) -> Rearrangement:
     """Replace a part of a volume by a crop of another place, flipped or transposed in-plane.
 
@@ -67,8 +67,8 @@ def join_crops(
     ----------
     compact : numpy.ndarray
         (z, y, x) uint32, labels 0..n.
-    mito : numpy.ndarray
-        (z, y, x) uint8, joined along the same seam.
+    marks : numpy.ndarray
+        (z, y, x) uint8, what lies inside neurons; joined along the same seam.
     voxel_nm : sequence of 3 floats
         Voxel size (z, y, x). Pixels that are not square are not transposed.
     rng : numpy.random.Generator
@@ -97,8 +97,8 @@ def join_crops(
     keeps = np.ones(first.shape, dtype=bool)
     keeps[..., band] = _seam(first[..., band], second[..., : 2 * wander], pitch)
     keeps[..., band.stop :] = False
-    joined, marks = first.copy(), mito.transpose(order).copy()
-    for volume, crop in ((joined, second), (marks, window(marks.copy()))):
+    joined, joined_marks = first.copy(), marks.transpose(order).copy()
+    for volume, crop in ((joined, second), (joined_marks, window(joined_marks.copy()))):
         replaced = ~keeps[..., band.start :]
         volume[..., band.start :][replaced] = crop[replaced]
     back = tuple(np.argsort(order))
@@ -109,7 +109,7 @@ def join_crops(
     is_cut[0] = False
     label = _mended(label, compact, is_cut, size)
     left_out = np.setdiff1d(np.arange(1, count), label)
-    return Rearrangement(label, np.ascontiguousarray(marks.transpose(back)), left_out)
+    return Rearrangement(label, np.ascontiguousarray(joined_marks.transpose(back)), left_out)
 
 
 def _second_crop(

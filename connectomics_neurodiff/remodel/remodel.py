@@ -23,6 +23,8 @@ from .rearranging import join_crops
 from .sections import check_misalignment, misalign, section_shifts
 from .swelling import swell_compact
 
+#: Values of mitochondria and of what else is dark, in one array, so that both move alike.
+_MITO, _DARK = 1, 2
 #: Distance over which the membrane's thickness changes.
 _PATCH_NM = 300.0
 _MOST_SPREAD = 0.99
@@ -45,6 +47,8 @@ class RemodelledMask:
         Smallest Jacobian determinant of the deformation; 1 if there was none.
     left_out : tuple of int
         Ids of the source that are not in the mask because rearranging chose other tissue; not lost by mistake.
+    dark : numpy.ndarray or None
+        (z, y, x) uint8, 1 where neurons are dark inside without a mitochondrion; None if the source knew nothing of it.
     """
 
     label: np.ndarray
@@ -52,6 +56,13 @@ class RemodelledMask:
     mito: np.ndarray
     min_jacobian: float = 1.0
     left_out: tuple[int, ...] = ()
+    dark: np.ndarray | None = None
+
+
+def mask_arrays(mask: RemodelledMask) -> dict[str, np.ndarray]:
+    """The arrays of a mask by the names that they have on disk."""
+    arrays = {"label": mask.label, "membrane": mask.membrane, "mito": mask.mito}
+    return arrays if mask.dark is None else arrays | {"dark": mask.dark}
 
 
 def remodel(
@@ -60,6 +71,7 @@ def remodel(
     voxel_nm: Sequence[float],
     rng: np.random.Generator,
     *,
+    dark: np.ndarray | None = None,
     elastic: bool = True,
     place_mitochondria: bool = True,
     library: SignatureLibrary | None = None,
@@ -97,6 +109,9 @@ def remodel(
         Voxel size (z, y, x).
     rng : numpy.random.Generator
         The same state gives the same bytes.
+    dark : numpy.ndarray or None
+        (z, y, x), non-zero where neurons are dark inside without a mitochondrion (:attr:`.Volume.dark`). It moves along
+        with its neuron, and gives way to membranes and to mitochondria.
     elastic : bool
         Deform the neurons; otherwise they stay as they are.
     place_mitochondria : bool
@@ -144,6 +159,7 @@ def remodel(
     check_asked(place_mitochondria, mito_fraction, mito_count)
     source = np.zeros(compact.shape, np.uint8) if mito is None else binary_mask(mito, compact.shape, "mitochondria")
     source[compact == 0] = 0
+    marks = _marks(source, dark, compact)
     # Two streams, so that what is placed does not depend on how many numbers the deformation drew.
     seed, place_seed = (int(seed) for seed in rng.integers(2**63, size=2))
     to_place = _what_to_place(compact, source, size, library, mito_fraction) if place_mitochondria else None
@@ -152,8 +168,8 @@ def remodel(
         plan_of(to_place[0], to_place[1] * compact.size, size, mito_count)
     left_out: tuple[int, ...] = ()
     if rearrange:
-        joined = join_crops(compact, source, size, rng_for(seed, "rearrange"))
-        compact, source, left_out = joined.label, joined.mito, tuple(ids[joined.left_out].tolist())
+        joined = join_crops(compact, marks, size, rng_for(seed, "rearrange"))
+        compact, marks, left_out = joined.label, joined.marks, tuple(ids[joined.left_out].tolist())
     moved, field, minimum = compact, None, 1.0
     if elastic:
         moved, field, minimum = deform_compact(
@@ -180,8 +196,10 @@ def remodel(
     if membrane_spread:
         spread_rng = np.random.default_rng(int(rng.integers(2**63)))
         membrane = _varied(membrane, moved, size, membrane_thickness_nm, membrane_spread, spread_rng)
+    if field and (to_place is None or dark is not None):
+        marks = field.warp(marks)
     if to_place is None:
-        new = keep_inside(field.warp(source) if field else source, moved, membrane)
+        new = keep_inside(marks == _MITO, moved, membrane)
     else:
         shapes, fraction = to_place
         new = place_in(
@@ -195,12 +213,23 @@ def remodel(
             candidate_fraction=candidate_fraction,
             margin_nm=margin_nm,
         )
+    moved_dark = None if dark is None else (marks == _DARK).astype(np.uint8)
     if section_jump_nm or section_drift_nm:
         shifts = section_shifts(
             len(moved), size, rng_for(seed, "sections"), jump_nm=section_jump_nm, drift_nm=section_drift_nm
         )
-        moved, membrane, new = misalign(moved, membrane, new, shifts)
-    return RemodelledMask(_renamed(moved, with_new_ids(ids, moved)), membrane, new, minimum, left_out)
+        moved, membrane, new, moved_dark = misalign(moved, membrane, new, shifts, moved_dark)
+    if moved_dark is not None:
+        moved_dark[(moved == 0) | (membrane > 0) | (new > 0)] = 0
+    return RemodelledMask(_renamed(moved, with_new_ids(ids, moved)), membrane, new, minimum, left_out, moved_dark)
+
+
+def _marks(mito: np.ndarray, dark: np.ndarray | None, compact: np.ndarray) -> np.ndarray:
+    """Mitochondria and what else is dark inside neurons in one array, (z, y, x) uint8."""
+    if dark is None:
+        return mito
+    other = (binary_mask(dark, compact.shape, "dark") > 0) & (compact > 0) & (mito == 0)
+    return np.where(other, np.uint8(_DARK), mito)
 
 
 def _renamed(compact: np.ndarray, ids: np.ndarray) -> np.ndarray:

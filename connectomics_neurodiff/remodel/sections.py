@@ -122,8 +122,8 @@ def halved(shifts: np.ndarray) -> np.ndarray:
 
 
 def misalign(
-    compact: np.ndarray, membrane: np.ndarray, mito: np.ndarray, shifts: np.ndarray
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    compact: np.ndarray, membrane: np.ndarray, mito: np.ndarray, shifts: np.ndarray, dark: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray | None]:
     """Shift labels, membranes and mitochondria together.
 
     What a jump tears from a neurite too thin to overlap itself gets a label of its own, or becomes background if all of
@@ -138,11 +138,13 @@ def misalign(
         (z, y, x) uint8.
     shifts : numpy.ndarray
         As of :func:`section_shifts`.
+    dark : numpy.ndarray or None
+        (z, y, x) uint8: what else moves along.
 
     Returns
     -------
-    label, membrane, mito : numpy.ndarray
-        Labels 0..m, m >= n; those above n are torn pieces.
+    label, membrane, mito, dark : numpy.ndarray
+        Labels 0..m, m >= n; those above n are torn pieces. None for a `dark` that is None.
     """
     before = pieces_of(compact)
     allowed = before.counts(int(compact.max()) + 1)
@@ -156,4 +158,5 @@ def misalign(
     inside = np.bincount(label[walls == 0], minlength=int(label.max()) + 1)
     specks = (inside == 0) & (np.arange(len(inside)) >= len(allowed))
     label = np.where(specks[label], np.uint32(0), label)
-    return label, walls, keep_inside(shift_sections(mito, shifts), label, walls)
+    moved_dark = None if dark is None else shift_sections(dark, shifts)
+    return label, walls, keep_inside(shift_sections(mito, shifts), label, walls), moved_dark

@@ -6,13 +6,12 @@ import logging
 import math
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 
 from ..checkpoints import Checkpoint
 from ..errors import ValueRangeError
 from ..memory import available_bytes, peak_bytes
-from ..volume import ArrayLike, slabs
+from ..volume import ArrayLike
 from .nets import build_denoiser
 
 logger = logging.getLogger("connectomics_neurodiff")
@@ -47,22 +46,20 @@ def warn_of_voxel_size(checkpoint: Checkpoint, voxel_nm: Sequence[float]) -> Non
             )
 
 
-def warn_of_empty_neurons(checkpoint: Checkpoint, mito: ArrayLike | None) -> None:
-    """Log a warning if masks hold nothing of what a denoiser learnt to paint inside neurons.
+def warn_of_empty_neurons(checkpoint: Checkpoint, dark: ArrayLike | None) -> None:
+    """Log a warning if masks do not say what is dark inside neurons to a denoiser that learnt to be told.
 
     Parameters
     ----------
     checkpoint : Checkpoint
         Denoiser.
-    mito : array or None
-        (z, y, x) mask of mitochondria, or of dark bodies.
+    dark : array or None
+        (z, y, x) mask of what is dark inside neurons beside mitochondria.
     """
-    if not checkpoint.extra.get("dark_bodies"):
-        return
-    if mito is None or not any(np.asarray(mito[index]).any() for index in slabs(tuple(mito.shape))):
+    if checkpoint.extra.get("dark_bodies") and dark is None:
         logger.warning(
-            "The denoiser learnt dark bodies inside neurons, and these masks have none: neurons are painted empty, and "
-            "a segmenter takes all that is dark for a boundary. Make masks with 'neurodiff remodel --dark-bodies'."
+            "The denoiser learnt what is dark inside neurons, and these masks do not tell: neurons are painted empty, "
+            "and a segmenter takes all that is dark for a boundary. Make masks with 'neurodiff remodel --dark-bodies'."
         )
 
 

@@ -90,7 +90,7 @@ def open_volume(path: str | Path, *, voxel_nm: Sequence[float] | None = None, ro
         (``store.zarr`` or ``store.zarr::array``).
     voxel_nm : sequence of 3 floats, optional
         Voxel size in nm, (z, y, x). Needed if the file does not state it; goes before what the file states.
-    role : {"auto", "image", "label", "mito"}
+    role : {"auto", "image", "label", "mito", "dark"}
         ``"auto"``: every dataset whose name tells its role (``image``, ``raw``, ``label``, ``labels``, ``mito``, ...).
         An array without a telling name is an image if it is uint8, uint16 or float, else labels. A role by name: only
         that array, whatever it is called if there is only one.
@@ -128,7 +128,8 @@ def open_volume(path: str | Path, *, voxel_nm: Sequence[float] | None = None, ro
         if kind == "image":
             # A uint8 image that was converted from a wider type carries the scaling of the recording.
             scaling = Scaling(*source.attributes.get(f"{name}.grey_range", (stored_scaling.low, stored_scaling.high)))
-    return Volume(arrays.get("image"), arrays.get("label"), arrays.get("mito"), size, scaling, str(path))
+    masks = arrays.get("label"), arrays.get("mito")
+    return Volume(arrays.get("image"), *masks, size, scaling, str(path), arrays.get("dark"))
 
 
 def read_voxel_size(path: str | Path, *, voxel_nm: Sequence[float] | None = None) -> ZYX:

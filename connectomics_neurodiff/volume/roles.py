@@ -6,6 +6,7 @@ role       on disk                     in a :class:`~.volume.Volume`
 image      uint8 (or 16 bit, float)    float32 in [0, 1], one linear scaling
 label      any non-negative integers   uint64, 0 = background
 mito       any integers                uint8, 1 where the stored value is not 0
+dark       any integers                uint8, 1 where the stored value is not 0
 =========  ==========================  ==========================================
 """
 
@@ -24,6 +25,7 @@ ROLE_NAMES: dict[str, tuple[str, ...]] = {
     "image": ("image", "raw", "volumes/raw"),
     "label": ("label", "labels", "segmentation", "volumes/labels/neuron_ids"),
     "mito": ("mito", "mitochondria"),
+    "dark": ("dark",),
 }
 
 
@@ -54,7 +56,7 @@ class Scaling:
 
 
 def require_role(role: str) -> str:
-    """`role` if it is one of image, label, mito; raises :class:`UnknownName` otherwise."""
+    """`role` if it is one of image, label, mito, dark; raises :class:`UnknownName` otherwise."""
     if role not in ROLE_NAMES:
         raise UnknownName(
             f"No role '{role}' of an array.{did_you_mean(role, ROLE_NAMES)} Known: {', '.join(ROLE_NAMES)}."
@@ -116,7 +118,7 @@ class RoleArray(LazyArray):
     ----------
     stored : LazyArray
         The array as it is on disk, (z, y, x).
-    role : {"image", "label", "mito"}
+    role : {"image", "label", "mito", "dark"}
         What it is.
     scaling : Scaling
         Grey values that become 0 and 1; used for images only.
@@ -129,7 +131,7 @@ class RoleArray(LazyArray):
         If labels or masks are not integers; on reading, if a label is negative.
     """
 
-    _TYPES: ClassVar[dict[str, type]] = {"image": np.float32, "label": np.uint64, "mito": np.uint8}
+    _TYPES: ClassVar[dict[str, type]] = {"image": np.float32, "label": np.uint64, "mito": np.uint8, "dark": np.uint8}
 
     def __init__(self, stored: LazyArray, role: str, scaling: Scaling, name: str) -> None:
         super().__init__(stored.shape, self._TYPES[require_role(role)])
@@ -144,7 +146,7 @@ class RoleArray(LazyArray):
         stored = self.stored[box]
         if self.role == "image":
             return self.scaling.to_unit(stored)
-        if self.role == "mito":
+        if self.role in ("mito", "dark"):
             return (stored != 0).astype(np.uint8)
         require_natural(stored, self.name)
         return stored.astype(np.uint64)

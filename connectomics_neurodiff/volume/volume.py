@@ -1,8 +1,8 @@
-"""The volume: image, neuron labels and mitochondria of one piece of tissue, with the size of its voxels."""
+"""The volume: image, neuron labels and what is inside neurons, of one piece of tissue, with the size of its voxels."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -30,6 +30,8 @@ class Volume:
         Grey values of the recording that became 0 and 1.
     path : str
         Where it was read from; empty if made in memory.
+    dark : array or None
+        uint8, 1 where neurons are dark inside without a mitochondrion (:func:`.with_dark_bodies`).
 
     Raises
     ------
@@ -47,6 +49,7 @@ class Volume:
     voxel_nm: ZYX
     scaling: Scaling = field(default_factory=Scaling)
     path: str = ""
+    dark: ArrayLike | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "voxel_nm", voxel_size(self.voxel_nm))
@@ -66,7 +69,7 @@ class Volume:
     @property
     def arrays(self) -> dict[str, ArrayLike]:
         """The arrays that are there, by role."""
-        named = {"image": self.image, "label": self.label, "mito": self.mito}
+        named = {"image": self.image, "label": self.label, "mito": self.mito, "dark": self.dark}
         return {name: array for name, array in named.items() if array is not None}
 
     @property
@@ -81,7 +84,7 @@ class Volume:
         Parameters
         ----------
         role : str
-            ``"image"``, ``"label"`` or ``"mito"``.
+            ``"image"``, ``"label"``, ``"mito"`` or ``"dark"``.
 
         Raises
         ------
@@ -97,6 +100,11 @@ class Volume:
         """Mitochondria in memory, None if there are no masks of them."""
         return None if self.mito is None else np.asarray(self.mito)
 
+    @property
+    def dark_array(self) -> np.ndarray | None:
+        """What else is dark inside neurons, in memory, None if there is no mask of it."""
+        return None if self.dark is None else np.asarray(self.dark)
+
     def crop(self, box: Box) -> Volume:
         """The part inside `box`, as numpy arrays in memory.
 
@@ -108,7 +116,8 @@ class Volume:
         if not box.within(self.shape):
             raise ValueRangeError(f"A crop must lie inside the volume {self.shape}. Got {box.start} to {box.stop}.")
         parts = {name: np.array(array[box.slices]) for name, array in self.arrays.items()}
-        return Volume(parts.get("image"), parts.get("label"), parts.get("mito"), self.voxel_nm, self.scaling, self.path)
+        image, label, mito, dark = (parts.get(role) for role in ("image", "label", "mito", "dark"))
+        return replace(self, image=image, label=label, mito=mito, dark=dark)
 
     def load(self) -> Volume:
         """The whole volume as numpy arrays in memory."""

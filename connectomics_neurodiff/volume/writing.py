@@ -20,7 +20,7 @@ from .arrays import ArrayLike, slabs
 from .roles import require_finite, require_integers, require_natural
 
 #: What a file of ours may hold, and how it is stored.
-DATASETS = ("image", "label", "membrane", "mito", "affinity", "reliability")
+DATASETS = ("image", "label", "membrane", "mito", "dark", "affinity", "reliability")
 #: Sections, rows and columns of a chunk: a training patch of 18 x 160 x 160 touches few of them.
 CHUNK = (8, 128, 128)
 #: HDF5 may hold back so much: a chunk or two of each dataset, and what it keeps about them.
