@@ -24,6 +24,7 @@ from connectomics_neurodiff.pairs import (
     read_reliability,
     write_pair,
 )
+from connectomics_neurodiff.pairs.matching import _blocks, _filtered
 from connectomics_neurodiff.volume import Volume, open_volume, write_volume
 
 SHAPE = (5, 18, 26)
@@ -221,6 +222,19 @@ def test_an_isotropic_volume_is_filtered_along_z_too() -> None:
     for axis in range(3):
         rough = [float(np.square(np.diff(image, axis=axis)).mean()) for image in (matched, real)]
         assert rough[0] / rough[1] == pytest.approx(1, rel=0.1)
+
+
+def test_a_volume_filtered_in_blocks_is_as_one_filtered_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks see beyond their faces as far as the filter reaches: the same voxels, and no seam."""
+    rng = np.random.default_rng(0)
+    image = np.clip(0.5 + 0.4 * gaussian_filter(rng.standard_normal((50, 61, 70)), 1.0), 0, 1).astype(np.float32)
+    curve = np.array([0.0, 8.0, 20.0, 60.0]), np.array([1.0, 1.0, 1.6, 0.7])
+    whole = _filtered(image, (8.0, 8.0, 8.0), (0, 1, 2), *curve)
+    monkeypatch.setattr("connectomics_neurodiff.pairs.matching._BLOCK", 32)
+    assert len(_blocks(image.shape, (0, 1, 2))) == 2 * 2 * 3
+    blocks = _filtered(image, (8.0, 8.0, 8.0), (0, 1, 2), *curve)
+    assert np.abs(whole - image).max() > 0.1
+    np.testing.assert_allclose(blocks, whole, atol=2e-3)
 
 
 def test_pixels_too_coarse_for_fine_detail_are_left_alone() -> None:

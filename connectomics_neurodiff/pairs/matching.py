@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import ArrayLike
 from scipy import fft
 
 from ..errors import ValueRangeError
-from ..geometry import is_anisotropic, voxel_size
+from ..geometry import Box, is_anisotropic, tiles, voxel_size
 from .tissue import LEAST_STD, image_defect
 
 #: Coarser details than this, cycles per micrometre, are the layout's, which the mask decides: they stay as they are.
 COARSEST = 8.0
 #: Detail is made at most so many times stronger, or weaker: what is not there cannot be brought out.
 MOST_GAIN = 2.0
-#: Width of the rings of frequency, as a ratio, and the voxels mirrored beyond the faces.
+#: Width of the rings of frequency, as a ratio; voxels that a block sees beyond its faces, mirrored at the volume's.
 _RING, _MARGIN = 1.15, 24
+#: Side of the blocks that an isotropic volume is filtered in, voxels: memory does not grow with the volume.
+_BLOCK = 160
 
 
 def match_grey_values(synthetic: ArrayLike, real: ArrayLike) -> np.ndarray:
@@ -100,12 +102,10 @@ def _comparable(synthetic: ArrayLike, real: ArrayLike) -> tuple[np.ndarray, np.n
     return image, reference
 
 
-def _pieces(image: np.ndarray, axes: Sequence[int]) -> Iterator[tuple[slice, np.ndarray]]:
-    """Sections one by one where they are filtered one by one, else the whole volume."""
-    step = 1 if len(axes) == 2 else len(image)
-    for start in range(0, len(image), step):
-        where = slice(start, start + step)
-        yield where, image[where]
+def _blocks(shape: Sequence[int], axes: Sequence[int]) -> list[Box]:
+    """Sections one by one where they are filtered one by one, else blocks."""
+    size = (1, *shape[1:]) if len(axes) == 2 else (_BLOCK,) * 3
+    return tiles(shape, size, (0, 0, 0))
 
 
 def _frequencies(shape: Sequence[int], size: Sequence[float], axes: Sequence[int]) -> np.ndarray:
@@ -120,16 +120,18 @@ def _frequencies(shape: Sequence[int], size: Sequence[float], axes: Sequence[int
 
 def _ring_power(image: np.ndarray, size: Sequence[float], axes: Sequence[int], edges: np.ndarray) -> np.ndarray:
     """Mean power of a coefficient in each ring of frequency; 0 where there is none. White noise has its variance."""
+    blocks = _blocks(image.shape, axes)
     window = np.ones([1] * 3)
     for axis in axes:
         # Without the zeros at the ends of numpy's window, so that an axis may be short.
-        along = np.hanning(image.shape[axis] + 2)[1:-1]
+        along = np.hanning(blocks[0].shape[axis] + 2)[1:-1]
         window = window * along.reshape([-1 if a == axis else 1 for a in range(3)])
+    ring = np.digitize(_frequencies(blocks[0].shape, size, axes), edges) - 1
     total, count = np.zeros(len(edges) - 1), np.zeros(len(edges) - 1)
-    for _, piece in _pieces(image, axes):
+    for block in blocks:
+        piece = image[block.slices]
         centred = (piece - piece.mean()) * window
         power = np.abs(fft.rfftn(centred, axes=axes)) ** 2 / (np.square(window).mean() * np.prod(piece.shape))
-        ring = np.digitize(_frequencies(piece.shape, size, axes), edges) - 1
         inside = np.broadcast_to((ring >= 0) & (ring < len(total)), power.shape)
         index = np.broadcast_to(ring, power.shape)[inside]
         total += np.bincount(index, power[inside], minlength=len(total))
@@ -142,14 +144,16 @@ def _filtered(
 ) -> np.ndarray:
     """The image through a filter whose gain is given at some frequencies; mirrored beyond its faces."""
     result = np.empty(image.shape, np.float32)
-    margin = [(_MARGIN, _MARGIN) if axis in axes else (0, 0) for axis in range(3)]
-    for where, piece in _pieces(image, axes):
-        padded = np.pad(piece, margin, mode="symmetric")
-        response = np.interp(_frequencies(padded.shape, size, axes), frequency, gain)
-        shape = [padded.shape[axis] for axis in axes]
-        spectrum = fft.rfftn(padded, axes=axes)
-        spectrum *= response.astype(np.float32)
-        sharpened = fft.irfftn(spectrum, s=shape, axes=axes, overwrite_x=True)
-        inner = tuple(slice(before, n - after) for (before, after), n in zip(margin, padded.shape, strict=True))
-        result[where] = sharpened[inner]
+    margins = [_MARGIN if axis in axes else 0 for axis in range(3)]
+    mirrored = np.pad(image, [(margin, margin) for margin in margins], mode="symmetric")
+    inner = tuple(slice(margin, -margin or None) for margin in margins)
+    blocks = _blocks(image.shape, axes)
+    padded = [n + 2 * margin for n, margin in zip(blocks[0].shape, margins, strict=True)]
+    response = np.interp(_frequencies(padded, size, axes), frequency, gain).astype(np.float32)
+    for block in blocks:
+        around = tuple(slice(a, a + n) for a, n in zip(block.start, padded, strict=True))
+        spectrum = fft.rfftn(mirrored[around], axes=axes)
+        spectrum *= response
+        sharpened = fft.irfftn(spectrum, s=[padded[axis] for axis in axes], axes=axes, overwrite_x=True)
+        result[block.slices] = sharpened[inner]
     return np.clip(result, 0, 1)

@@ -196,7 +196,7 @@ def denoiser_options(cfg: CfgNode) -> dict[str, Any]:
 def diffusion_training_settings(cfg: CfgNode) -> dict[str, Any]:
     """The settings that a trained denoiser depends on; its volumes are parents instead."""
     node = cfg.NEURODIFF.DIFFUSION
-    keys = training_keys(node, (*SAMPLING_KEYS, "SAVE_EVERY", "EXTRA_VOLUMES"))
+    keys = training_keys(node, (*SAMPLING_KEYS, "SAVE_EVERY", "EXTRA_VOLUMES", "START"))
     return keys | {
         "MEMBRANE_NM": cfg.NEURODIFF.MEMBRANE_NM,
         "DARK_BODIES": cfg.NEURODIFF.DARK_BODIES,
