@@ -25,6 +25,7 @@ from yacs.config import CfgNode
 from connectomics_neurodiff.affinities import affinities_from_labels
 from connectomics_neurodiff.config import load_config
 from connectomics_neurodiff.config.project import host_defaults, is_project, load_project
+from connectomics_neurodiff.engine import FitSettings
 from connectomics_neurodiff.errors import (
     ConfigError,
     MissingDependency,
@@ -750,6 +751,46 @@ def test_the_pipeline_runs_and_resumes_under_the_host(tmp_path: Path) -> None:
     run_pipeline(load_config(overrides=half), engine="host", stages=["diffusion", "masks", "pairs"])
     with h5py.File(tmp_path / "whole/pairs/copy_000.h5") as one, h5py.File(tmp_path / "half/pairs/copy_000.h5") as two:
         np.testing.assert_array_equal(one["image"][()], two["image"][()])
+
+
+@with_host
+def test_a_training_killed_while_somebody_looks_is_looked_at_again(tmp_path: Path) -> None:
+    """PyTC saves before it is looked at: without a second look a resumed training would lack a row."""
+    from connectomics_neurodiff.host.v1.engine import fit
+
+    class Watch:
+        every = 2
+
+        def __init__(self, dies_at: int = 0) -> None:
+            self.looks: list[int] = []
+            self.dies_at = dies_at
+
+        def __call__(self, network: torch.nn.Module, step: int) -> dict[str, float]:
+            if step == self.dies_at:
+                raise KeyboardInterrupt
+            self.looks.append(step)
+            return {}
+
+    class Samples:
+        def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+            values = np.random.default_rng(index).random((1, 2, 4, 4), dtype=np.float32)
+            return {"image": values, "target": values}
+
+    def loss(network: torch.nn.Module, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        return (network(batch["image"]) - batch["target"]).square().mean(), {}
+
+    def train(watch: Watch) -> None:
+        how = FitSettings(4, checkpoint_every=2, precision="fp32")
+        fit(torch.nn.Conv3d(1, 1, 1), loss, Samples(), how, tmp_path, label="tiny", watch=watch)
+
+    for dies_at, looks in ((2, []), (4, [2]), (0, [4])):
+        watch = Watch(dies_at)
+        if dies_at:
+            with pytest.raises(KeyboardInterrupt):
+                train(watch)
+        else:
+            train(watch)
+        assert watch.looks == looks
 
 
 @with_host

@@ -70,7 +70,7 @@ def make_diffusion(run: Run) -> None:
     watch = FollowingWatch(run, judge, process, crops.scales[0], target.parent / "following.csv") if judge else None
     network = run.engine.fit(
         network,
-        _diffusion_loss(cfg, process),
+        diffusion_loss(cfg, process),
         crops,
         networks.diffusion_fit_settings(cfg),
         target.parent,
@@ -101,7 +101,8 @@ def make_diffusion(run: Run) -> None:
     run.finish(target, provenance)
 
 
-def _diffusion_loss(cfg: CfgNode, process: DiffusionProcess) -> Loss:
+def diffusion_loss(cfg: CfgNode, process: DiffusionProcess) -> Loss:
+    """What the denoiser of a configuration is trained on."""
     from ..synthesis import VariationalBound, min_snr_weight, noise_loss, velocity_weight
 
     node = cfg.NEURODIFF.DIFFUSION

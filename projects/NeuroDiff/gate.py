@@ -4,8 +4,8 @@
 
 DATA_FOLDER holds ac4.h5, fib_medulla_train.h5 and vnc_sstem_train.h5 (docs/data.md); the phantom needs none. For every
 volume a judge is trained on the train box. Real pairs are boxes of the same size elsewhere with their own labels, with
-and without their mitochondria masks; bad ones are made of the first two of them. Grey values are matched to the train
-box, as a run does.
+and without their mitochondria masks; bad ones are made of the first two of them. Fine detail and grey values are fitted
+to the train box, as a run does.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from connectomics_neurodiff.pairs import (
     RealTissue,
     judge_pair,
     match_grey_values,
+    match_spectrum,
     measure_real,
     train_judge,
 )
@@ -213,7 +214,8 @@ def describe(line: dict[str, Any]) -> str:
     return (
         f"| {line['volume']} | {line['kind']} | {following.get('average_precision', 0):.2f} | "
         f"{following.get('share', 0):.2f} | {following.get('missing', 0):.2f} | {checks['grey']['got']:.3f} | "
-        f"{' '.join(f'{power:.2f}' for power in powers)} | {checks['continuity']['got']:.2f} | "
+        f"{' '.join(f'{power:.2f}' for power in powers)} | {checks['grain']['got'] / checks['grain']['real']:.2f} | "
+        f"{checks['continuity']['got']:.2f} | "
         f"{checks['order']['got']:.2f} | {dark} | "
         f"{right}{'passes' if line['passed'] else failed} |"
     )
@@ -233,7 +235,8 @@ class Examiner:
         """The line of one pair, printed."""
         start = time.process_time()
         mask = MaskArrays(pair.label, pair.membrane, pair.mito if self.with_mito else None)
-        image = match_grey_values(pair.image, self.train.image)
+        image = match_spectrum(pair.image, self.train.image, self.tissue.voxel_nm)
+        image = match_grey_values(image, self.train.image)
         report = judge_pair(image, mask, real=self.tissue, judge=self.judge)
         kind += ", no mito masks" if self.train.mito is not None and not self.with_mito else ""
         what = {"volume": self.name, "kind": kind, "must_pass": must_pass}
@@ -277,8 +280,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="all numbers")
     options = parser.parse_args()
     print(
-        "| volume | pair | AP | following | missing | grey | power | continuity | order | dark | gate |\n|"
-        + " --- |" * 11
+        "| volume | pair | AP | following | missing | grey | power | grain | continuity | order | dark | gate |\n|"
+        + " --- |" * 12
     )
     lines = []
     for name, seed in product(options.volumes, options.seeds):

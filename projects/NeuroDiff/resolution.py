@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from connectomics_neurodiff.checkpoints import load_checkpoint
-from connectomics_neurodiff.conditions import membrane_from_labels, with_background
+from connectomics_neurodiff.conditions import membrane_from_labels, organelles, with_background, with_dark_bodies
 from connectomics_neurodiff.errors import UserError
 from connectomics_neurodiff.geometry import Box, voxel_size
 from connectomics_neurodiff.synthesis import denoiser_from_checkpoint, grey_scale_for, synthesise
@@ -81,6 +81,8 @@ def paint(options: argparse.Namespace, volume: Volume) -> dict[str, dict[str, An
     wrong = options.wrong_nm or farthest(volume.voxel_nm, checkpoint.extra["voxel_nm"])
     if np.allclose(wrong, volume.voxel_nm):
         raise UserError("The denoiser was trained on this voxel size alone; name another one with --wrong-nm.")
+    if checkpoint.extra.get("dark_bodies"):
+        volume = with_dark_bodies(volume, checkpoint.extra["membrane_nm"])
     label = volume.array("label")
     membrane = membrane_from_labels(label, volume.voxel_nm, checkpoint.extra["membrane_nm"])
     tile = options.tile or checkpoint.extra["patch"]
@@ -90,7 +92,7 @@ def paint(options: argparse.Namespace, volume: Volume) -> dict[str, dict[str, An
             network,
             process,
             with_background(membrane, label),
-            volume.mito_array,
+            organelles(volume.mito_array, volume.dark_array),
             told,
             seed=options.seed,
             grey=grey_scale_for(checkpoint, volume.voxel_nm),

@@ -24,7 +24,7 @@ from scipy import ndimage
 
 from connectomics_neurodiff.agglomerate import segment
 from connectomics_neurodiff.checkpoints import load_checkpoint
-from connectomics_neurodiff.conditions import membrane_from_labels, with_background, with_dark_bodies
+from connectomics_neurodiff.conditions import membrane_from_labels, organelles, with_background, with_dark_bodies
 from connectomics_neurodiff.errors import UserError
 from connectomics_neurodiff.geometry import Box
 from connectomics_neurodiff.metrics import (
@@ -106,7 +106,7 @@ def paint(
         guided(network, scale, checkpoint, process.step_at(options.guidance_above)),
         process,
         outside,
-        volume.mito_array,
+        organelles(volume.mito_array, volume.dark_array),
         volume.voxel_nm,
         seed=options.seed,
         grey=grey_scale_for(checkpoint, volume.voxel_nm),

@@ -205,6 +205,8 @@ class _FitTrainer(NeuroDiffTrainer):
         """PyTC's loop: every step ends in its ``_train_misc`` (backward pass, monitor, checkpoint, schedule)."""
         self.model.train()
         self.curve = LossCurve(self.folder / "loss.csv", self.first_step)
+        if self.first_step:  # a run that was killed while somebody looked looks again
+            self._look(self.first_step)
         with progress_bar(label=self.label, total=self.settings.steps, initial=self.first_step) as bar:
             for iteration in range(self.first_step, self.settings.steps):
                 self.start_time = time.perf_counter()
