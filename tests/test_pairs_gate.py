@@ -172,6 +172,13 @@ def test_dark_shares_of_a_hand_made_neuron() -> None:
     mito[:, 14:17] = 1
     found = dark_shares(image, label, membrane, mito, VOXEL)
     assert (found.all, found.mito, found.rest) == (pytest.approx(7 / 28), 1.0, pytest.approx(4 / 25))
+    # In every section one piece, of 7 rows and all 50 columns of 6 x 6 nm; 28 rows are deep.
+    assert found.size_nm == pytest.approx(2 * np.sqrt(7 * 50 * 36 / np.pi))
+    assert found.per_um2 == pytest.approx(1 / (28 * 50 * 36e-6))
+    image[:, 25:27, :3] = 0.25
+    split = dark_shares(image, label, membrane, mito, VOXEL)
+    assert split.per_um2 == pytest.approx(2 * found.per_um2)
+    image[:, 25:27, :3] = 0.8
     # In units of the volume's own membranes: contrast and brightness do not matter.
     assert dark_shares(0.5 + 0.3 * image, label, membrane, None, VOXEL).all == pytest.approx(7 / 28)
     assert np.isnan(dark_shares(image[:, :7], label[:, :7], membrane[:, :7], None, VOXEL).all)

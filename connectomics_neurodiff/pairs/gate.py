@@ -375,7 +375,11 @@ def _check_order(painted: TissueStatistics, real: RealTissue, limits: GateLimits
 
 
 def _check_dark(painted: TissueStatistics, real: RealTissue, limits: GateLimits) -> Iterator[Check]:
-    """Dark shares deep inside neurons: of all, or inside and outside mitochondria where both volumes know them."""
+    """Dark shares deep inside neurons: of all, or inside and outside mitochondria where both volumes know them.
+
+    The size and number of dark pieces are told beside them. They have no limits: in boxes of one real volume they
+    differ by factors.
+    """
     if not limits.dark:
         return
     own, got = real.whole.dark, painted.dark
@@ -394,3 +398,5 @@ def _check_dark(painted: TissueStatistics, real: RealTissue, limits: GateLimits)
             f"membranes, {100 * real_share:.1f} % in the real volume; {100 * low:.1f} to {100 * high:.1f} % is allowed."
         )
         yield _checked(f"dark{where}", share, real_share, (low, high), problem)
+    yield Check("size of dark pieces, nm", got.size_nm, own.size_nm, 0.0, math.inf, passed=True)
+    yield Check("dark pieces per um2", got.per_um2, own.per_um2, 0.0, math.inf, passed=True)

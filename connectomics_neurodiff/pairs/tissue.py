@@ -250,7 +250,7 @@ def depth_in_neurons(label: np.ndarray, membrane: np.ndarray, voxel_nm: Sequence
 
 @dataclass(frozen=True)
 class DarkShares:
-    """Shares of voxels deep inside neurons that are dark, in [0, 1]; NaN where there are none.
+    """How much is dark deep inside neurons, and in pieces of which size; NaN where nothing lies deep.
 
     Dark is what is nearer to the median of the volume's own membranes than to that of its own depths. Deep is more than
     `DEPTH_NM` from any membrane.
@@ -258,14 +258,21 @@ class DarkShares:
     Attributes
     ----------
     all : float
-        Of all deep voxels.
+        Share of all deep voxels that is dark, in [0, 1].
     mito, rest : float
         Of those inside mitochondria and of the others; NaN without masks of mitochondria.
+    size_nm : float
+        Diameter of a disk with the area of the piece that a dark voxel lies in, mean over voxels; pieces are those of
+        sections, 8-connected. NaN where nothing is dark.
+    per_um2 : float
+        Pieces per square micrometre of deep tissue.
     """
 
     all: float
     mito: float = math.nan
     rest: float = math.nan
+    size_nm: float = math.nan
+    per_um2: float = math.nan
 
 
 def dark_shares(
@@ -292,11 +299,28 @@ def dark_shares(
         return DarkShares(math.nan)
     smooth = smoothed(image, voxel_nm, SMOOTHING_NM)
     dark = smooth < (np.median(smooth[on]) + np.median(smooth[deep])) / 2
+    pieces = _pieces(dark & deep, deep, voxel_nm)
     if mito is None:
-        return DarkShares(float(dark[deep].mean()))
+        return DarkShares(float(dark[deep].mean()), math.nan, math.nan, *pieces)
     inside = np.asarray(mito) > 0
-    parts = [float(dark[where].mean()) if where.any() else math.nan for where in (deep & inside, deep & ~inside)]
-    return DarkShares(float(dark[deep].mean()), *parts)
+    in_mito, rest = (_share(dark, where) for where in (deep & inside, deep & ~inside))
+    return DarkShares(float(dark[deep].mean()), in_mito, rest, *pieces)
+
+
+def _share(dark: np.ndarray, where: np.ndarray) -> float:
+    return float(dark[where].mean()) if where.any() else math.nan
+
+
+def _pieces(dark: np.ndarray, deep: np.ndarray, voxel_nm: Sequence[float]) -> tuple[float, float]:
+    """Mean diameter of pieces by their voxels, nm, and pieces per square micrometre."""
+    import cc3d
+
+    pixel = voxel_nm[1] * voxel_nm[2]
+    counts = [np.bincount(cc3d.connected_components(s.view(np.uint8), connectivity=8).ravel())[1:] for s in dark]
+    areas = np.concatenate(counts) * pixel
+    number = len(areas) / (deep.sum() * pixel) * 1e6
+    diameters = 2 * np.sqrt(areas / np.pi)
+    return (float((areas * diameters).sum() / areas.sum()) if areas.size else math.nan), float(number)
 
 
 @dataclass(frozen=True, eq=False)
