@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from yacs.config import CfgNode
 
@@ -70,6 +70,49 @@ def check_networks(cfg: CfgNode) -> None:
             last_synthetic_sample(cfg)
         if makes_pairs(cfg):
             build_denoiser(cfg.NEURODIFF.DIFFUSION.ARCHITECTURE, **denoiser_options(cfg))
+    starting_weights(cfg)
+
+
+def starting_weights(cfg: CfgNode) -> Checkpoint | None:
+    """The denoiser whose weights the training of the run's own starts from; None if it starts at random.
+
+    Raises
+    ------
+    MissingInput
+        If there is no such file.
+    CheckpointMismatch
+        If it is another network, or predicts something else.
+    """
+    from ..checkpoints import load_checkpoint
+
+    node = cfg.NEURODIFF.DIFFUSION
+    if not makes_pairs(cfg) or not node.START:
+        return None
+    start = load_checkpoint(node.START, kind="denoiser")
+    wanted = _identity(node.ARCHITECTURE, denoiser_options(cfg), node.PREDICTION)
+    recorded = start.extra.get("process", {}).get("prediction", "noise")
+    there = _identity(start.architecture, start.options, recorded)
+    differing = [f"{n} {there.get(n)} in place of {value}" for n, value in wanted.items() if there.get(n) != value]
+    if differing:
+        raise CheckpointMismatch(
+            f"NEURODIFF.DIFFUSION.START must be a denoiser with the options of NEURODIFF.DIFFUSION. {node.START} has "
+            f"{', '.join(differing)}."
+        )
+    return start
+
+
+def _identity(architecture: str, options: dict[str, Any], prediction: str) -> dict[str, Any]:
+    """What two denoisers must have in common for one to take the other's weights."""
+    import torch
+
+    from ..synthesis import build_denoiser
+
+    with torch.device("meta"):
+        network = build_denoiser(architecture, **options)
+    known = cast("dict[str, Any]", network.options)
+    # Checkpointing says how a network is trained, not what it is.
+    shared = {name: value for name, value in known.items() if name != "checkpointing"}
+    return {"architecture": architecture, "prediction": prediction, **shared}
 
 
 def provide_architecture(name: str) -> None:

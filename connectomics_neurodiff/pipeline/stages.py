@@ -21,7 +21,7 @@ from ..volume import Volume, open_array, write_volume
 from . import networks
 from .judging import FollowingWatch, judge_of
 from .pairs_stage import pair_paths
-from .parts import hash_of_source, start_paths
+from .parts import hash_of_source
 from .run import Run, forget_other_training
 from .segmentations_stage import QUERIES
 from .synthesis_metrics import synthesis_metrics
@@ -41,15 +41,15 @@ SCORE_NAMES = ("voi_split", "voi_merge", "voi", "arand")
 
 def make_diffusion(run: Run) -> None:
     """Train the denoiser on the train part and the extra volumes -> diffusion/checkpoint.pt."""
-    from ..checkpoints import load_checkpoint, load_weights, save_checkpoint
+    from ..checkpoints import load_weights, save_checkpoint
     from ..synthesis import DiffusionCrops, DiffusionProcess, build_denoiser, cosine_betas, recorded_scales
 
     cfg, node = run.cfg, run.cfg.NEURODIFF.DIFFUSION
     settings = networks.diffusion_training_settings(cfg) | run.engine_settings()
     parents = {"train": run.parts["train"].identity}
-    start = start_paths(cfg)
+    start = networks.starting_weights(cfg)
     if start:
-        parents["start"] = hash_of_file(start[0])
+        parents["start"] = hash_of_file(node.START)
     if run.extra:
         parents["extra"] = hash_of([part.identity for part in run.extra])
     provenance = run.provenance("diffusion", settings, **parents)
@@ -61,7 +61,7 @@ def make_diffusion(run: Run) -> None:
     options = networks.denoiser_options(cfg)
     network = _built_with_seed(run, "denoiser", lambda: build_denoiser(node.ARCHITECTURE, **options))
     if start:
-        network = load_weights(network, load_checkpoint(start[0], kind="denoiser"))
+        network = load_weights(network, start)
     process = DiffusionProcess(cosine_betas(node.STEPS, node.COSINE_OFFSET), node.PREDICTION)
     crops = DiffusionCrops(
         volumes, tuple(node.PATCH), cfg.NEURODIFF.SEED, process, **networks.diffusion_crop_options(cfg)
