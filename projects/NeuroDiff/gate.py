@@ -209,7 +209,8 @@ def describe(line: dict[str, Any]) -> str:
     following, checks = line["following"] or {}, line["checks"]
     powers = [check["got"] for name, check in checks.items() if name.startswith("power")]
     failed = ", ".join(name for name, check in checks.items() if not check["passed"])
-    dark = " ".join(f"{check['got']:.3f}" for name, check in checks.items() if name.startswith("dark"))
+    shares = (c["got"] for name, c in checks.items() if name.startswith("dark") and c["high"] is not None)
+    dark = " ".join(f"{share:.3f}" for share in shares)
     right = "" if line["passed"] == line["must_pass"] else "WRONG "
     return (
         f"| {line['volume']} | {line['kind']} | {following.get('average_precision', 0):.2f} | "
