@@ -111,7 +111,7 @@ def _add_volume_commands(commands: Any) -> None:
     convert.add_argument(
         "--as",
         dest="role",
-        choices=("auto", "image", "label", "mito"),
+        choices=("auto", "image", "label", "mito", "dark"),
         default="auto",
         help="default: told by name and type",
     )

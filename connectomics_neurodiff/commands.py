@@ -288,7 +288,8 @@ def _remodel_in_blocks(options: argparse.Namespace, volume: Volume, outputs: Seq
     assert volume.label is not None
     if volume.dark is not None:
         raise ConfigError(
-            f"{volume.path} has a dataset 'dark', which needs the whole volume in memory, not blocks of it."
+            f"{volume.path} has a dataset 'dark', which is remodelled in memory only. For work in blocks copy its "
+            "label and mito to a file without it."
         )
     sections = options.block_sections or sections_that_fit(volume.shape, volume.voxel_nm, options.membrane_nm)
     sections = min(sections, volume.shape[0])
@@ -375,8 +376,8 @@ def sample(options: argparse.Namespace) -> None:
         guided,
         require_fitting_tile,
         synthesise,
-        warn_of_empty_neurons,
         warn_of_voxel_size,
+        warn_of_what_is_dark,
     )
     from .volume import open_array, open_volume, read_voxel_size
 
@@ -389,7 +390,7 @@ def sample(options: argparse.Namespace) -> None:
     membrane = open_array(options.masks, ("membrane",))
     check_masks(volume.label, membrane, volume.mito, volume.dark)
     warn_of_voxel_size(checkpoint, voxel_nm)
-    warn_of_empty_neurons(checkpoint, volume.dark)
+    warn_of_what_is_dark(checkpoint, volume.mito, volume.dark)
     tile = tuple(options.tile or checkpoint.patch)
     device = resolve_device(options.gpus)
     require_fitting_tile(checkpoint, tile, DEFAULT_MARGIN, volume.shape, device)

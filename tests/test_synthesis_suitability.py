@@ -17,8 +17,8 @@ from connectomics_neurodiff.synthesis import (
     require_fitting_tile,
     suitability,
     tile_bytes,
-    warn_of_empty_neurons,
     warn_of_voxel_size,
+    warn_of_what_is_dark,
 )
 
 CPU = torch.device("cpu")
@@ -106,12 +106,26 @@ NOTHING, SOMETHING = np.zeros((2, 3, 4), np.uint8), np.ones((2, 3, 4), np.uint8)
 
 
 @pytest.mark.parametrize(
-    ("learnt", "dark", "warned"),
-    [(True, None, True), (True, NOTHING, False), (True, SOMETHING, False), (False, None, False)],
+    ("learnt", "mito", "dark", "warning"),
+    [
+        (True, SOMETHING, None, "these masks do not tell"),
+        (True, None, None, "these masks do not tell"),
+        (True, NOTHING, NOTHING, "these masks do not tell"),
+        (True, None, NOTHING, "these masks do not tell"),
+        (True, SOMETHING, NOTHING, ""),  # tissue with mitochondria and nothing else
+        (True, NOTHING, SOMETHING, ""),
+        (False, SOMETHING, None, ""),
+        (False, SOMETHING, SOMETHING, "was not trained with masks of what is dark"),
+    ],
 )
-def test_masks_that_do_not_say_what_is_dark_are_told_of(
-    learnt: bool, dark: np.ndarray | None, warned: bool, caplog: pytest.LogCaptureFixture
+def test_masks_that_tell_less_or_more_than_was_learnt_are_told_of(
+    learnt: bool,
+    mito: np.ndarray | None,
+    dark: np.ndarray | None,
+    warning: str,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     with caplog.at_level(logging.WARNING):
-        warn_of_empty_neurons(checkpoint(dark_bodies=learnt), dark)
-    assert ("painted empty" in caplog.text) == warned
+        warn_of_what_is_dark(checkpoint(knows_dark=learnt), mito, dark)
+    assert warning in caplog.text
+    assert len(caplog.records) == (1 if warning else 0)

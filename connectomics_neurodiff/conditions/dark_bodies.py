@@ -25,6 +25,8 @@ logger = logging.getLogger("connectomics_neurodiff")
 SMOOTHING_NM, FINE_NM = 12.0, 8.0
 #: The membrane's own blur reaches so far into a neuron.
 MARGIN_NM = 15.0
+#: What is dark so near to a mitochondrion is its own membrane, which is painted with it wherever it is placed.
+RIM_NM = 20.0
 #: Radius of the smallest disk (ball) that fits into a body: vesicles and tubules by themselves are no bodies.
 LEAST_RADIUS_NM = 30.0
 #: How dark a body is: 0 as cytoplasm, 1 as membranes. With a half, and the lengths above, bodies agree with experts'
@@ -71,8 +73,8 @@ def with_dark_bodies(volume: Volume, membrane_nm: float = 25.0) -> Volume:
     """A volume in memory that knows what is dark inside its neurons.
 
     Where it has no masks of mitochondria its :func:`dark_bodies` stand for them. All else that is dark by the same
-    measure, smoothed by `FINE_NM` only and however small, is :attr:`.Volume.dark`: vesicles, reticulum, myelin,
-    densities. What the volume has of either stays as it is.
+    measure, smoothed by `FINE_NM` only and however small, is :attr:`.Volume.dark`, except within `RIM_NM` of these:
+    vesicles, reticulum, myelin, densities. What the volume has of either stays as it is.
 
     Raises
     ------
@@ -85,7 +87,8 @@ def with_dark_bodies(volume: Volume, membrane_nm: float = 25.0) -> Volume:
     mito = dark_bodies(image, label, size, membrane_nm) if volume.mito is None else volume.array("mito")
     dark = volume.dark
     if dark is None:
-        dark = (_dark(image, label, size, membrane_nm, FINE_NM) & (mito == 0)).astype(np.uint8)
+        apart = distance_inside(mito == 0, size) > RIM_NM if mito.any() else True
+        dark = (_dark(image, label, size, membrane_nm, FINE_NM) & apart).astype(np.uint8)
     return replace(volume, mito=mito, dark=dark)
 
 

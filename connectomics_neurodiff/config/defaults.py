@@ -265,9 +265,6 @@ def _add_diffusion(node: CfgNode) -> None:
     # the name of a file below DATASET.INPUT_PATH, or {IMAGE_NAME: ..} with LABEL_NAME, MITO_NAME, VOXEL_NM and BOX as
     # wanted; see DATASET and NEURODIFF.SPLIT. No voxel may be one of the tune or test part. [ours]
     node.DIFFUSION.EXTRA_VOLUMES = []
-    # Denoiser (a checkpoint) whose weights the training starts from; its network must have the same options. Empty:
-    # random weights. [ours]
-    node.DIFFUSION.START = ""
     # How several volumes share the samples: "voxels": in proportion to their voxels; "equal": alike. [ours]
     node.DIFFUSION.VOLUME_SHARE = "voxels"
     # Recompute activations in the backward pass: less memory, a tenth to a quarter more time (docs/performance.md).

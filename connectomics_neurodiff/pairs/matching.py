@@ -16,8 +16,9 @@ from .tissue import LEAST_STD, image_defect
 COARSEST = 8.0
 #: Detail is made at most so many times stronger, or weaker: what is not there cannot be brought out.
 MOST_GAIN = 2.0
-#: Width of the rings of frequency, as a ratio; voxels that a block sees beyond its faces, mirrored at the volume's.
-_RING, _MARGIN = 1.15, 24
+#: Width of the rings of frequency, as a ratio; how far a block sees beyond its faces, mirrored at the volume's: twice
+#: the longest wave that is filtered.
+_RING, _MARGIN_NM = 1.15, 2000 / COARSEST
 #: Side of the blocks that an isotropic volume is filtered in, voxels: memory does not grow with the volume.
 _BLOCK = 160
 
@@ -144,7 +145,7 @@ def _filtered(
 ) -> np.ndarray:
     """The image through a filter whose gain is given at some frequencies; mirrored beyond its faces."""
     result = np.empty(image.shape, np.float32)
-    margins = [_MARGIN if axis in axes else 0 for axis in range(3)]
+    margins = [round(_MARGIN_NM / size[axis]) if axis in axes else 0 for axis in range(3)]
     mirrored = np.pad(image, [(margin, margin) for margin in margins], mode="symmetric")
     inner = tuple(slice(margin, -margin or None) for margin in margins)
     blocks = _blocks(image.shape, axes)

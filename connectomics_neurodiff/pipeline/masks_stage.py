@@ -38,7 +38,7 @@ def make_masks(run: Run) -> None:
     node = run.cfg.NEURODIFF.REMODEL
     settings = networks.training_keys(node, ("COPIES", "LIBRARY")) | {
         "MEMBRANE_NM": run.cfg.NEURODIFF.MEMBRANE_NM,
-        "DARK_BODIES": run.cfg.NEURODIFF.DARK_BODIES,
+        **networks.dark_settings(run.cfg),
     }
     parents = {"train": run.parts["train"].identity}
     libraries = library_paths(run.cfg)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from yacs.config import CfgNode
 
+from ..conditions import DARK_LEVEL
 from ..config import as_dict
 from ..config.project import HOST_ARCHITECTURES
 from ..engine import FitSettings, resolve_device, resolve_precision
@@ -70,49 +71,6 @@ def check_networks(cfg: CfgNode) -> None:
             last_synthetic_sample(cfg)
         if makes_pairs(cfg):
             build_denoiser(cfg.NEURODIFF.DIFFUSION.ARCHITECTURE, **denoiser_options(cfg))
-    starting_weights(cfg)
-
-
-def starting_weights(cfg: CfgNode) -> Checkpoint | None:
-    """The denoiser whose weights the training of the run's own starts from; None if it starts at random.
-
-    Raises
-    ------
-    MissingInput
-        If there is no such file.
-    CheckpointMismatch
-        If it is another network, or predicts something else.
-    """
-    from ..checkpoints import load_checkpoint
-
-    node = cfg.NEURODIFF.DIFFUSION
-    if not makes_pairs(cfg) or not node.START:
-        return None
-    start = load_checkpoint(node.START, kind="denoiser")
-    wanted = _identity(node.ARCHITECTURE, denoiser_options(cfg), node.PREDICTION)
-    recorded = start.extra.get("process", {}).get("prediction", "noise")
-    there = _identity(start.architecture, start.options, recorded)
-    differing = [f"{n} {there.get(n)} in place of {value}" for n, value in wanted.items() if there.get(n) != value]
-    if differing:
-        raise CheckpointMismatch(
-            f"NEURODIFF.DIFFUSION.START must be a denoiser with the options of NEURODIFF.DIFFUSION. {node.START} has "
-            f"{', '.join(differing)}."
-        )
-    return start
-
-
-def _identity(architecture: str, options: dict[str, Any], prediction: str) -> dict[str, Any]:
-    """What two denoisers must have in common for one to take the other's weights."""
-    import torch
-
-    from ..synthesis import build_denoiser
-
-    with torch.device("meta"):
-        network = build_denoiser(architecture, **options)
-    known = cast("dict[str, Any]", network.options)
-    # Checkpointing says how a network is trained, not what it is.
-    shared = {name: value for name, value in known.items() if name != "checkpointing"}
-    return {"architecture": architecture, "prediction": prediction, **shared}
 
 
 def provide_architecture(name: str) -> None:
@@ -239,13 +197,18 @@ def denoiser_options(cfg: CfgNode) -> dict[str, Any]:
 def diffusion_training_settings(cfg: CfgNode) -> dict[str, Any]:
     """The settings that a trained denoiser depends on; its volumes are parents instead."""
     node = cfg.NEURODIFF.DIFFUSION
-    keys = training_keys(node, (*SAMPLING_KEYS, "SAVE_EVERY", "EXTRA_VOLUMES", "START"))
+    keys = training_keys(node, (*SAMPLING_KEYS, "SAVE_EVERY", "EXTRA_VOLUMES"))
     return keys | {
         "MEMBRANE_NM": cfg.NEURODIFF.MEMBRANE_NM,
-        "DARK_BODIES": cfg.NEURODIFF.DARK_BODIES,
+        **dark_settings(cfg),
         "PRECISION": device_and_precision(cfg)[1],
         **world_size(cfg),
     }
+
+
+def dark_settings(cfg: CfgNode) -> dict[str, Any]:
+    """What masks and denoiser depend on of how they are told what is dark inside neurons."""
+    return {"DARK_LEVEL": DARK_LEVEL if cfg.NEURODIFF.DARK_BODIES else 0.0}
 
 
 def diffusion_crop_options(cfg: CfgNode) -> dict[str, Any]:

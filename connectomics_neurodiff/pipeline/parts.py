@@ -114,15 +114,9 @@ def library_paths(cfg: CfgNode) -> list[str]:
     return [str(Path(cfg.DATASET.INPUT_PATH) / name)] if name else []
 
 
-def start_paths(cfg: CfgNode) -> list[str]:
-    """Denoiser whose weights the training of the run's own starts from, if there is one."""
-    return [cfg.NEURODIFF.DIFFUSION.START] if makes_pairs(cfg) and cfg.NEURODIFF.DIFFUSION.START else []
-
-
 def missing_inputs(cfg: CfgNode) -> list[str]:
     """Input files that are not there, including those of synthetic pairs made before."""
-    groups = [*source_paths(cfg).values(), *extra_paths(cfg), library_paths(cfg), start_paths(cfg)]
-    groups.append(list(cfg.AUGMENTOR.SYNTHETIC.PAIRS))
+    groups = [*source_paths(cfg).values(), *extra_paths(cfg), library_paths(cfg), list(cfg.AUGMENTOR.SYNTHETIC.PAIRS)]
     paths = [path for group in groups for path in group]
     return sorted({path for path in paths if not Path(path.split("::")[0]).exists()})
 

@@ -41,15 +41,12 @@ SCORE_NAMES = ("voi_split", "voi_merge", "voi", "arand")
 
 def make_diffusion(run: Run) -> None:
     """Train the denoiser on the train part and the extra volumes -> diffusion/checkpoint.pt."""
-    from ..checkpoints import load_weights, save_checkpoint
+    from ..checkpoints import save_checkpoint
     from ..synthesis import DiffusionCrops, DiffusionProcess, build_denoiser, cosine_betas, recorded_scales
 
     cfg, node = run.cfg, run.cfg.NEURODIFF.DIFFUSION
     settings = networks.diffusion_training_settings(cfg) | run.engine_settings()
     parents = {"train": run.parts["train"].identity}
-    start = networks.starting_weights(cfg)
-    if start:
-        parents["start"] = hash_of_file(node.START)
     if run.extra:
         parents["extra"] = hash_of([part.identity for part in run.extra])
     provenance = run.provenance("diffusion", settings, **parents)
@@ -60,8 +57,6 @@ def make_diffusion(run: Run) -> None:
     volumes = [part.load() for part in (run.parts["train"], *run.extra)]
     options = networks.denoiser_options(cfg)
     network = _built_with_seed(run, "denoiser", lambda: build_denoiser(node.ARCHITECTURE, **options))
-    if start:
-        network = load_weights(network, start)
     process = DiffusionProcess(cosine_betas(node.STEPS, node.COSINE_OFFSET), node.PREDICTION)
     crops = DiffusionCrops(
         volumes, tuple(node.PATCH), cfg.NEURODIFF.SEED, process, **networks.diffusion_crop_options(cfg)
@@ -84,7 +79,7 @@ def make_diffusion(run: Run) -> None:
         "voxel_nm": [list(size) for size in dict.fromkeys(volume.voxel_nm for volume in volumes)],
         "process": {"steps": node.STEPS, "cosine_offset": node.COSINE_OFFSET, "prediction": node.PREDICTION},
         "grey_scales": recorded_scales(crops.scales, [volume.voxel_nm for volume in volumes]),
-        "dark_bodies": any(part.dark_bodies_nm for part in (run.parts["train"], *run.extra)),
+        "knows_dark": any(volume.dark is not None for volume in volumes),
         "patch": list(node.PATCH),
         "membrane_nm": cfg.NEURODIFF.MEMBRANE_NM,
         "condition_dropout": node.CONDITION_DROPOUT,

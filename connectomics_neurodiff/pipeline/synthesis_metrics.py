@@ -53,6 +53,9 @@ _CHECKS = {
     "dark_share": "dark",
     "dark_share_in_mitochondria": "dark in mitochondria",
     "dark_share_outside_mitochondria": "dark outside mitochondria",
+    "dark_piece_nm": "size of dark pieces, nm",
+    "dark_pieces_per_um2": "dark pieces per um2",
+    "grain": "grain",
 }
 
 
@@ -74,8 +77,8 @@ def _seams(run: Run, paths: Sequence[Path]) -> dict[str, dict[str, float]]:
     for path in paths:
         pair = open_volume(path).load()
         outside = with_background(np.asarray(open_array(path, ("membrane",))), pair.array("label"))
-        if pair.mito_array is not None:
-            outside = np.maximum(outside, pair.mito_array)
+        for inside in (pair.mito_array, pair.dark_array):
+            outside = outside if inside is None else np.maximum(outside, inside)
         measured.append(seams(pair.array("image"), node.TILE, node.OVERLAP, even_inside(outside)))
     found = {}
     for axis in sorted({axis for pair in measured for axis in pair}):

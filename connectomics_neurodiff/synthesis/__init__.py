@@ -11,7 +11,7 @@ from .losses import VariationalBound, min_snr_weight, noise_loss, velocity_weigh
 from .nets import SYNTHESISERS, build_denoiser, selective_scan
 from .process import DiffusionProcess, cosine_betas
 from .samplers import SAMPLERS, Sampler, Step, sampler_steps
-from .suitability import require_fitting_tile, tile_bytes, warn_of_empty_neurons, warn_of_voxel_size
+from .suitability import require_fitting_tile, tile_bytes, warn_of_voxel_size, warn_of_what_is_dark
 from .synthesise import DEFAULT_MARGIN, denoiser_from_checkpoint, synthesise
 from .working_arrays import discard_scratch
 
@@ -44,6 +44,6 @@ __all__ = [
     "synthesise",
     "tile_bytes",
     "velocity_weight",
-    "warn_of_empty_neurons",
     "warn_of_voxel_size",
+    "warn_of_what_is_dark",
 ]

@@ -6,12 +6,13 @@ import logging
 import math
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 
 from ..checkpoints import Checkpoint
 from ..errors import ValueRangeError
 from ..memory import available_bytes, peak_bytes
-from ..volume import ArrayLike
+from ..volume import ArrayLike, slabs
 from .nets import build_denoiser
 
 logger = logging.getLogger("connectomics_neurodiff")
@@ -46,21 +47,33 @@ def warn_of_voxel_size(checkpoint: Checkpoint, voxel_nm: Sequence[float]) -> Non
             )
 
 
-def warn_of_empty_neurons(checkpoint: Checkpoint, dark: ArrayLike | None) -> None:
-    """Log a warning if masks do not say what is dark inside neurons to a denoiser that learnt to be told.
+def warn_of_what_is_dark(checkpoint: Checkpoint, mito: ArrayLike | None, dark: ArrayLike | None) -> None:
+    """Log a warning if masks tell less, or more, of what is dark inside neurons than a denoiser learnt to be told.
 
     Parameters
     ----------
     checkpoint : Checkpoint
         Denoiser.
-    dark : array or None
-        (z, y, x) mask of what is dark inside neurons beside mitochondria.
+    mito, dark : array or None
+        (z, y, x) masks of mitochondria, and of what else is dark inside neurons.
     """
-    if checkpoint.extra.get("dark_bodies") and dark is None:
+    if not checkpoint.extra.get("knows_dark"):
+        if dark is not None:
+            logger.warning(
+                "The denoiser was not trained with masks of what is dark inside neurons beside mitochondria: what it "
+                "makes of the dataset 'dark' is not known. Make masks without 'neurodiff remodel --dark-bodies'."
+            )
+        return
+    if dark is None or not (_any(dark) or (mito is not None and _any(mito))):
         logger.warning(
-            "The denoiser learnt what is dark inside neurons, and these masks do not tell: neurons are painted empty, "
-            "and a segmenter takes all that is dark for a boundary. Make masks with 'neurodiff remodel --dark-bodies'."
+            "The denoiser learnt what is dark inside neurons beside mitochondria, and these masks do not tell: neurons "
+            "are painted too empty, and a segmenter takes all that is dark for a boundary. Make masks with 'neurodiff "
+            "remodel --dark-bodies'."
         )
+
+
+def _any(mask: ArrayLike) -> bool:
+    return any(np.asarray(mask[index]).any() for index in slabs(tuple(mask.shape)))
 
 
 def tile_bytes(checkpoint: Checkpoint, tile: Sequence[int]) -> int:

@@ -35,7 +35,7 @@ def convert(
     voxel_nm : sequence of 3 floats, optional
         Voxel size in nm, (z, y, x), if the source does not state it. When a target is extended its voxel size is the
         default.
-    role : {"auto", "image", "label", "mito"}
+    role : {"auto", "image", "label", "mito", "dark"}
         As for :func:`.open_volume`.
 
     Raises

@@ -6,7 +6,7 @@ role       on disk                     in a :class:`~.volume.Volume`
 image      uint8 (or 16 bit, float)    float32 in [0, 1], one linear scaling
 label      any non-negative integers   uint64, 0 = background
 mito       any integers                uint8, 1 where the stored value is not 0
-dark       any integers                uint8, 1 where the stored value is not 0
+dark       integers, 0 or 1            uint8
 =========  ==========================  ==========================================
 """
 
@@ -129,6 +129,8 @@ class RoleArray(LazyArray):
     ------
     LabelTypeError
         If labels or masks are not integers; on reading, if a label is negative.
+    ValueRangeError
+        On reading, if `dark` holds something else than 0 and 1.
     """
 
     _TYPES: ClassVar[dict[str, type]] = {"image": np.float32, "label": np.uint64, "mito": np.uint8, "dark": np.uint8}
@@ -146,6 +148,11 @@ class RoleArray(LazyArray):
         stored = self.stored[box]
         if self.role == "image":
             return self.scaling.to_unit(stored)
+        if self.role == "dark" and stored.size and not 0 <= stored.min() <= stored.max() <= 1:
+            raise ValueRangeError(
+                f"{self.name}: a dataset of this name is a mask, 0 or 1, of what is dark inside neurons. Got values "
+                f"from {stored.min()} to {stored.max()}; rename it if it is something else."
+            )
         if self.role in ("mito", "dark"):
             return (stored != 0).astype(np.uint8)
         require_natural(stored, self.name)

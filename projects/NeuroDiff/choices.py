@@ -54,8 +54,8 @@ CHOICES: dict[str, dict[str, Any]] = {
     "l1": {"LOSS": "l1"},
     "huber": {},
     "membranes": {},
-    "rate halved": {"LEARNING_RATE": 5e-4},
-    "rate doubled": {"LEARNING_RATE": 2e-3},
+    "rate halved": {},
+    "rate doubled": {},
     "constant rate": {"SCHEDULE": "constant"},
     "short average": {"EMA_DECAY": 0.95},
     "long average": {"EMA_DECAY": 0.995},
@@ -104,11 +104,15 @@ def config_of(choice: str, options: argparse.Namespace) -> Any:
     for key, value in CHOICES[choice].items():
         node[key] = value
     if choice == "small crops":  # as many voxels of an iteration, of two places
-        node.PATCH, node.BATCH = [node.PATCH[0], *(round(n / 2**0.5 / 8) * 8 for n in node.PATCH[1:])], 2
+        node["PATCH"], node["BATCH"] = [node.PATCH[0], *(round(n / 2**0.5 / 8) * 8 for n in node.PATCH[1:])], 2
+    if choice.startswith("rate"):
+        node["LEARNING_RATE"] *= {"rate halved": 0.5, "rate doubled": 2.0}[choice]
     return cfg
 
 
-def iterations_in(seconds: float, network: nn.Module, loss: Loss, crops: DiffusionCrops, batch: int) -> int:
+def iterations_in(
+    seconds: float, network: nn.Module, loss: Loss, crops: DiffusionCrops, batch: int, precision: str
+) -> int:
     """How many iterations of a training fit into CPU seconds; the network is left as it was."""
     trial = copy.deepcopy(network).to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
     optimiser = torch.optim.Adam(trial.parameters())
@@ -117,7 +121,9 @@ def iterations_in(seconds: float, network: nn.Module, loss: Loss, crops: Diffusi
         start = time.process_time()
         samples = [crops[step * batch + i] for i in range(batch)]
         stacked = {name: torch.from_numpy(np.stack([sample[name] for sample in samples])) for name in samples[0]}
-        loss(trial, stacked)[0].backward()
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision == "bf16"):
+            value = loss(trial, stacked)[0]
+        value.backward()
         optimiser.step()
         optimiser.zero_grad()
         times.append(time.process_time() - start)
@@ -134,11 +140,11 @@ def row_of(choice: str, options: argparse.Namespace, held_out: Volume, judge: Ju
     process = DiffusionProcess(cosine_betas(node.STEPS, node.COSINE_OFFSET), node.PREDICTION)
     crops = DiffusionCrops([train], tuple(node.PATCH), options.seed, process, **networks.diffusion_crop_options(cfg))
     loss = loss_of(choice, cfg, process)
-    steps = iterations_in(options.seconds, network, loss, crops, node.BATCH)
-    settings = replace(networks.diffusion_fit_settings(cfg), steps=steps)
+    settings = networks.diffusion_fit_settings(cfg)
+    steps = iterations_in(options.seconds, network, loss, crops, node.BATCH, settings.precision)
     start = time.process_time()
     with tempfile.TemporaryDirectory() as folder:
-        network = fit(network, loss, crops, settings, Path(folder), label=choice)
+        network = fit(network, loss, crops, replace(settings, steps=steps), Path(folder), label=choice)
     seconds = time.process_time() - start
     membrane = membrane_from_labels(held_out.array("label"), held_out.voxel_nm, cfg.NEURODIFF.MEMBRANE_NM)
     image = synthesise(

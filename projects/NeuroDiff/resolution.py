@@ -81,7 +81,7 @@ def paint(options: argparse.Namespace, volume: Volume) -> dict[str, dict[str, An
     wrong = options.wrong_nm or farthest(volume.voxel_nm, checkpoint.extra["voxel_nm"])
     if np.allclose(wrong, volume.voxel_nm):
         raise UserError("The denoiser was trained on this voxel size alone; name another one with --wrong-nm.")
-    if checkpoint.extra.get("dark_bodies"):
+    if checkpoint.extra.get("knows_dark"):
         volume = with_dark_bodies(volume, checkpoint.extra["membrane_nm"])
     label = volume.array("label")
     membrane = membrane_from_labels(label, volume.voxel_nm, checkpoint.extra["membrane_nm"])

@@ -126,7 +126,7 @@ def compare(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
     volume = volume.crop(Box(tuple(options.box[:3]), tuple(options.box[3:]))) if options.box else volume.load()
     extra = load_checkpoint(options.checkpoint, kind="denoiser").extra
     thickness = extra["membrane_nm"]
-    if extra.get("dark_bodies"):
+    if extra.get("knows_dark"):
         volume = with_dark_bodies(volume, thickness)
     membrane = membrane_from_labels(volume.array("label"), volume.voxel_nm, thickness)
     rows: dict[str, dict[str, Any]] = {}
