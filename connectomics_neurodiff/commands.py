@@ -420,8 +420,7 @@ def sample(options: argparse.Namespace) -> None:
         label="synthesis",
     )
     attributes = {"seed": options.seed, "sampler": options.sampler, "steps": steps, "guidance": guidance}
-    masks = MaskArrays(volume.label, membrane, volume.mito, volume.dark)
-    write_pair(options.output, image, masks, voxel_nm, attributes)
+    write_pair(options.output, image, MaskArrays(volume.label, membrane, volume.mito), voxel_nm, attributes)
     discard_scratch(scratch)
 
 

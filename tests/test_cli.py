@@ -130,6 +130,53 @@ def test_remodel_then_sample_gives_a_pair(cells: Path, denoiser: Path, tmp_path:
     assert pair.read_bytes() == (tmp_path / "ddpm.h5").read_bytes()
 
 
+def test_sample_paints_what_masks_say_is_dark(cells: Path, denoiser: Path, tmp_path: Path) -> None:
+    """The same masks with and without it give other images; the pair holds the three masks in any case."""
+    untrained = load_checkpoint(denoiser, kind="denoiser")
+    out = untrained.state_dict["out_conv.weight"]  # zeros: what it is told would make no difference
+    random = torch.randn(out.shape, generator=torch.Generator().manual_seed(0)) / 10
+    heeding = tmp_path / "heeding.pt"
+    save_checkpoint(
+        heeding,
+        kind="denoiser",
+        architecture="neurodiff",
+        options=untrained.options,
+        state_dict={**untrained.state_dict, "out_conv.weight": random},
+        extra=untrained.extra,
+    )
+    told, plain = tmp_path / "told.h5", tmp_path / "plain.h5"
+    done("remodel", str(cells), str(told), "--dark-bodies", "--seed", "1")
+    with h5py.File(told) as source, h5py.File(plain, "w") as file:
+        assert source["dark"][:].any()
+        for name in ("label", "membrane", "mito"):
+            file[name] = source[name][:]
+        file.attrs["resolution_nm"] = source.attrs["resolution_nm"]
+    images = []
+    for masks in (told, plain):
+        pair = tmp_path / f"pair_{masks.name}"
+        done("sample", str(masks), str(pair), "--checkpoint", str(heeding), "--steps", "2", "--gpus", "0")
+        with h5py.File(pair) as file:
+            assert set(file) == {"image", "label", "membrane", "mito"}
+            images.append(file["image"][:])
+    assert (images[0] != images[1]).any()
+
+
+def test_a_dataset_called_dark_that_is_no_mask_is_refused(cells: Path, tmp_path: Path) -> None:
+    with h5py.File(cells) as source:
+        arrays = {name: source[name][:] for name in ("image", "label", "mito")}
+    dark = arrays["mito"].astype(np.int16)
+    for wrong, message in ((dark - 1, "Got values from -1"), (199 * dark, "to 199"), (dark[:4], "same shape")):
+        with h5py.File(tmp_path / "wrong.h5", "w") as file:
+            for name, array in {**arrays, "dark": wrong}.items():
+                file[name] = array
+            file.attrs["resolution_nm"] = (29, 6, 6)
+        refused(message, "remodel", str(tmp_path / "wrong.h5"), str(tmp_path / "masks.h5"))
+    with h5py.File(tmp_path / "wrong.h5", "a") as file:
+        del file["dark"]
+        file["dark"] = dark
+    refused("in memory only", "remodel", str(tmp_path / "wrong.h5"), str(tmp_path / "o.h5"), "--block-sections", "4")
+
+
 def test_remodel_with_more_diversity(cells: Path, tmp_path: Path) -> None:
     plain, varied, out = tmp_path / "plain.h5", tmp_path / "varied.h5", str(tmp_path / "out.h5")
     done("remodel", str(cells), str(plain))
@@ -464,6 +511,7 @@ def test_dark_bodies_stand_for_mitochondria_where_they_are_asked_for(tmp_path: P
     for name in ("with.h5", "with_001.h5"):
         with h5py.File(tmp_path / name) as file:
             np.testing.assert_array_equal(file["mito"][:], found & (file["membrane"][:] == 0))
+            assert file["dark"][:].any()
             assert not (file["dark"][:] & (file["mito"][:] | file["membrane"][:])).any()
     refused(
         "--dark-bodies needs", "remodel", str(bare), str(tmp_path / "x.h5"), "--dark-bodies", "--block-sections", "4"

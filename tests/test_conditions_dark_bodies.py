@@ -111,6 +111,17 @@ def test_masks_win_over_what_is_found() -> None:
     assert with_dark_bodies(known) is known
 
 
+def test_a_mitochondrion_s_rim_belongs_to_it() -> None:
+    """Masks are often narrower than what is dark; the rim would stay behind when mitochondria are placed elsewhere."""
+    image, label, (body, _) = tissue()
+    y, x = np.mgrid[0:120, 0:180]
+    narrow = np.hypot((y - 60) * VOXEL[1], (x - 30) * VOXEL[2]) <= 75.0
+    mito = np.broadcast_to(narrow, label.shape).astype(np.uint8)
+    found = with_dark_bodies(Volume(image, label, mito, VOXEL)).array("dark")
+    assert body[mito == 0].any()
+    assert not found[body].any()
+
+
 def test_what_is_too_small_for_a_body_is_dark_all_the_same() -> None:
     image, label, (body, vesicle) = tissue(radii_nm=(90.0, 24.0))
     bare = with_dark_bodies(Volume(image, label, None, VOXEL))

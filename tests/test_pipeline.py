@@ -86,6 +86,14 @@ def test_pair_files_have_the_documented_layout(undisturbed: Path) -> None:
         assert file.attrs["resolution_nm"].tolist() == [29, 6, 6]
 
 
+def test_a_run_s_masks_say_what_is_dark_and_its_denoiser_knows(undisturbed: Path) -> None:
+    with h5py.File(undisturbed / "masks" / "copy_000.h5") as file:
+        assert set(file) == {"label", "membrane", "mito", "dark"}
+        assert file["dark"][:].any()
+        assert not (file["dark"][:] & (file["mito"][:] | file["membrane"][:])).any()
+    assert load_checkpoint(undisturbed / "diffusion" / "checkpoint.pt", kind="denoiser").extra["knows_dark"]
+
+
 def wait_for(condition: Callable[[], bool], process: subprocess.Popen) -> None:
     end = time.monotonic() + 120
     while not condition():

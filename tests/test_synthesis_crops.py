@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 
-from connectomics_neurodiff.conditions import membrane_from_labels
+from connectomics_neurodiff.conditions import DARK_LEVEL, membrane_from_labels
 from connectomics_neurodiff.errors import MissingInput, UnknownName, ValueRangeError
 from connectomics_neurodiff.geometry import ZYX
 from connectomics_neurodiff.synthesis import DiffusionCrops, DiffusionProcess, cosine_betas
@@ -73,6 +74,18 @@ def test_without_augmentation_a_crop_is_a_piece_of_the_volume_with_its_condition
         np.testing.assert_allclose(image, source.image[cut], atol=1e-4)
         np.testing.assert_array_equal(sample["condition"][0], membrane[cut])
         np.testing.assert_array_equal(sample["condition"][1], source.mito[cut])
+
+
+def test_what_is_dark_has_a_level_of_its_own_in_the_condition() -> None:
+    source = volume()
+    dark = ((source.array("image") > 0.3) & (source.array("image") < 0.5)).astype(np.uint8)
+    told = replace(source, dark=dark)
+    plain = {"flips": False, "transpose": False, "intensity_jitter": 0.0}
+    for sample, untold in zip(low_noise(crops(told, **plain), 10), low_noise(crops(source, **plain), 10), strict=True):
+        image = clean_image(sample)
+        inside = np.where((image > 0.3) & (image < 0.5), DARK_LEVEL, (image > 0.7).astype(float))
+        np.testing.assert_array_equal(sample["condition"][1], inside)
+        np.testing.assert_array_equal(sample["noisy"], untold["noisy"])
 
 
 def test_image_and_condition_turn_together() -> None:

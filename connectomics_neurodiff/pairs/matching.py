@@ -16,9 +16,9 @@ from .tissue import LEAST_STD, image_defect
 COARSEST = 8.0
 #: Detail is made at most so many times stronger, or weaker: what is not there cannot be brought out.
 MOST_GAIN = 2.0
-#: Width of the rings of frequency, as a ratio; how far a block sees beyond its faces, mirrored at the volume's: twice
-#: the longest wave that is filtered.
-_RING, _MARGIN_NM = 1.15, 2000 / COARSEST
+#: Width of the rings of frequency, as a ratio; how far a block sees beyond its faces, mirrored at the volume's: four
+#: times the longest wave that is filtered.
+_RING, _MARGIN_NM = 1.15, 4000 / COARSEST
 #: Side of the blocks that an isotropic volume is filtered in, voxels: memory does not grow with the volume.
 _BLOCK = 160
 

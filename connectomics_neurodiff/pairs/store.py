@@ -33,12 +33,11 @@ class Mask(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class MaskArrays:
-    """The masks of a file as a :class:`Mask`; and, if there is one, that of what else is dark inside neurons."""
+    """The three masks of a file as a :class:`Mask`."""
 
     label: ArrayLike
     membrane: ArrayLike
     mito: ArrayLike | None = None
-    dark: ArrayLike | None = None
 
 
 def write_pair(
@@ -54,11 +53,11 @@ def write_pair(
     Parameters
     ----------
     path : path
-        HDF5 file: datasets image (uint8), label, membrane, mito, dark, reliability (uint8).
+        HDF5 file: datasets image (uint8), label, membrane, mito, reliability (uint8).
     image : array
         float in [0, 1], (z, y, x); stored as round(255 x).
     mask : Mask
-        Label, membrane and, if there are any, mitochondria and `dark` of the same shape.
+        Label, membrane and, if there are any, mitochondria of the same shape.
     voxel_nm : sequence of 3 floats
         Voxel size (z, y, x), nm.
     attributes : mapping
@@ -76,9 +75,8 @@ def write_pair(
         If the image is not finite or leaves [0, 1].
     """
     arrays = {"label": mask.label, "membrane": mask.membrane}
-    for name in ("mito", "dark"):  # a mask of somebody's own need not have the second
-        if getattr(mask, name, None) is not None:
-            arrays[name] = getattr(mask, name)
+    if mask.mito is not None:
+        arrays["mito"] = mask.mito
     if reliability is not None:
         arrays["reliability"] = reliability
     for name, array in arrays.items():

@@ -123,7 +123,7 @@ def _paint_pair(run: Run, paint: Painter, masks_path: Path, target: Path, proven
         image = match_spectrum(image, real, masks.voxel_nm)
     if raw.passed and run.cfg.NEURODIFF.PAIRS.MATCH_GREY:
         image = match_grey_values(image, real)
-    arrays = MaskArrays(masks.array("label"), membrane, masks.mito_array, masks.dark_array)
+    arrays = MaskArrays(masks.array("label"), membrane, masks.mito_array)
     attributes = {"copy": copy, "grey_value_distance_before_matching": raw.distance}
     reliability = ReliabilityMap(images, masks.voxel_nm) if len(images) > 1 else None
     write_pair(target, np.clip(image, 0, 1), arrays, masks.voxel_nm, attributes, reliability)

@@ -77,8 +77,8 @@ def _seams(run: Run, paths: Sequence[Path]) -> dict[str, dict[str, float]]:
     for path in paths:
         pair = open_volume(path).load()
         outside = with_background(np.asarray(open_array(path, ("membrane",))), pair.array("label"))
-        for inside in (pair.mito_array, pair.dark_array):
-            outside = outside if inside is None else np.maximum(outside, inside)
+        if pair.mito_array is not None:
+            outside = np.maximum(outside, pair.mito_array)
         measured.append(seams(pair.array("image"), node.TILE, node.OVERLAP, even_inside(outside)))
     found = {}
     for axis in sorted({axis for pair in measured for axis in pair}):
