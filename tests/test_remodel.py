@@ -133,6 +133,10 @@ def test_what_is_dark_moves_along_with_its_neuron(voxel, jump_nm: float, place: 
     for name in ("label", "membrane", "mito"):
         assert np.array_equal(getattr(new, name), getattr(plain, name))
     assert plain.dark is None
+    report = quality_report(label, mito, new, voxel, source_dark=dark)
+    assert report["source_dark_fraction"] == dark.mean()
+    assert report["dark_fraction"] == new.dark.mean()
+    assert "dark_fraction" not in quality_report(label, mito, plain, voxel, source_dark=dark)
 
 
 def test_rearranged_tissue_takes_what_is_dark_along() -> None:

@@ -117,7 +117,9 @@ def _passing_mask(
         )
         # Mitochondria that only move along are the source's own, less what is clipped; without shapes none are placed.
         source_mito = train.mito_array if library is not None else None
-        report = quality_report(train.array("label"), source_mito, mask, train.voxel_nm, membrane_nm)
+        report = quality_report(
+            train.array("label"), source_mito, mask, train.voxel_nm, membrane_nm, source_dark=train.dark_array
+        )
         reason = mask_gate(report, limits, mito_fraction)
         if not reason:
             used = {name.upper(): value for name, value in asdict(limits).items()}

@@ -154,6 +154,7 @@ def quality_report(
     remodelled: RemodelledMask,
     voxel_nm: Sequence[float],
     membrane_thickness_nm: float = 25.0,
+    source_dark: np.ndarray | None = None,
 ) -> dict[str, float]:
     """Numbers that tell a plausible remodelled mask from a broken one.
 
@@ -169,6 +170,8 @@ def quality_report(
         Voxel size (z, y, x).
     membrane_thickness_nm : float
         Of the source's membranes, as of the mask's; see :func:`.membrane_from_labels`.
+    source_dark : numpy.ndarray or None
+        (z, y, x), non-zero where the source is dark inside neurons without a mitochondrion.
 
     Returns
     -------
@@ -176,7 +179,7 @@ def quality_report(
         Of the mask, and of the source with the prefix ``source_``: ``membrane_fraction``; ``neuron_median_nm3``
         (volume); ``profile_median_nm2`` (area of a neuron in a section); ``label_section_iou`` and
         ``mito_section_iou`` (overlap of adjacent sections); ``mito_fraction``, ``mito_count``, ``mito_mean_z_nm``
-        (height), ``mito_profile_median_nm2``. Of both together: ``profile_change`` (mean change of the logarithm of
+        (height), ``mito_profile_median_nm2``; ``dark_fraction`` if both say what else is dark. Of both together: ``profile_change`` (mean change of the logarithm of
         the profiles' areas: first Wasserstein distance), ``mito_height_p`` (p of the two-sample Kolmogorov-Smirnov test
         of the mitochondria's heights); ``labels_left_out`` (by rearranging); ``labels_new`` (ids that the source does
         not have); ``label_overlap`` (share
@@ -206,9 +209,14 @@ def quality_report(
     before = dict(zip(ids[1:].tolist(), _pieces_per_label(compact, len(ids))[1:].tolist(), strict=True))
     after = dict(zip(new_ids[1:].tolist(), _pieces_per_label(new, len(new_ids))[1:].tolist(), strict=True))
     marked = int(made.mito.sum()) + int(source.mito.sum())
+    dark = {}
+    if source_dark is not None and remodelled.dark is not None:
+        masks = {"dark_fraction": remodelled.dark, "source_dark_fraction": source_dark}
+        dark = {name: float(binary_mask(mask, compact.shape, "dark").mean()) for name, mask in masks.items()}
     return {
         **made.numbers(heights[0], profiles[0]),
         **{f"source_{name}": value for name, value in source.numbers(heights[1], profiles[1]).items()},
+        **dark,
         "profile_change": _mean_change(*profiles),
         "mito_height_p": _likeness(*heights),
         "labels_lost": float(len(before.keys() - after.keys() - set(remodelled.left_out))),
