@@ -179,11 +179,11 @@ def quality_report(
         Of the mask, and of the source with the prefix ``source_``: ``membrane_fraction``; ``neuron_median_nm3``
         (volume); ``profile_median_nm2`` (area of a neuron in a section); ``label_section_iou`` and
         ``mito_section_iou`` (overlap of adjacent sections); ``mito_fraction``, ``mito_count``, ``mito_mean_z_nm``
-        (height), ``mito_profile_median_nm2``; ``dark_fraction`` if both say what else is dark. Of both together: ``profile_change`` (mean change of the logarithm of
-        the profiles' areas: first Wasserstein distance), ``mito_height_p`` (p of the two-sample Kolmogorov-Smirnov test
-        of the mitochondria's heights); ``labels_left_out`` (by rearranging); ``labels_new`` (ids that the source does
-        not have); ``label_overlap`` (share
-        of voxels whose label did not change: the lower, the more diverse); ``mito_overlap`` (Dice);
+        (height), ``mito_profile_median_nm2``; ``dark_fraction``, if both say what else is dark. Of both together:
+        ``profile_change`` (mean change of the logarithm of the profiles' areas: first Wasserstein distance),
+        ``mito_height_p`` (p of the two-sample Kolmogorov-Smirnov test of the mitochondria's heights);
+        ``labels_left_out`` (by rearranging); ``labels_new`` (ids that the source does not have); ``label_overlap``
+        (share of voxels whose label did not change: the lower, the more diverse); ``mito_overlap`` (Dice);
         ``min_jacobian``, > 0 in a sound mask. 0 in a sound mask: ``labels_lost`` (without those left out);
         ``labels_torn`` (more 26-connected pieces than in the source, or a new id with more than one);
         ``mito_outside_neuron_voxels``; ``mito_on_membrane_voxels``; ``mito_in_several_neurons`` (objects).
