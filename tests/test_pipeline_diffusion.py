@@ -21,7 +21,7 @@ from connectomics_neurodiff.errors import (
     UserError,
     ValueRangeError,
 )
-from connectomics_neurodiff.pipeline import run_pipeline
+from connectomics_neurodiff.pipeline import networks, run_pipeline
 from connectomics_neurodiff.pipeline.judging import read_following
 from connectomics_neurodiff.pipeline.parts import open_parts
 from connectomics_neurodiff.pipeline.plan import describe_plan
@@ -109,7 +109,7 @@ def test_how_images_are_painted_does_not_make_a_denoiser_stale(tmp_path: Path) -
     assert set(sidecar["settings"]) == {
         "ARCHITECTURE", "PRESET", "STEPS", "COSINE_OFFSET", "PREDICTION", "CONDITIONING", "RGM", "RPGE",
         "SCAN_DIRECTIONS", "PATCH", "ITERATIONS", "BATCH", "ACCUMULATE", "LEARNING_RATE", "WARMUP", "SCHEDULE",
-        "CLIP_NORM", "EMA_DECAY", "MEMBRANE_NM", "PRECISION", "DARK_BODIES", "LOSS", "NOISE_MEAN", "NOISE_SPREAD",
+        "CLIP_NORM", "EMA_DECAY", "MEMBRANE_NM", "PRECISION", "DARK_LEVEL", "LOSS", "NOISE_MEAN", "NOISE_SPREAD",
         "FLAT_LEVELS", "RESOLUTION_EMBEDDING", "LEARN_VARIANCE", "CHECKPOINTING", "VOLUME_SHARE", "FLIPS", "TRANSPOSE",
         "INTENSITY_JITTER", "CONDITION_DROPOUT", "VOXEL_SIZE_DROPOUT", "SNR_GAMMA",
     }  # fmt: skip
@@ -215,6 +215,12 @@ def test_the_checkpoint_keeps_the_grey_scale_of_every_volume(
     image = open_volume(inputs / "fib.h5").array("image")
     assert kept[1]["mean"] == pytest.approx(float(image.mean()), abs=1e-5)
     assert kept[1]["std"] == pytest.approx(float(image.std()), abs=1e-5)
+
+
+def test_several_volumes_are_told_apart_by_their_voxel_size(tmp_path: Path) -> None:
+    for extra, embedded in (("[]", False), ("['fib.h5']", True)):
+        cfg = load_config(overrides=settings(tmp_path / "out", **{EXTRA: extra}))
+        assert networks.denoiser_options(cfg)["resolution_embedding"] == embedded
 
 
 def test_a_training_is_watched_and_its_following_recorded(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -256,7 +256,8 @@ def _add_diffusion(node: CfgNode) -> None:
     node.DIFFUSION.RGM = True
     node.DIFFUSION.RPGE = True
     node.DIFFUSION.SCAN_DIRECTIONS = 1
-    # Add an embedding of the voxel size to that of the step: every block knows it, not only those with RPGE. [ours]
+    # Add an embedding of the voxel size to that of the step: every block knows it, not only those with RPGE. Always on
+    # where EXTRA_VOLUMES are trained on. [ours]
     node.DIFFUSION.RESOLUTION_EMBEDDING = False
     # Learn the variance of a reverse step as well, in a second output channel (Nichol and Dhariwal 2021, eq. 15, 16);
     # for samplers that add noise. [paper] Sigma_theta, [published] fixed.

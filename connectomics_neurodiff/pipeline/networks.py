@@ -188,7 +188,8 @@ def denoiser_options(cfg: CfgNode) -> dict[str, Any]:
         "rgm": node.RGM,
         "rpge": node.RPGE,
         "scan_directions": node.SCAN_DIRECTIONS,
-        "resolution_embedding": node.RESOLUTION_EMBEDDING,
+        # Eq. 3 alone moves an output by a thousandth: with several voxel sizes, they must reach the network.
+        "resolution_embedding": node.RESOLUTION_EMBEDDING or bool(node.EXTRA_VOLUMES),
         "learn_variance": node.LEARN_VARIANCE,
         "checkpointing": node.CHECKPOINTING,
     }
