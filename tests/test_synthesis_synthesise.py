@@ -33,6 +33,7 @@ from connectomics_neurodiff.seeding import rng_for
 from connectomics_neurodiff.synthesis import (
     SAMPLERS,
     DiffusionProcess,
+    GuidedDenoiser,
     cosine_betas,
     denoiser_from_checkpoint,
     discard_scratch,
@@ -91,6 +92,33 @@ def test_a_perfect_denoiser_paints_its_world(name: str, shape: tuple[int, int, i
     expected = (1 + np.clip(0.8 - 1.4 * membrane - 0.5 * mito, -1, 1)) / 2
     assert (image.shape, image.dtype) == (shape, np.float32)
     np.testing.assert_allclose(image, expected, atol=2e-3)
+
+
+class JoiningPainter(Painter):
+    """Says that it joins squares of pixels, and records how large a tile it sees at which step."""
+
+    pixels = 2
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: dict[int, set[tuple[int, ...]]] = {}
+
+    def forward(
+        self, x_t: Tensor, t: Tensor, condition: Tensor, voxel_nm: Tensor, hints: list[Tensor] | None = None
+    ) -> Tensor:
+        self.seen.setdefault(int(t), set()).add(tuple(x_t.shape[2:]))
+        return super().forward(x_t, t, condition, voxel_nm, hints)
+
+
+@pytest.mark.parametrize("guide", [False, True])
+def test_a_network_that_joins_pixels_sees_them_a_pixel_further_on_every_second_step(guide: bool) -> None:
+    """Its blocks do not add up from step to step; where things are stays the same."""
+    painter = JoiningPainter()
+    membrane, mito = masks()
+    image = paint(GuidedDenoiser(painter, 1.0) if guide else painter, steps=4)
+    np.testing.assert_allclose(image, (1 + np.clip(0.8 - 1.4 * membrane - 0.5 * mito, -1, 1)) / 2, atol=2e-3)
+    sizes = [painter.seen[t] for t in sorted(painter.seen, reverse=True)]
+    assert sizes == [{(4, 12, 12)}, {(4, 13, 13)}, {(4, 12, 12)}, {(4, 13, 13)}]
 
 
 def test_without_mitochondria() -> None:
@@ -269,7 +297,7 @@ def test_joint_denoising_is_the_blended_average_of_all_tiles(margin: tuple[int, 
     """
     network, shape = awake_denoiser(), (7, 20, 28)
     membrane, mito = masks(shape)
-    around = [(0, 0), *((m, m) for m in margin)]
+    around = [(0, 0), *((m + extra, m) for m, extra in zip(margin, (0, 1, 1), strict=True))]
     condition = np.pad(np.stack([membrane, mito]).astype(np.float32), around, mode="reflect")
     boxes = tiles(shape, (3, 12, 12), (1, 4, 4))
     rule = SAMPLERS.get("ddim")
@@ -279,7 +307,7 @@ def test_joint_denoising_is_the_blended_average_of_all_tiles(margin: tuple[int, 
         mirrored = np.pad(x[None], around, mode="reflect")
         for box in boxes:
             window = blend_window(box.shape) ** 2
-            seen, inside = _seen(box, shape, margin)
+            seen, inside = _seen(box, shape, margin, step.number % 2)
             parts = [torch.from_numpy(a[(slice(None), *seen)][None]) for a in (mirrored, condition)]
             with torch.no_grad():
                 found = network(parts[0], torch.tensor([step.t]), parts[1], torch.tensor([VOXEL]))[0, 0].numpy()
@@ -291,13 +319,18 @@ def test_joint_denoising_is_the_blended_average_of_all_tiles(margin: tuple[int, 
     np.testing.assert_allclose(painted, np.clip((x + 1) / 2, 0, 1), atol=1e-4)
 
 
-def _seen(box: Box, shape: Sequence[int], margin: Sequence[int]) -> tuple[tuple[slice, ...], tuple[slice, ...]]:
-    """What a tile sees of the mirrored volume, and where its own voxels are therein."""
+def _seen(
+    box: Box, shape: Sequence[int], margin: Sequence[int], shift: int
+) -> tuple[tuple[slice, ...], tuple[slice, ...]]:
+    """What a tile sees of the mirrored volume, a row and a column more if shifted, and where its voxels are therein."""
     seen, inside = [], []
-    for start, stop, n, m in zip(box.start, box.stop, shape, margin, strict=True):
-        first, last = (0 if start == 0 else start + m), (n + 2 * m if stop == n else stop + m)
+    for axis, (start, stop, n, m) in enumerate(zip(box.start, box.stop, shape, margin, strict=True)):
+        extra = 0 if axis == 0 else 1  # the volume is mirrored so much further before its first row and column
+        more, origin = extra * shift, m + extra
+        first = extra - more if start == 0 else start + origin - more
+        last = n + origin + m if stop == n else stop + origin
         seen.append(slice(first, last))
-        inside.append(slice(start + m - first, stop + m - first))
+        inside.append(slice(start + origin - first, stop + origin - first))
     return tuple(seen), tuple(inside)
 
 

@@ -54,6 +54,11 @@ class GuidedDenoiser(nn.Module):
         self.register_buffer("first", torch.tensor(int(first)))
 
     @property
+    def pixels(self) -> int:
+        """Side of the squares of pixels that the denoiser joins."""
+        return int(getattr(self.network, "pixels", 1))
+
+    @property
     def learns_variance(self) -> bool:
         """Whether the denoiser predicts the coefficient of its variance too."""
         return bool(getattr(self.network, "learns_variance", False))

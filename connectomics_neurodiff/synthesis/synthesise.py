@@ -155,6 +155,7 @@ def synthesise(
         list(size),
         precision,
         str(device),
+        "shifted",  # how blocks of pixels are treated: what an older version has begun is made anew
     ]
     key = hash_of([arguments, _content_of(network, process, membrane, mito)])
     predict = _Predictor(network, membrane, mito, size, margin, precision, device, hint_cache_bytes)
@@ -254,7 +255,7 @@ class _Canvas:
             self._begin(row, total)
             for box in self._boxes[row]:
                 part = (slice(None), slice(0, self.extent[0]), *box.slices[1:])
-                total[part] += self._window * predict(x[box.slices], step.t, box)
+                total[part] += self._window * predict(x, step, box)
                 on_tile()
             last = row == len(self.rows) - 1
             end = self.shape[0] if last else self.rows[row + 1]
@@ -345,48 +346,55 @@ class _Predictor:
         self._membrane, self._mito = membrane, mito
         self._voxel_nm = torch.tensor([list(voxel_nm)], dtype=torch.float32, device=self._device)
         self._margin = margin
-        self._cached: dict[Box, list[torch.Tensor]] = {}
+        self._cached: dict[tuple[Box, bool], list[torch.Tensor]] = {}
         self._free = hint_cache_bytes
+        # A network that joins pixels shows its blocks. Every second step it sees them a pixel further on.
+        self._pixels = int(getattr(network, "pixels", 1))
         #: 1: noise or velocity; 2: and the coefficient of the variance.
         self.channels = 2 if getattr(network, "learns_variance", False) else 1
 
     @torch.inference_mode()
-    def __call__(self, x: np.ndarray, t: int, box: Box) -> np.ndarray:
-        """Predict (c, z, y, x) float32 for the part `x` of x_t that lies in `box`."""
-        beyond = self._beyond(box)
-        mirrored = np.pad(np.stack([x, *self._condition(box)]), [(0, 0), *beyond], mode="reflect")
+    def __call__(self, x: np.ndarray, step: Step, box: Box) -> np.ndarray:
+        """Predict (c, z, y, x) float32 for the part of x_t, the volume `x`, that lies in `box`."""
+        shifted = self._pixels > 1 and step.number % 2 == 1
+        # A row and a column more, of the volume or mirrored: the network's blocks begin a pixel earlier.
+        more = (0, int(shifted), int(shifted))
+        seen = tuple(slice(max(a - m, 0), b) for a, b, m in zip(box.start, box.stop, more, strict=True))
+        beyond = self._beyond(box, more)
+        mirrored = np.pad(np.stack([x[seen], *self._condition(seen)]), [(0, 0), *beyond], mode="reflect")
         noisy, condition = torch.from_numpy(mirrored[None]).to(self._device).split([1, len(mirrored) - 1], dim=1)
         with torch.autocast(self._device.type, dtype=self._autocast, enabled=self._autocast != torch.float32):
-            hints = self._hints(condition, box)
-            step = torch.tensor([t], device=self._device)
-            prediction = self._network(noisy, step, condition, self._voxel_nm, hints=hints)
+            hints = self._hints(condition, box, shifted)
+            t = torch.tensor([step.t], device=self._device)
+            prediction = self._network(noisy, t, condition, self._voxel_nm, hints=hints)
         if not torch.isfinite(prediction).all():
             raise ValueRangeError(
-                f"The denoiser's output is not finite at diffusion step {t}: its training has diverged."
+                f"The denoiser's output is not finite at diffusion step {step.t}: its training has diverged."
             )
-        inside = (slice(before, before + n) for (before, _), n in zip(beyond, box.shape, strict=True))
+        first = [a - part.start + before for a, part, (before, _) in zip(box.start, seen, beyond, strict=True)]
+        inside = (slice(a, a + n) for a, n in zip(first, box.shape, strict=True))
         return cast("np.ndarray", prediction[0].float().cpu().numpy()[(slice(None), *inside)])
 
-    def _beyond(self, box: Box) -> list[tuple[int, int]]:
-        """Voxels by which a tile reaches beyond the volume, before and after, on each axis."""
+    def _beyond(self, box: Box, more: Sequence[int]) -> list[tuple[int, int]]:
+        """Voxels by which a tile reaches beyond the volume, before and after, on each axis; `more` before."""
         whole = self._membrane.shape
         return [
-            (m * (start == 0), m * (stop == n))
-            for m, start, stop, n in zip(self._margin, box.start, box.stop, whole, strict=True)
+            ((m + extra) * (start == 0), m * (stop == n))
+            for m, extra, start, stop, n in zip(self._margin, more, box.start, box.stop, whole, strict=True)
         ]
 
-    def _condition(self, box: Box) -> np.ndarray:
-        mito = None if self._mito is None else np.asarray(self._mito[box.slices])
-        return encode_condition(np.asarray(self._membrane[box.slices]), mito)
+    def _condition(self, seen: tuple[slice, ...]) -> np.ndarray:
+        mito = None if self._mito is None else np.asarray(self._mito[seen])
+        return encode_condition(np.asarray(self._membrane[seen]), mito)
 
-    def _hints(self, condition: torch.Tensor, box: Box) -> list[torch.Tensor]:
-        """The condition path depends neither on x_t nor on t: once per sample is enough."""
-        hints = self._cached.get(box)
+    def _hints(self, condition: torch.Tensor, box: Box, shifted: bool) -> list[torch.Tensor]:
+        """The condition path depends neither on x_t nor on t: once per sample, and shift, is enough."""
+        hints = self._cached.get((box, shifted))
         if hints is None:
             hints = self._encode(condition)
             needed = sum(hint.nbytes for hint in hints)
             if needed <= self._free:
-                self._cached[box], self._free = hints, self._free - needed
+                self._cached[box, shifted], self._free = hints, self._free - needed
         return hints
 
 

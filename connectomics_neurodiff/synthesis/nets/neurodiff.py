@@ -92,6 +92,11 @@ class NeuroDiffDenoiser(nn.Module):
         return as_keywords(self.settings)
 
     @property
+    def pixels(self) -> int:
+        """Side of the squares of pixels that the first convolution joins; see :class:`DenoiserOptions`."""
+        return self.settings.pixels
+
+    @property
     def learns_variance(self) -> bool:
         """Whether there is a second output channel, v of :meth:`.DiffusionProcess.learned_log_variance`."""
         return self.settings.learn_variance
