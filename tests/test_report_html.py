@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 
 from connectomics_neurodiff.errors import MissingInput, UnknownName, VolumeFormatError
+from connectomics_neurodiff.pipeline.synthesis_metrics import _CHECKS
 from connectomics_neurodiff.report import FIGURES, verdict_of, write_report
-from connectomics_neurodiff.report.report import duration_text
+from connectomics_neurodiff.report.report import _SYNTHESIS_NAMES, duration_text
 from connectomics_neurodiff.report.verdict import compare
 
 VOID = {"meta", "img", "br", "link", "input", "hr"}
@@ -33,6 +34,10 @@ METRICS: dict[str, Any] = {
     "seconds": {"remodel": 30.0, "diffusion": 15200.0},
     "provenance": {"seed": 7, "parents": {"AC4.h5": "77aa12de"}},
 }
+
+
+def test_every_number_of_the_gate_has_a_name_for_people() -> None:
+    assert set(_CHECKS) <= set(_SYNTHESIS_NAMES)
 
 
 class Page(HTMLParser):
