@@ -14,7 +14,7 @@ from dataclasses import replace
 import numpy as np
 
 from ..errors import ShapeMismatch
-from ..geometry import voxel_size
+from ..geometry import ZYX, voxel_size
 from ..volume import Volume
 from .measures import distance_inside, smoothed
 from .membrane import membrane_from_labels
@@ -66,7 +66,8 @@ def dark_bodies(
     ShapeMismatch
         If the shapes differ.
     """
-    return _opened(_dark(image, label, voxel_nm, membrane_nm, SMOOTHING_NM), voxel_size(voxel_nm)).astype(np.uint8)
+    size = voxel_size(voxel_nm)
+    return _bodies(image, *_deep_and_membrane(image, label, size, membrane_nm), size)
 
 
 def with_dark_bodies(volume: Volume, membrane_nm: float = 25.0) -> Volume:
@@ -84,28 +85,36 @@ def with_dark_bodies(volume: Volume, membrane_nm: float = 25.0) -> Volume:
     if volume.mito is not None and volume.dark is not None:
         return volume
     image, label, size = volume.array("image"), volume.array("label"), volume.voxel_nm
-    mito = dark_bodies(image, label, size, membrane_nm) if volume.mito is None else volume.array("mito")
+    places = _deep_and_membrane(image, label, size, membrane_nm)
+    mito = _bodies(image, *places, size) if volume.mito is None else volume.array("mito")
     dark = volume.dark
     if dark is None:
         apart = distance_inside(mito == 0, size) > RIM_NM if mito.any() else True
-        dark = (_dark(image, label, size, membrane_nm, FINE_NM) & apart).astype(np.uint8)
+        dark = (_dark(image, *places, size, FINE_NM) & apart).astype(np.uint8)
     return replace(volume, mito=mito, dark=dark)
 
 
-def _dark(
-    image: np.ndarray, label: np.ndarray, voxel_nm: Sequence[float], membrane_nm: float, width_nm: float
-) -> np.ndarray:
-    """Where neurons are dark inside, bool; nowhere, with a warning, where that cannot be told."""
+def _deep_and_membrane(
+    image: np.ndarray, label: np.ndarray, size: ZYX, membrane_nm: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """Where neurons are deeper than the membrane's blur, and where membranes are, bool."""
     if image.shape != label.shape:
         raise ShapeMismatch(f"Image and label must have one shape. Got {image.shape} and {label.shape}.")
-    size = voxel_size(voxel_nm)
-    smooth = smoothed(image, size, width_nm)
     membrane = membrane_from_labels(label, size, membrane_nm) > 0
-    inside = (label > 0) & ~membrane
-    deep = distance_inside(inside, size) > MARGIN_NM
+    return distance_inside((label > 0) & ~membrane, size) > MARGIN_NM, membrane
+
+
+def _bodies(image: np.ndarray, deep: np.ndarray, membrane: np.ndarray, size: ZYX) -> np.ndarray:
+    """Mask of the dark bodies, uint8."""
+    return _opened(_dark(image, deep, membrane, size, SMOOTHING_NM), size).astype(np.uint8)
+
+
+def _dark(image: np.ndarray, deep: np.ndarray, membrane: np.ndarray, size: ZYX, width_nm: float) -> np.ndarray:
+    """Where neurons are dark inside, bool; nowhere, with a warning, where that cannot be told."""
     if not deep.any() or not membrane.any():
         logger.warning("No dark bodies are looked for: no neuron is wide enough, or there is no membrane.")
         return np.zeros(image.shape, bool)
+    smooth = smoothed(image, size, width_nm)
     cytoplasm, of_membrane = float(np.median(smooth[deep])), float(smooth[membrane].mean(dtype=np.float64))
     if of_membrane >= cytoplasm:
         logger.warning(
