@@ -98,6 +98,7 @@ def test_scale_bar_has_the_length_it_states(tmp_path: Path) -> None:
         ({"voxel_nm": (29, 6)}, ValueRangeError),
         ({"synthetic_image": np.zeros((6, 60, 80), dtype=np.float32)}, ShapeMismatch),
         ({"real_label": np.zeros((6, 61, 84), dtype=np.uint64)}, ShapeMismatch),
+        ({"mask_dark": np.zeros((6, 61, 84), dtype=np.uint8)}, ShapeMismatch),
     ],
 )
 def test_bad_input_leaves_no_file(tmp_path: Path, changes: dict[str, Any], error: type[Exception]) -> None:
@@ -117,8 +118,12 @@ def test_mask_picture_by_hand() -> None:
     m = {name: array[0] for name, array in mask().items()}
     m["label"][50:, :10] = 0
     m["membrane"][50:, :10] = 0
-    picture = paint_mask(m["label"], m["membrane"], m["mito"])
+    dark = np.zeros_like(m["mito"])
+    dark[35:38, 20:26] = 1
+    picture = paint_mask(m["label"], m["membrane"], m["mito"], dark)
     np.testing.assert_array_equal(picture[5, 5], label_colours(np.array(3)))
+    np.testing.assert_allclose(picture[36, 22], label_colours(np.array(3)) / 2, rtol=1e-6)
+    np.testing.assert_array_equal(picture[36, 27], label_colours(np.array(3)))
     np.testing.assert_array_equal(picture[25, 15], 1.0)
     assert picture[5, 42].max() < 0.2, "membranes are dark"
     assert picture[5, 42].max() < picture[55, 5].max() < 0.5, (

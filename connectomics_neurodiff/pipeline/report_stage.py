@@ -102,6 +102,7 @@ def _draw_synthesis(run: Run, path: Path) -> bool:
         pair[1].array("image"),
         sections,
         train.voxel_nm,
+        _dark_of(run, pair[0]),
     )
     return True
 
@@ -111,6 +112,14 @@ def _membrane_of(run: Run, path: Path, pair: Volume) -> np.ndarray:
     if "membrane" in open_source(path).arrays:
         return np.asarray(open_array(path, ("membrane",)))
     return membrane_from_labels(pair.array("label"), pair.voxel_nm, run.cfg.NEURODIFF.MEMBRANE_NM)
+
+
+def _dark_of(run: Run, path: Path) -> np.ndarray | None:
+    """What else is dark in the mask that a pair of this run was painted on; the pair itself does not tell."""
+    masks = run.folder / "masks" / path.name
+    if path.parent != run.folder / "pairs" or not masks.exists():
+        return None
+    return open_volume(masks).dark_array
 
 
 def _draw_mask_quality(run: Run, path: Path) -> bool:

@@ -11,7 +11,7 @@ import numpy as np
 
 from ..errors import ShapeMismatch, ValueRangeError
 from ..geometry import voxel_size
-from .colours import colourise, grey_to_rgb, match_segments, outlines, overlay
+from .colours import colourise, grey_to_rgb, label_colours, match_segments, outlines, overlay
 from .style import INK, MUTED, arm_name, bare, figure_file
 
 if TYPE_CHECKING:
@@ -22,6 +22,8 @@ _WIDTH = 12.0  # inches
 _MEMBRANE = (0.10, 0.11, 0.13)
 _BACKGROUND = (0.30, 0.32, 0.34)
 _MITOCHONDRION = (1.0, 1.0, 1.0)
+#: Brightness that is left of a neuron's colour where it is dark inside.
+_SHADE = 0.5
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,9 @@ def grey_limits(image: np.ndarray) -> tuple[float, float]:
     return (low, high) if high > low else (low, low + 1.0)
 
 
-def paint_mask(label: np.ndarray, membrane: np.ndarray, mito: np.ndarray | None) -> np.ndarray:
+def paint_mask(
+    label: np.ndarray, membrane: np.ndarray, mito: np.ndarray | None, dark: np.ndarray | None = None
+) -> np.ndarray:
     """Picture of a mask section: neurons coloured, membranes dark, mitochondria white with a dark rim.
 
     Parameters
@@ -78,6 +82,8 @@ def paint_mask(label: np.ndarray, membrane: np.ndarray, mito: np.ndarray | None)
         (y, x), non-zero on membranes.
     mito : numpy.ndarray or None
         (y, x), non-zero inside mitochondria; None where the pipeline ran without them.
+    dark : numpy.ndarray, optional
+        (y, x), non-zero where else neurons are dark inside: there the colour is half as bright.
 
     Returns
     -------
@@ -86,6 +92,8 @@ def paint_mask(label: np.ndarray, membrane: np.ndarray, mito: np.ndarray | None)
     """
     picture = colourise(label)
     picture[label == 0] = _BACKGROUND
+    if dark is not None:
+        picture[dark > 0] *= _SHADE
     picture[membrane > 0] = _MEMBRANE
     if mito is not None:
         inside = mito > 0
@@ -176,6 +184,7 @@ def synthesis_figure(
     synthetic_image: np.ndarray,
     sections: Sequence[int],
     voxel_nm: Sequence[float],
+    mask_dark: np.ndarray | None = None,
 ) -> None:
     """Rows of sections: real image, its labels, the remodelled mask, the synthetic image painted onto that mask.
 
@@ -193,6 +202,8 @@ def synthesis_figure(
         z indices, valid in both; see :func:`sections_to_show`.
     voxel_nm : sequence of 3 floats
         Voxel size (z, y, x) in nm, for the scale bar and the proportions.
+    mask_dark : numpy.ndarray, optional
+        What else is dark inside neurons, in the shape of the masks.
 
     Raises
     ------
@@ -202,15 +213,17 @@ def synthesis_figure(
         If a section does not exist.
     """
     voxel_nm = voxel_size(voxel_nm)
-    mito = {} if mask_mito is None else {"mask_mito": mask_mito}
+    optional = {"mask_mito": mask_mito, "mask_dark": mask_dark}
+    inside = {name: array for name, array in optional.items() if array is not None}
     _check_shapes({"real_image": real_image, "real_label": real_label})
-    masks = {"mask_label": mask_label, "mask_membrane": mask_membrane, "synthetic_image": synthetic_image, **mito}
+    masks = {"mask_label": mask_label, "mask_membrane": mask_membrane, "synthetic_image": synthetic_image, **inside}
     _check_shapes(masks)
     _check_sections(sections, {"the real volume": real_image, "the synthetic volume": synthetic_image})
     limits = grey_limits(np.stack([real_image[z] for z in sections]))
     rows = []
     for z in sections:
-        mask = paint_mask(mask_label[z], mask_membrane[z], None if mask_mito is None else mask_mito[z])
+        mito, dark = (None if array is None else array[z] for array in optional.values())
+        mask = paint_mask(mask_label[z], mask_membrane[z], mito, dark)
         pictures = [
             grey_to_rgb(real_image[z], limits),
             overlay(real_image[z], real_label[z], opacity=0.6, limits=limits),
@@ -223,15 +236,18 @@ def synthesis_figure(
     empty = ((mask_label == 0) & (mask_membrane == 0))[list(sections)].any()
     with figure_file(path, _grid_size(rows, voxel_nm, extra=0.62), transparent=True) as figure:
         _draw_grid(figure, rows, voxel_nm)
-        _draw_mask_legend(figure, with_mito=mask_mito is not None, with_background=bool(empty))
+        _draw_mask_legend(figure, mask_mito is not None, mask_dark is not None, bool(empty))
 
 
-def _draw_mask_legend(figure: Figure, *, with_mito: bool, with_background: bool) -> None:
+def _draw_mask_legend(figure: Figure, with_mito: bool, with_dark: bool, with_background: bool) -> None:
     from matplotlib.patches import Patch
 
     entries = [Patch(facecolor=_MEMBRANE, edgecolor=MUTED, label="membrane")]
     if with_mito:
         entries.append(Patch(facecolor=_MITOCHONDRION, edgecolor=INK, label="mitochondrion"))
+    if with_dark:
+        red, green, blue = _SHADE * label_colours(np.array(1))
+        entries.append(Patch(facecolor=(red, green, blue), edgecolor=MUTED, label="dark inside a neuron (shade of its colour)"))
     if with_background:
         entries.append(Patch(facecolor=_BACKGROUND, edgecolor=MUTED, label="background"))
     figure.legend(handles=entries, loc="outside lower center", ncols=len(entries), labelcolor=MUTED, fontsize=11)

@@ -1,13 +1,16 @@
 """What single choices of the denoiser's training are worth, at equal CPU seconds.
 
     python projects/NeuroDiff/choices.py configs/NeuroDiff-AC4-CPU.yaml DATA_FOLDER SEGMENTER \
-        --box 60 256 512 68 512 768 --seconds 240 --json choices.json [--choices recipe l1 huber]
+        --box 60 256 512 68 512 768 --seconds 240 --json choices.json [--choices recipe l1 huber] [--seed 1]
 
 Every choice is the recipe with one thing changed. A denoiser is trained on the recipe's train part for as many
 iterations as fit into the seconds, timed first; then it paints the masks of --box, which lies outside of it, as the
 recipe samples. SEGMENTER is one that was trained on the real train part alone. For every row: iterations, how well the
 segmenter finds the mask's boundaries (average precision), 3D-FID from the real image of that mask, share of dark voxels
-deep inside neurons, power of fine detail over the real one, grey spread. Rows that FILE.json holds are kept.
+deep inside neurons, power of fine detail over the real one, grey spread, CPU seconds of painting. Rows that FILE.json
+holds are kept.
+
+--start CHECKPOINT begins every training from the weights of a denoiser, as from one of several other tissues.
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ import json
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,13 +31,14 @@ import torch
 from sampling import Judge
 from torch import Tensor, nn
 
+from connectomics_neurodiff.checkpoints import load_checkpoint, load_weights
 from connectomics_neurodiff.conditions import membrane_from_labels, organelles, with_background, with_dark_bodies
 from connectomics_neurodiff.config import load_config
-from connectomics_neurodiff.engine import Batch, Loss, fit
+from connectomics_neurodiff.engine import Batch, Loss, fit, resting
 from connectomics_neurodiff.errors import UserError
 from connectomics_neurodiff.geometry import Box
 from connectomics_neurodiff.pipeline import networks
-from connectomics_neurodiff.pipeline.parts import open_parts
+from connectomics_neurodiff.pipeline.parts import open_extra_volumes, open_parts
 from connectomics_neurodiff.pipeline.stages import diffusion_loss
 from connectomics_neurodiff.provenance import write_json
 from connectomics_neurodiff.synthesis import (
@@ -48,28 +52,69 @@ from connectomics_neurodiff.synthesis import (
 )
 from connectomics_neurodiff.volume import Volume, open_volume
 
-#: Keys of NEURODIFF.DIFFUSION that a choice changes.
-CHOICES: dict[str, dict[str, Any]] = {
-    "recipe": {},
-    "l1": {"LOSS": "l1"},
-    "huber": {},
-    "membranes": {},
-    "rate halved": {},
-    "rate doubled": {},
-    "constant rate": {"SCHEDULE": "constant"},
-    "short average": {"EMA_DECAY": 0.95},
-    "long average": {"EMA_DECAY": 0.995},
-    "small crops": {},
-    "concat": {"CONDITIONING": "concat"},
-    "msc": {"CONDITIONING": "msc"},
-    "no rgm": {"RGM": False},
-    "narrow levels": {"NOISE_SPREAD": 1.2},
-    "even levels": {"NOISE_SPREAD": 0.0},
-    "velocity": {"PREDICTION": "velocity"},
-    "min-SNR": {"SNR_GAMMA": 5.0},
-}
-#: Weight of a voxel on a membrane against one elsewhere, of the choice "membranes".
+#: Weight of a voxel on a membrane against one elsewhere, where membranes are weighed.
 MEMBRANE_WEIGHT = 3.0
+#: Where parts of x_t are hidden: share of the samples, share of their squares, side of a square in pixels.
+HIDDEN_SAMPLES, HIDDEN_SQUARES, HIDDEN_SIDE = 0.5, 0.5, 16
+#: Share of the seconds that goes to another training before or after the recipe's own.
+STAGE_SHARE = 0.3
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What differs from the recipe: keys of NEURODIFF.DIFFUSION, the network, the learning rate, the loss."""
+
+    keys: dict[str, Any] = field(default_factory=dict)
+    options: dict[str, Any] = field(default_factory=dict)
+    rate: float = 1.0
+    error: Callable[[Tensor], Tensor] = torch.square
+    on_membrane: float = 1.0
+    hidden: bool = False
+    small_crops: bool = False
+    half_first: bool = False
+    distilled: bool = False
+
+    @property
+    def has_own_loss(self) -> bool:
+        """Whether `weighed_loss` stands in for the recipe's."""
+        return self.error is not torch.square or self.on_membrane != 1
+
+
+def huber(error: Tensor) -> Tensor:
+    """Squared up to 1, the spread of the image, then in proportion; as large as the square where it is that."""
+    return 2 * nn.functional.huber_loss(error, torch.zeros_like(error), reduction="none")
+
+
+CHOICES: dict[str, Choice] = {
+    "recipe": Choice(),
+    "l1": Choice({"LOSS": "l1"}),
+    "huber": Choice(error=huber),
+    "membranes": Choice(on_membrane=MEMBRANE_WEIGHT),
+    "hidden image": Choice(hidden=True),
+    "velocity": Choice({"PREDICTION": "velocity"}),
+    "even levels": Choice({"NOISE_SPREAD": 0.0}),
+    "narrow levels": Choice({"NOISE_SPREAD": 1.2}),
+    "min-SNR": Choice({"SNR_GAMMA": 5.0}),
+    "small crops": Choice(small_crops=True),
+    "rate halved": Choice(rate=0.5),
+    "rate doubled": Choice(rate=2.0),
+    "constant rate": Choice({"SCHEDULE": "constant"}),
+    "short average": Choice({"EMA_DECAY": 0.95}),
+    "long average": Choice({"EMA_DECAY": 0.995}),
+    "smaller network": Choice(options={"multipliers": (2, 3, 4)}),
+    "larger network": Choice(options={"multipliers": (4, 6, 8)}),
+    "single pixels": Choice(options={"multipliers": (2, 3, 4, 6), "pixels": 1, "condition_channels": (16, 32, 48, 64)}),
+    "one group": Choice(options={"groups": 1}),
+    "concat": Choice({"CONDITIONING": "concat"}),
+    "msc": Choice({"CONDITIONING": "msc"}),
+    "no rgm": Choice({"RGM": False}),
+    "half resolution first": Choice(half_first=True),
+    "distilled": Choice(distilled=True),
+    # For recipes with several voxel sizes.
+    "no embedding": Choice(options={"resolution_embedding": False}),
+    "no rpge": Choice({"RPGE": False}),
+    "no voxel size": Choice({"RPGE": False}, options={"resolution_embedding": False}),
+}
 
 
 def weighed_loss(
@@ -82,32 +127,115 @@ def weighed_loss(
     return (errors * voxels).sum() / voxels.sum(), {}
 
 
-def huber(error: Tensor) -> Tensor:
-    """Squared up to 1, the spread of the image, then in proportion; as large as the square where it is that."""
-    return 2 * nn.functional.huber_loss(error, torch.zeros_like(error), reduction="none")
+def blindfolded(loss: Loss, network: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+    """A loss where squares of x_t are blank, through all sections: only the mask tells what is there."""
+    noisy = batch["noisy"]
+    b, _, _, y, x = noisy.shape
+    squares = (b, 1, 1, -(-y // HIDDEN_SIDE), -(-x // HIDDEN_SIDE))
+    hidden = (torch.rand(squares) < HIDDEN_SQUARES) & (torch.rand(b, 1, 1, 1, 1) < HIDDEN_SAMPLES)
+    hidden = hidden.repeat_interleave(HIDDEN_SIDE, 3).repeat_interleave(HIDDEN_SIDE, 4)[..., :y, :x]
+    return loss(network, {**batch, "noisy": noisy.masked_fill(hidden, 0)})
 
 
-def loss_of(choice: str, cfg: Any, process: DiffusionProcess) -> Loss:
+def distilling_loss(network: nn.Module, batch: Batch, *, teacher: nn.Module) -> tuple[Tensor, dict[str, Tensor]]:
+    """Squared error of one pass against the guided prediction, which takes two (Meng et al. 2023, first stage)."""
+    given = [batch[name] for name in ("noisy", "t", "condition", "voxel_nm")]
+    with resting(teacher), torch.no_grad():
+        target = teacher(*given)
+    return (network(*given) - target).float().square().mean(), {}
+
+
+def loss_of(choice: Choice, cfg: Any, process: DiffusionProcess) -> Loss:
     """What a choice trains on."""
-    own = partial(weighed_loss, weight=velocity_weight(process, "l2"))
-    if choice == "huber":
-        return partial(own, size=huber, on_membrane=1.0)
-    if choice == "membranes":
-        return partial(own, size=torch.square, on_membrane=MEMBRANE_WEIGHT)
-    return diffusion_loss(cfg, process)
+    loss = diffusion_loss(cfg, process)
+    if choice.has_own_loss:
+        weight = velocity_weight(process, "l2")
+        loss = partial(weighed_loss, weight=weight, size=choice.error, on_membrane=choice.on_membrane)
+    return partial(blindfolded, loss) if choice.hidden else loss
 
 
-def config_of(choice: str, options: argparse.Namespace) -> Any:
+def config_of(choice: Choice, options: argparse.Namespace) -> Any:
     """The recipe with one thing changed."""
     cfg = load_config(options.recipe, overrides=["DATASET.INPUT_PATH", options.data, *options.set])
     node = cfg.NEURODIFF.DIFFUSION
-    for key, value in CHOICES[choice].items():
+    for key, value in choice.keys.items():
         node[key] = value
-    if choice == "small crops":  # as many voxels of an iteration, of two places
+    if choice.small_crops:  # as many voxels of an iteration, of two places
         node["PATCH"], node["BATCH"] = [node.PATCH[0], *(round(n / 2**0.5 / 8) * 8 for n in node.PATCH[1:])], 2
-    if choice.startswith("rate"):
-        node["LEARNING_RATE"] *= {"rate halved": 0.5, "rate doubled": 2.0}[choice]
+    node["LEARNING_RATE"] *= choice.rate
     return cfg
+
+
+def at_half_resolution(volume: Volume) -> Volume:
+    """Sections of half as many rows and columns: the image by means of four pixels, masks by one of them."""
+    y, x = (n // 2 * 2 for n in volume.shape[1:])
+    image = volume.array("image")[:, :y, :x].reshape(-1, y // 2, 2, x // 2, 2).mean((2, 4))
+    masks = {role: np.asarray(array[:, :y:2, :x:2]) for role, array in volume.arrays.items() if role != "image"}
+    z_nm, y_nm, x_nm = volume.voxel_nm
+    return replace(volume, image=image.astype(np.float32), **masks, voxel_nm=(z_nm, 2 * y_nm, 2 * x_nm))
+
+
+class Training:
+    """One choice: its network, and the CPU seconds that it has."""
+
+    def __init__(self, choice: Choice, options: argparse.Namespace) -> None:
+        self.choice, self.options, self.cfg = choice, options, config_of(choice, options)
+        node = self.cfg.NEURODIFF.DIFFUSION
+        self.process = DiffusionProcess(cosine_betas(node.STEPS, node.COSINE_OFFSET), node.PREDICTION)
+        parts = open_parts(self.cfg)
+        self.volumes = [part.load() for part in (parts["train"], *open_extra_volumes(self.cfg, parts))]
+        torch.manual_seed(options.seed)
+        network_options = {**networks.denoiser_options(self.cfg), **choice.options}
+        self.network = build_denoiser(node.ARCHITECTURE, **network_options)
+        if options.start:
+            load_weights(self.network, load_checkpoint(options.start, kind="denoiser"))
+        self.loss = loss_of(choice, self.cfg, self.process)
+        self.iterations: list[int] = []
+
+    def run(self) -> None:
+        """Train for as long as there is time."""
+        seconds = self.options.seconds
+        if self.choice.half_first:
+            self._fit([at_half_resolution(v) for v in self.volumes], self.loss, STAGE_SHARE * seconds)
+        other = self.choice.half_first or self.choice.distilled
+        self._fit(self.volumes, self.loss, (1 - STAGE_SHARE * other) * seconds)
+        if self.choice.distilled:
+            teacher = copy.deepcopy(self.guided()).requires_grad_(False)
+            self._fit(self.volumes, partial(distilling_loss, teacher=teacher), STAGE_SHARE * seconds)
+
+    def _fit(self, volumes: list[Volume], loss: Loss, seconds: float) -> None:
+        node = self.cfg.NEURODIFF.DIFFUSION
+        arguments = networks.diffusion_crop_options(self.cfg)
+        crops = DiffusionCrops(volumes, tuple(node.PATCH), self.options.seed, self.process, **arguments)
+        settings = networks.diffusion_fit_settings(self.cfg)
+        steps = iterations_in(seconds, self.network, loss, crops, node.BATCH, settings.precision)
+        with tempfile.TemporaryDirectory() as folder:
+            settings = replace(settings, steps=steps)
+            self.network = fit(self.network, loss, crops, settings, Path(folder), label="denoiser")
+        self.iterations.append(steps)
+        self.grey = crops.scales[0]
+
+    def guided(self) -> nn.Module:
+        """The network with the recipe's guidance."""
+        node = self.cfg.NEURODIFF.DIFFUSION
+        return GuidedDenoiser(self.network, node.GUIDANCE, self.process.step_at(node.GUIDANCE_ABOVE))
+
+    def paint(self, volume: Volume) -> np.ndarray:
+        """The image of a volume's masks."""
+        membrane = membrane_from_labels(volume.array("label"), volume.voxel_nm, self.cfg.NEURODIFF.MEMBRANE_NM)
+        image = synthesise(
+            self.network if self.choice.distilled else self.guided(),
+            self.process,
+            with_background(membrane, volume.array("label")),
+            organelles(volume.mito_array, volume.dark_array),
+            volume.voxel_nm,
+            seed=self.options.seed,
+            grey=self.grey,
+            tile=volume.shape,
+            overlap=(0, 0, 0),
+            **networks.sampling_arguments(self.cfg),
+        )
+        return np.asarray(image)
 
 
 def iterations_in(
@@ -130,37 +258,20 @@ def iterations_in(
     return max(1, round(seconds / float(np.median(times[2:]))))
 
 
-def row_of(choice: str, options: argparse.Namespace, held_out: Volume, judge: Judge) -> dict[str, Any]:
+def row_of(choice: Choice, options: argparse.Namespace, held_out: Volume, judge: Judge) -> dict[str, Any]:
     """Train, paint, judge."""
-    cfg = config_of(choice, options)
-    node = cfg.NEURODIFF.DIFFUSION
-    train = open_parts(cfg)["train"].load()
-    torch.manual_seed(options.seed)
-    network = build_denoiser(node.ARCHITECTURE, **networks.denoiser_options(cfg))
-    process = DiffusionProcess(cosine_betas(node.STEPS, node.COSINE_OFFSET), node.PREDICTION)
-    crops = DiffusionCrops([train], tuple(node.PATCH), options.seed, process, **networks.diffusion_crop_options(cfg))
-    loss = loss_of(choice, cfg, process)
-    settings = networks.diffusion_fit_settings(cfg)
-    steps = iterations_in(options.seconds, network, loss, crops, node.BATCH, settings.precision)
+    training = Training(choice, options)
     start = time.process_time()
-    with tempfile.TemporaryDirectory() as folder:
-        network = fit(network, loss, crops, replace(settings, steps=steps), Path(folder), label=choice)
-    seconds = time.process_time() - start
-    membrane = membrane_from_labels(held_out.array("label"), held_out.voxel_nm, cfg.NEURODIFF.MEMBRANE_NM)
-    image = synthesise(
-        GuidedDenoiser(network, node.GUIDANCE, process.step_at(node.GUIDANCE_ABOVE)),
-        process,
-        with_background(membrane, held_out.array("label")),
-        organelles(held_out.mito_array, held_out.dark_array),
-        held_out.voxel_nm,
-        seed=options.seed,
-        grey=crops.scales[0],
-        tile=held_out.shape,
-        overlap=(0, 0, 0),
-        label=f"{choice}, painting",
-        **networks.sampling_arguments(cfg),
-    )
-    return {"iterations": steps, "cpu_seconds": seconds, **judge.row(np.asarray(image))}
+    training.run()
+    trained = time.process_time()
+    image = training.paint(held_out)
+    painted = time.process_time()
+    return {
+        "iterations": sum(training.iterations),
+        "cpu_seconds": trained - start,
+        "painting": painted - trained,
+        **judge.row(image),
+    }
 
 
 def parse() -> argparse.Namespace:
@@ -172,6 +283,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--box", type=int, nargs=6, required=True, metavar="N", help="z0 y0 x0 z1 y1 x1, held out")
     parser.add_argument("--seconds", type=float, default=240.0, help="CPU seconds of each training")
     parser.add_argument("--choices", nargs="+", choices=list(CHOICES), default=list(CHOICES))
+    parser.add_argument("--start", type=Path, metavar="CHECKPOINT", help="denoiser whose weights trainings begin with")
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY VALUE", help="settings that the recipe lacks")
     parser.add_argument("--patch", nargs=3, type=int, default=(8, 64, 64), metavar="N", help="of the 3D-FID")
     parser.add_argument("--patches", type=int, default=96)
@@ -189,24 +301,24 @@ def main() -> None:
     if options.json and options.json.exists():
         rows = json.loads(options.json.read_text())
     try:
-        cfg = config_of("recipe", options)
+        cfg = config_of(CHOICES["recipe"], options)
         volume = open_parts(cfg)["train"].volume
         box = Box(tuple(options.box[:3]), tuple(options.box[3:]))
         held_out = with_dark_bodies(open_volume(volume.path).crop(box), cfg.NEURODIFF.MEMBRANE_NM)
         membrane = membrane_from_labels(held_out.array("label"), held_out.voxel_nm, cfg.NEURODIFF.MEMBRANE_NM)
         judge = Judge(options, held_out, membrane)
         rows.setdefault("real", judge.row(held_out.array("image")))
-        for choice in options.choices:
-            if choice not in rows:
-                rows[choice] = row_of(choice, options, held_out, judge)
+        for name in options.choices:
+            if name not in rows:
+                rows[name] = row_of(CHOICES[name], options, held_out, judge)
                 if options.json:
                     write_json(options.json, rows)
     except UserError as error:
         raise SystemExit(f"error: {error}") from error
-    names = ("iterations", "average_precision", "fid3d", "dark_share", "fine_power", "grey_std")
-    print(f"| {'choice':16} | " + " | ".join(names) + " |\n|" + " --- |" * (len(names) + 1))
+    names = ("iterations", "average_precision", "fid3d", "dark_share", "fine_power", "grey_std", "painting")
+    print(f"| {'choice':21} | " + " | ".join(names) + " |\n|" + " --- |" * (len(names) + 1))
     for row, values in rows.items():
-        print(f"| {row:16} | " + " | ".join(f"{values[n]:.3f}" if n in values else "" for n in names) + " |")
+        print(f"| {row:21} | " + " | ".join(f"{values[n]:.3f}" if n in values else "" for n in names) + " |")
 
 
 if __name__ == "__main__":
