@@ -60,7 +60,9 @@ setup(
     python_requires=">=3.11",
     packages=find_packages(include=["connectomics_neurodiff", "connectomics_neurodiff.*"]),
     py_modules=["connectomics_neurodiff_finder"],
-    package_data={"connectomics_neurodiff": ["py.typed", "report/*.html", "config/*.yaml"]},
+    package_data={
+        "connectomics_neurodiff": ["py.typed", "report/*.html", "report/*.css", "study/*.html", "config/*.yaml"]
+    },
     install_requires=REQUIRED,
     extras_require={"segmenters": SEGMENTERS, "view": VIEW, "cuda": ["mamba-ssm>=2.2"], "test": TEST},
     entry_points={"console_scripts": ["neurodiff=connectomics_neurodiff.cli:main"]},

@@ -86,9 +86,25 @@ def _add_run(commands: Any) -> None:
     run.add_argument("--inference", action="store_true", help="only the stages after training")
     run.add_argument("--checkpoint", metavar="FILE", help="segmenter to use in place of the run's own")
     run.add_argument("--engine", choices=("auto", "native", "host"), default="auto", help="who trains (default: auto)")
+    run.add_argument("--arm", choices=("real", "mixed"), default="", help="train and score this one alone")
     run.add_argument("--dry-run", action="store_true", help="print config, stages, sizes, missing inputs; do nothing")
     run.add_argument("--force", action="store_true", help="make again what was made with other settings")
     run.add_argument("settings", nargs="*", metavar="KEY VALUE", help=CONFIG_HELP)
+
+
+def _add_study(commands: Any) -> None:
+    study = _add_command(
+        commands,
+        "study",
+        "arms x seeds of one recipe, trained side by side and compared with error bars",
+        "neurodiff study studies/demo.yaml --jobs 2",
+    )
+    study.add_argument("study", metavar="STUDY.yaml", help="recipe, arms and seeds (docs/studies.md)")
+    study.add_argument(
+        "--jobs", type=int, default=0, metavar="N", help="trainings side by side, a thread each (default: 0, all cores)"
+    )
+    study.add_argument("--dry-run", action="store_true", help="say how many trainings, hours and bytes; do nothing")
+    study.add_argument("settings", nargs="*", metavar="KEY VALUE", help=CONFIG_HELP)
 
 
 def _add_volume_commands(commands: Any) -> None:
@@ -250,8 +266,10 @@ def _add_segmentation_commands(commands: Any) -> None:
     )
     segment.add_argument("affinities", metavar="AFFINITIES.h5", help="affinities; with agq, a volume with an image")
     _add_output(segment)
-    segment.add_argument("--method", choices=("waterz", "multicut", "agq"), required=True)
-    segment.add_argument("--threshold", type=float, help="0..1 (default: waterz .30, multicut .25; agq has none)")
+    segment.add_argument("--method", choices=("waterz", "mean", "multicut", "agq"), required=True)
+    segment.add_argument(
+        "--threshold", type=float, help="0..1 (default: waterz .30, mean .75, multicut .25; agq has none)"
+    )
     segment.add_argument("--checkpoint", metavar="FILE", help="agq: the trained segmenter, which tells neurons apart")
     segment.add_argument(
         "--stitch-fraction",
@@ -313,6 +331,7 @@ def build_parser() -> _Parser:
     parser.add_argument("--version", action="version", version=f"neurodiff {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
     _add_run(commands)
+    _add_study(commands)
     _add_volume_commands(commands)
     _add_synthesis_commands(commands)
     _add_segmentation_commands(commands)
@@ -324,7 +343,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # Settings may follow options in any order, which argparse's "intermixed" parsing allows only without sub-commands.
     options, extra = build_parser().parse_known_args(arguments)
     if extra:
-        if options.command == "run" and not any(text.startswith("-") for text in extra[::2]):
+        if options.command in ("run", "study") and not any(text.startswith("-") for text in extra[::2]):
             options.settings += extra
         else:
             build_parser().parser_of(options.command).error(f"unrecognized arguments: {' '.join(extra)}")
@@ -358,6 +377,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 #: What an interrupted command leaves; all others leave nothing.
 _AFTER_INTERRUPTION = {
     "run": "the same command goes on where it stopped",
+    "study": "the same command goes on where it stopped",
     "sample": "the same command goes on where it stopped",
     "remodel": "masks that were finished stay, the same command with --force makes all of them anew",
 }

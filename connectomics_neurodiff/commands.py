@@ -81,7 +81,7 @@ def run(options: argparse.Namespace) -> None:
     if options.dry_run:
         from .pipeline.plan import describe_plan
 
-        print(describe_plan(cfg, stages))
+        print(describe_plan(cfg, stages, options.arm))
         return
     metrics = run_pipeline(
         cfg,
@@ -90,12 +90,23 @@ def run(options: argparse.Namespace) -> None:
         checkpoint=options.checkpoint or "",
         force=options.force,
         engine=engine,
+        arm=options.arm,
     )
     if metrics:
         print(score_table(metrics))
     folder = Path(cfg.DATASET.OUTPUT_PATH)
     if (folder / "report.html").exists():
         print(f"report: {folder / 'report.html'}")
+
+
+def study(options: argparse.Namespace) -> None:
+    """``neurodiff study``"""
+    from .study import run_study
+    from .study.tables import markdown_of
+
+    content = run_study(options.study, options.settings, jobs=options.jobs, dry_run=options.dry_run)
+    if content:
+        print(markdown_of(content))
 
 
 def _chosen_engine(options: argparse.Namespace) -> str:
@@ -457,7 +468,7 @@ def segment(options: argparse.Namespace) -> None:
     """``neurodiff segment``"""
     import numpy as np
 
-    from .agglomerate import PUBLISHED_THRESHOLDS
+    from .agglomerate import DEFAULT_THRESHOLDS
     from .agglomerate import segment as segment_affinities
     from .volume import open_array, read_voxel_size, write_volume
 
@@ -480,7 +491,7 @@ def segment(options: argparse.Namespace) -> None:
         )
     voxel_nm = read_voxel_size(options.affinities, voxel_nm=_voxel_size(options))
     affinities = np.asarray(open_array(options.affinities, ("affinity", "main")))
-    threshold = PUBLISHED_THRESHOLDS[options.method] if options.threshold is None else options.threshold
+    threshold = DEFAULT_THRESHOLDS[options.method] if options.threshold is None else options.threshold
     label = segment_affinities(affinities, options.method, threshold, voxel_nm)
     write_volume(options.output, {"label": label}, voxel_nm, {"method": options.method, "threshold": threshold})
 
@@ -586,6 +597,7 @@ def fid(options: argparse.Namespace) -> None:
 
 COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
     "run": run,
+    "study": study,
     "phantom": phantom,
     "convert": convert,
     "info": info,

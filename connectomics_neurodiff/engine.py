@@ -7,6 +7,7 @@ Diffusion models and segmenters train alike: a network, a loss, and a dataset wh
 
 from __future__ import annotations
 
+import copy
 import csv
 import logging
 import math
@@ -44,7 +45,7 @@ class SampleSource(Protocol):
 
 
 class Watch(Protocol):
-    """Somebody who looks at a network while it is trained, and must not change it.
+    """Somebody who looks at a network while it is trained: at a copy of it, so that a look changes nothing.
 
     Attributes
     ----------
@@ -63,16 +64,10 @@ def is_watched(watch: Watch | None, step: int, steps: int) -> bool:
     return watch is not None and (step % watch.every == 0 or step == steps)
 
 
-@contextmanager
-def resting(network: nn.Module) -> Iterator[nn.Module]:
-    """The network in evaluation mode, without gradients; afterwards in its own mode again."""
-    training = network.training
-    network.eval()
-    try:
-        with torch.no_grad():
-            yield network
-    finally:
-        network.train(training)
+@torch.no_grad()
+def look(watch: Watch, network: nn.Module, step: int) -> Mapping[str, float]:
+    """What a watch sees in a copy of the network: prediction and synthesis exchange convolutions and layouts in it."""
+    return watch(copy.deepcopy(network).eval(), step)
 
 
 @dataclass(frozen=True)
@@ -318,8 +313,7 @@ def _make_callbacks(
         def look(self, trainer: Any, module: Any, step: int) -> None:
             """Before the checkpoint: a run that is killed while somebody looks, looks again."""
             assert watch is not None
-            with resting(module.network if module.averaged is None else module.averaged.module) as network:
-                numbers = watch(network, step)
+            numbers = look(watch, module.network if module.averaged is None else module.averaged.module, step)
             trainer.logger.log_metrics(dict(numbers), step)
 
         def log_loss(self, trainer: Any, step: int) -> None:

@@ -21,7 +21,7 @@ from connectomics_neurodiff.volume import write_volume
 
 VOXEL = (30.0, 6.0, 6.0)
 OURS = {"neurodiff_superhuman"}
-DECODERS = {"neurodiff_waterz", "neurodiff_multicut"}
+DECODERS = {"neurodiff_waterz", "neurodiff_mean", "neurodiff_multicut"}
 
 STAND_IN = {
     "__init__.py": "",

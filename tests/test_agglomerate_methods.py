@@ -14,7 +14,7 @@ import pytest
 
 from connectomics_neurodiff.affinities import affinities_from_labels
 from connectomics_neurodiff.agglomerate import (
-    PUBLISHED_THRESHOLDS,
+    DEFAULT_THRESHOLDS,
     affinities_from_interior,
     fragments_from_affinities,
     segment,
@@ -23,7 +23,7 @@ from connectomics_neurodiff.agglomerate import (
 from connectomics_neurodiff.metrics import evaluate, tune_threshold
 from connectomics_neurodiff.volume import grow_phantom
 
-METHODS = sorted(PUBLISHED_THRESHOLDS)
+METHODS = sorted(DEFAULT_THRESHOLDS)
 SECTIONS = (29.0, 6.0, 6.0)
 
 
@@ -183,7 +183,7 @@ def test_perfect_affinities_give_a_perfect_segmentation(real_data, file, voxel_n
     label = cc3d.connected_components(read(real_data / file, "label", index), connectivity=6)
     affinities = affinities_from_labels(label)
     fragments = fragments_from_affinities(affinities, voxel_nm)
-    for method, threshold in PUBLISHED_THRESHOLDS.items():
+    for method, threshold in DEFAULT_THRESHOLDS.items():
         labels = segment(affinities, method, threshold, voxel_nm, fragments=fragments)
         assert evaluate(labels, label).arand < 0.02, method
 
@@ -195,7 +195,7 @@ def test_perfect_affinities_give_a_perfect_segmentation(real_data, file, voxel_n
 def test_perfect_affinities_of_phantoms(shape, voxel_nm):
     label = np.asarray(grow_phantom(shape, voxel_nm, seed=0).label)
     affinities = affinities_from_labels(label)
-    for method, threshold in PUBLISHED_THRESHOLDS.items():
+    for method, threshold in DEFAULT_THRESHOLDS.items():
         assert evaluate(segment(affinities, method, threshold, voxel_nm), label).arand < 0.02, method
 
 

@@ -141,7 +141,7 @@ def test_rows_are_made_once(
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(RECIPE)
     arguments = [
-        "choices.py", str(recipe), str(tmp_path), str(checkpoint), "--seconds", "0.2", "--patches", "4",
+        "choices.py", str(recipe), str(tmp_path), str(checkpoint), "--iterations", "4", "--patches", "4",
         "--box", "0", "40", "0", "4", "72", "48", "--patch", "4", "16", "16", "--json", str(tmp_path / "rows.json"),
         "--choices", "recipe", "hidden image", "half resolution first", "distilled", "no voxel size",
     ]  # fmt: skip
@@ -151,6 +151,8 @@ def test_rows_are_made_once(
     rows = json.loads((tmp_path / "rows.json").read_text())
     assert set(rows) == {"real", "recipe", "hidden image", "half resolution first", "distilled", "no voxel size"}
     assert rows["real"]["fid3d"] == pytest.approx(0, abs=1e-6)
+    assert rows["recipe"]["iterations"] == rows["hidden image"]["iterations"] == 4
+    assert rows["distilled"]["iterations"] == 3 + 1
     assert all(row["iterations"] >= 1 and row["fid3d"] > 0 for name, row in rows.items() if name != "real")
     monkeypatch.setattr(script, "row_of", lambda *_: pytest.fail("made again"))
     script.main()

@@ -13,12 +13,12 @@ from .fragments import fragments_from_affinities
 from .hierarchical import waterz_sweep
 from .instances import grow_labels, segment_image
 from .multicut import multicut_sweep
-from .segment import AGGLOMERATORS, PUBLISHED_THRESHOLDS, segment, segment_sweep
+from .segment import AGGLOMERATORS, DEFAULT_THRESHOLDS, segment, segment_sweep
 from .stitching import SCRATCH_PREFIX, stitch_blocks
 
 __all__ = [
     "AGGLOMERATORS",
-    "PUBLISHED_THRESHOLDS",
+    "DEFAULT_THRESHOLDS",
     "SCRATCH_PREFIX",
     "affinities_from_interior",
     "as_affinities",

@@ -177,6 +177,13 @@ def _validate_segmenter(cfg: CfgNode) -> None:
     _require(
         node.SCAN_ORIENTATIONS in (1, 3), "NEURODIFF.SEGMENTER.SCAN_ORIENTATIONS", "1 or 3", node.SCAN_ORIENTATIONS
     )
+    _require_numbers(cfg, ["NEURODIFF.SEGMENTER.CHECKPOINTS"], 1)
+    _require(
+        node.CHECKPOINTS == 1 or cfg.NEURODIFF.SPLIT.SCORED,
+        "NEURODIFF.SEGMENTER.CHECKPOINTS",
+        "1 without a tune part (NEURODIFF.SPLIT.SCORED)",
+        node.CHECKPOINTS,
+    )
     width = node.QUERY_WIDTH
     _require(width > 0 and width % 8 == 0, "NEURODIFF.SEGMENTER.QUERY_WIDTH", "a multiple of 8, > 0", width)
     _require_numbers(cfg, ["NEURODIFF.SEGMENTER.LEARNED_QUERIES"], 2)
@@ -270,11 +277,13 @@ def _validate_names(cfg: CfgNode) -> None:
     _require(cfg.MODEL.TARGET_OPT == ["2"], "MODEL.TARGET_OPT", "['2'] (affinity z, y, x)", cfg.MODEL.TARGET_OPT)
     _require(cfg.MODEL.IN_PLANES == 1, "MODEL.IN_PLANES", "1 (one grey image)", cfg.MODEL.IN_PLANES)
     _require(cfg.MODEL.OUT_PLANES == 3, "MODEL.OUT_PLANES", "3 (affinity z, y, x)", cfg.MODEL.OUT_PLANES)
-    _require(bool(segment.METHODS), "NEURODIFF.SEGMENT.METHODS", "a list of waterz, multicut and agq", segment.METHODS)
+    _require(
+        bool(segment.METHODS), "NEURODIFF.SEGMENT.METHODS", "a list of waterz, mean, multicut and agq", segment.METHODS
+    )
     fraction = segment.STITCH_FRACTION
     _require(0 < fraction <= 1, "NEURODIFF.SEGMENT.STITCH_FRACTION", "above 0, at most 1", fraction)
     for method in segment.METHODS:
-        _require_choice("NEURODIFF.SEGMENT.METHODS", method, ("waterz", "multicut", "agq"))
+        _require_choice("NEURODIFF.SEGMENT.METHODS", method, ("waterz", "mean", "multicut", "agq"))
     _require(len(set(segment.METHODS)) == len(segment.METHODS), "NEURODIFF.SEGMENT.METHODS", "unique", segment.METHODS)
     for method in segment.METHODS:
         if method == "agq":  # the segmenter's own instances, without a threshold

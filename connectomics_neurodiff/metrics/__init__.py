@@ -7,7 +7,7 @@
 """
 
 from .boundaries import boundary_precision
-from .columns import evaluate_columns, paired_difference
+from .columns import column_slices, columns_of, evaluate_columns, paired_difference
 from .fid3d import FID3D, fid3d, patch_features
 from .frechet import bootstrap_interval, frechet_distance
 from .overlap import Overlap, RandScores, Scores, contingency, evaluate, rand_scores
@@ -24,6 +24,8 @@ __all__ = [
     "TuneResult",
     "bootstrap_interval",
     "boundary_precision",
+    "column_slices",
+    "columns_of",
     "contingency",
     "evaluate",
     "evaluate_columns",

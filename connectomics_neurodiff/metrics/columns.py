@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from itertools import pairwise, product
+from typing import Any
 
 import cc3d
 import numpy as np
@@ -16,9 +17,17 @@ import numpy as np
 from ..errors import ShapeMismatch, ValueRangeError
 from .overlap import Scores, evaluate, require_labels
 
+#: Columns along y and x that a volume is scored in.
+COLUMNS = (3, 3)
+
+
+def columns_of(shape: Sequence[int]) -> tuple[int, int]:
+    """:data:`COLUMNS`, fewer in a volume (z, y, x) of fewer pixels."""
+    return min(COLUMNS[0], shape[1]), min(COLUMNS[1], shape[2])
+
 
 def evaluate_columns(
-    segmentation: np.ndarray, truth: np.ndarray, columns: Sequence[int] = (3, 3)
+    segmentation: np.ndarray, truth: np.ndarray, columns: Sequence[int] = COLUMNS
 ) -> list[Scores | None]:
     """Scores of each column of a volume; a column runs through all sections.
 
@@ -59,9 +68,13 @@ def evaluate_columns(
     # Components of other types would be counted without a word.
     require_labels(segmentation, "segmentation")
     require_labels(truth, "truth")
+    return [_evaluate_column(segmentation[column], truth[column]) for column in column_slices(size, columns)]
+
+
+def column_slices(size: Sequence[int], columns: Sequence[int] = COLUMNS) -> list[tuple[Any, slice, slice]]:
+    """Index of each column in an array (..., z, y, x), row by row; `size` is its (y, x)."""
     cuts = ([round(i * n / count) for i in range(count + 1)] for n, count in zip(size, columns, strict=True))
-    boxes = product(*(pairwise(axis) for axis in cuts))
-    return [_evaluate_column(segmentation[:, a:b, c:d], truth[:, a:b, c:d]) for (a, b), (c, d) in boxes]
+    return [(..., slice(a, b), slice(c, d)) for (a, b), (c, d) in product(*(pairwise(axis) for axis in cuts))]
 
 
 def _evaluate_column(segmentation: np.ndarray, truth: np.ndarray) -> Scores | None:

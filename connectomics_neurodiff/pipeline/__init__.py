@@ -58,6 +58,7 @@ def run_pipeline(
     checkpoint: str = "",
     force: bool = False,
     engine: str = "auto",
+    arm: str = "",
 ) -> dict[str, Any]:
     """Run the main job, or go on where it stopped.
 
@@ -75,6 +76,8 @@ def run_pipeline(
         Make again what was made with other settings.
     engine : {"auto", "native", "host"}
         Whose training loop: ours, or that of pytorch_connectomics v1; auto: the host's if it is installed.
+    arm : str
+        The one arm to train and score, ``"real"`` or ``"mixed"`` (default: all that the configuration has).
 
     Returns
     -------
@@ -90,14 +93,16 @@ def run_pipeline(
     from . import parts as parts_of
     from .engines import choose_engine, load_engine
     from .report_stage import make_report
-    from .run import Run, logger, run_folder, timed
+    from .run import Run, arms_of, logger, run_folder, timed
 
     chosen = choose_stages(cfg, stages, inference=inference)
+    if arm and arm not in arms_of(cfg):
+        raise ConfigError(f"This configuration trains {' and '.join(arms_of(cfg))}. Got the arm '{arm}'.")
     engine = choose_engine(engine)
     load_engine(engine)
     if NETWORK_STAGES & set(chosen):
         networks.check_networks(cfg)
-    arm, given = "", None
+    stands_for, given = "", None
     if checkpoint:
         trained = [name for name in chosen if name not in INFERENCE_STAGES]
         if trained:
@@ -105,7 +110,7 @@ def run_pipeline(
                 f"--checkpoint replaces the trained segmenter; it goes with --inference. Got {trained[0]}."
             )
         given = check_checkpoint(checkpoint, cfg.NEURODIFF.SEGMENT.METHODS)
-        arm = "mixed" if given.extra.get("arm") == "mixed" else "real"
+        stands_for = "mixed" if given.extra.get("arm") == "mixed" else "real"
     _use_threads(cfg.SYSTEM.NUM_THREADS)
     parts = parts_of.open_parts(cfg)
     extra = parts_of.open_extra_volumes(cfg, parts)
@@ -129,7 +134,7 @@ def run_pipeline(
         "report": make_report,
     }
     with run_folder(cfg) as folder:
-        run = Run(cfg, folder, parts, force, checkpoint, arm, engine, extra)
+        run = Run(cfg, folder, parts, force, checkpoint, stands_for, engine, extra, only=arm)
         if given and (told := networks.other_voxels(given, parts["test"].volume.voxel_nm)):
             logger.warning("The test part %s.", told)
         for name in chosen:

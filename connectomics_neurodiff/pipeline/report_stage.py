@@ -66,6 +66,9 @@ def _notes(run: Run) -> list[str]:
         f"Train {sizes['train']}, tune {sizes['tune']}, test {sizes['test']} voxels of {voxel} nm (z, y, x), disjoint.",
         "Both arms were trained for the same number of iterations; one seed is one sample: compare several.",
     ]
+    for arm, found in run.metrics().get("boundaries", {}).items():
+        if found["average_precision"] is not None:
+            notes.append(f"Average precision of boundary edges, {arm}: {found['average_precision']:.3f}.")
     for path in sorted((run.folder / "pairs").glob("*.gate.json")):
         gate = json.loads(path.read_text())
         if not gate["passed"]:
@@ -171,7 +174,7 @@ def _draw_thresholds(run: Run, path: Path) -> bool:
     if tunings:
         threshold_figure(
             path,
-            {key: [(t, scores[criterion]) for t, scores in tuning["scores"]] for key, tuning in tunings.items()},
+            {key: tuning["judged"] for key, tuning in tunings.items()},
             {key: tuning["threshold"] for key, tuning in tunings.items()},
             score=criterion.upper(),
         )

@@ -48,6 +48,8 @@ class Run:
         Which arm that segmenter stands for; without synthetic pairs there is only one.
     engine_name : str
         ``"native"`` or ``"host"``.
+    only : str
+        The one arm to train and score; empty: all of them.
     """
 
     cfg: CfgNode
@@ -58,6 +60,7 @@ class Run:
     checkpoint_arm: str = ""
     engine_name: str = "native"
     extra: list[Part] = field(default_factory=list)
+    only: str = ""
     seconds: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -77,7 +80,7 @@ class Run:
     @property
     def arms(self) -> list[str]:
         """What the segmenter is trained on: real pairs, and real and synthetic mixed."""
-        arms = arms_of(self.cfg)
+        arms = [self.only] if self.only else arms_of(self.cfg)
         return [self.checkpoint_arm] if self.checkpoint and len(arms) > 1 else arms
 
     def provenance(self, stage: str, settings: Mapping[str, Any], **parents: str) -> Provenance:
@@ -226,6 +229,8 @@ def discard_training(folder: Path) -> None:
         folder / "last.ckpt",
         folder / "loss.csv",
         folder / "following.csv",
+        folder / "tuning.csv",
+        folder / "best.pt",
         *folder.glob("checkpoint_*.pth.tar"),
     ]:
         path.unlink(missing_ok=True)

@@ -10,7 +10,7 @@ import numpy as np
 
 from ..agglomerate import fragments_from_affinities, segment_image, segment_sweep
 from ..errors import ConfigError
-from ..metrics import tune_threshold
+from ..metrics import columns_of, tune_threshold
 from ..provenance import Provenance, write_json
 from ..volume import open_array, write_volume
 from . import networks
@@ -36,6 +36,7 @@ def make_segmentations(run: Run) -> None:
             settings = {
                 "METHOD": method,
                 "CRITERION": node.CRITERION,
+                "COLUMNS": list(columns_of(run.parts["tune"].box.shape)),
                 "THRESHOLDS": node[f"{method.upper()}_THRESHOLDS"],
             }
             parents = {name: run.hash_of(f"predictions/{arm}_{name}.h5") for name in ("tune", "test")}
@@ -77,15 +78,16 @@ def _segment_arm(run: Run, arm: str, pending: list[tuple[str, Path, Provenance]]
     }
     fragments = {name: fragments_from_affinities(array, voxel_nm) for name, array in affinities.items()}
     for method, target, provenance in pending:
-        thresholds = provenance.settings["THRESHOLDS"]
-        sweep = segment_sweep(affinities["tune"], fragments["tune"], method, thresholds)
-        tuning = tune_threshold(sweep, truth, criterion=run.cfg.NEURODIFF.SEGMENT.CRITERION)
+        settings = provenance.settings
+        sweep = segment_sweep(affinities["tune"], fragments["tune"], method, settings["THRESHOLDS"])
+        tuning = tune_threshold(sweep, truth, criterion=settings["CRITERION"], columns=settings["COLUMNS"])
         ((_, label),) = segment_sweep(affinities["test"], fragments["test"], method, [tuning.threshold])
         write_json(
             target.with_suffix(".tuning.json"),
             {
                 "threshold": tuning.threshold,
-                "criterion": run.cfg.NEURODIFF.SEGMENT.CRITERION,
+                "criterion": settings["CRITERION"],
+                "judged": list(tuning.judged.items()),
                 "scores": [[threshold, scores.as_dict()] for threshold, scores in tuning.scores.items()],
             },
         )

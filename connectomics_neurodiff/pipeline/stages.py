@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -13,7 +14,7 @@ import numpy as np
 from ..affinities import CONVENTION
 from ..config import as_dict
 from ..errors import UserError
-from ..metrics import evaluate, evaluate_columns
+from ..metrics import boundary_precision, column_slices, columns_of, evaluate, evaluate_columns
 from ..pairs import open_pairs, read_reliability
 from ..provenance import hash_of, hash_of_file, write_json
 from ..seeding import rng_for
@@ -24,6 +25,7 @@ from .pairs_stage import pair_paths
 from .parts import hash_of_source
 from .run import Run, forget_other_training
 from .segmentations_stage import QUERIES
+from .selection import SelectionWatch
 from .synthesis_metrics import synthesis_metrics
 
 if TYPE_CHECKING:
@@ -152,9 +154,15 @@ def _train_arm(run: Run, arm: str) -> None:
         **networks.world_size(cfg),
         **run.engine_settings(),
     }
+    chosen_from = {}
+    if cfg.NEURODIFF.SEGMENTER.CHECKPOINTS > 1:
+        settings["SELECTION"] = {"CHECKPOINTS": cfg.NEURODIFF.SEGMENTER.CHECKPOINTS, **as_dict(cfg.INFERENCE)}
+        chosen_from["tune"] = run.parts["tune"].identity
     paths = pair_paths(run) if arm == "mixed" else []
     pair_hash = hash_of([hash_of_file(path) if path.is_file() else hash_of_source(str(path)) for path in paths])
-    provenance = run.provenance("segmenter", settings, train=run.parts["train"].identity, pairs=pair_hash)
+    provenance = run.provenance(
+        "segmenter", settings, train=run.parts["train"].identity, pairs=pair_hash, **chosen_from
+    )
     target = run.folder / "segmenter" / arm / "checkpoint.pt"
     if run.is_done(target, provenance):
         return
@@ -164,15 +172,27 @@ def _train_arm(run: Run, arm: str) -> None:
     reliability = [read_reliability(path) for path in paths] if weighted else []
     patches, loss = _samples_and_loss(cfg, train, synthetic, settings["RATIO"], reliability)
     network = _built_with_seed(run, "segmenter", lambda: build_segmenter(cfg.MODEL.ARCHITECTURE, **options))
-    fit_settings = networks.segmenter_fit_settings(cfg)
+    label = f"segmenter, {arm}"
+    watch = SelectionWatch(run, target.parent, label) if chosen_from else None
     network = run.engine.fit(
-        network, loss, patches, fit_settings, target.parent, label=f"segmenter, {arm}", key=provenance.key
+        network,
+        loss,
+        patches,
+        networks.segmenter_fit_settings(cfg),
+        target.parent,
+        label=label,
+        key=provenance.key,
+        watch=watch,
     )
+    step, weights = watch.best() if watch else (cfg.SOLVER.ITERATION_TOTAL, network.state_dict())
+    if watch:
+        logger.info("%s: of %d, the network after %d iterations is kept", label, cfg.SOLVER.ITERATION_TOTAL, step)
     extra = {
         "voxel_nm": [list(train.voxel_nm)],
         "patch": list(cfg.MODEL.INPUT_SIZE),
         "affinities": CONVENTION,
         "arm": arm,
+        "iterations": step,
         "auxiliary_channels": networks.auxiliary_targets(cfg).channels,
         "label_erosion": cfg.NEURODIFF.SEGMENTER.LABEL_EROSION,
     }
@@ -181,7 +201,7 @@ def _train_arm(run: Run, arm: str) -> None:
         kind="segmenter",
         architecture=cfg.MODEL.ARCHITECTURE,
         options=options,
-        state_dict=network.state_dict(),
+        state_dict=weights,
         extra=extra,
     )
     run.finish(target, provenance)
@@ -248,7 +268,7 @@ def make_predictions(run: Run) -> None:
 
 
 def make_metrics(run: Run) -> None:
-    """Score every segmentation against the test part, whole and in columns -> metrics.json, columns.json."""
+    """Score affinities and segmentations on the test part, whole and in columns -> metrics.json, columns.json."""
     truth = run.parts["test"].load().array("label")
     metrics: dict[str, Any] = {}
     thresholds: dict[str, Any] = {}
@@ -265,6 +285,9 @@ def make_metrics(run: Run) -> None:
             if method != QUERIES:
                 tuning = json.loads((run.folder / "segmentations" / f"{name}.tuning.json").read_text())
                 thresholds.setdefault(arm, {})[method] = tuning["threshold"]
+        whole, in_columns = _boundaries(run, arm, truth)
+        metrics.setdefault("boundaries", {})[arm] = {"average_precision": whole}
+        columns[arm]["boundaries"] = in_columns
     metrics["synthesis"] = synthesis_metrics(run)
     metrics["seconds"] = run.seconds
     provenance = run.provenance("metrics", as_dict(run.cfg), **{n: p.identity for n, p in run.parts.items()})
@@ -279,6 +302,20 @@ def make_metrics(run: Run) -> None:
     }
     write_json(run.folder / "columns.json", columns)
     write_json(run.folder / "metrics.json", metrics)
+
+
+def _boundaries(run: Run, arm: str, truth: np.ndarray) -> tuple[float | None, list[dict[str, float] | None]]:
+    """Average precision of an arm's boundary edges, of the whole test part and of its columns; None without any."""
+    run.hash_of(f"predictions/{arm}_test.h5")
+    affinities = np.asarray(open_array(run.folder / "predictions" / f"{arm}_test.h5", ("affinity",)))
+    voxel_nm = run.parts["test"].volume.voxel_nm
+    everywhere: tuple[Any, ...] = (...,)
+    found = [
+        boundary_precision(affinities[part], truth[part], voxel_nm)
+        for part in [everywhere, *column_slices(truth.shape[1:], columns_of(truth.shape))]
+    ]
+    whole, *in_columns = [None if math.isnan(value) else value for value in found]
+    return whole, [None if value is None else {"average_precision": value} for value in in_columns]
 
 
 def _built_with_seed(run: Run, purpose: str, build: Callable[[], torch.nn.Module]) -> torch.nn.Module:

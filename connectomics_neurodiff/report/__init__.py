@@ -7,6 +7,7 @@ opens offline; ``view`` serves volumes to the browser of this machine.
 from .charts import (
     following_figure,
     grey_value_figure,
+    learning_figure,
     loss_figure,
     mask_quality_figure,
     scores_figure,
@@ -14,7 +15,7 @@ from .charts import (
 )
 from .colours import colourise, label_colours, match_segments, outlines, overlay
 from .figures import sections_to_show, segmentation_figure, synthesis_figure
-from .report import FIGURES, write_report
+from .report import FIGURES, embedded, render_page, write_report
 from .verdict import Verdict, verdict_of
 from .viewer import Layer, View, layers_of, layers_of_volume, show, view
 
@@ -24,16 +25,19 @@ __all__ = [
     "Verdict",
     "View",
     "colourise",
+    "embedded",
     "following_figure",
     "grey_value_figure",
     "label_colours",
     "layers_of",
     "layers_of_volume",
+    "learning_figure",
     "loss_figure",
     "mask_quality_figure",
     "match_segments",
     "outlines",
     "overlay",
+    "render_page",
     "scores_figure",
     "sections_to_show",
     "segmentation_figure",

@@ -283,6 +283,43 @@ def _draw_tuning(axes: Axes, curve: Curve, chosen: float, arm: str, index: int) 
     )
 
 
+def learning_figure(
+    path: str | os.PathLike[str], curves: Mapping[str, Sequence[Curve]], *, score: str = "Average precision"
+) -> None:
+    """What trainings find on the tune part against their iterations: a line per arm, the mean over its seeds.
+
+    Parameters
+    ----------
+    path : path
+        PNG file to write.
+    curves : mapping
+        Arm -> for each seed a sequence of (iterations, score), all at the same iterations; each seed is drawn faintly.
+    score : str
+        Name of the score, for the axis; higher is better.
+
+    Raises
+    ------
+    ValueRangeError
+        If there is no curve, or the seeds of an arm were tried at different iterations.
+    """
+    if not curves or not all(curves.values()):
+        raise ValueRangeError("A learning figure needs at least one curve of every arm. Got none.")
+    with figure_file(path, (_WIDTH, 4.2)) as figure:
+        axes = figure.subplots()
+        for index, (arm, seeds) in enumerate(curves.items()):
+            points = [_points(curve, arm) for curve in seeds]
+            steps = points[0][0]
+            if any(not np.array_equal(other, steps) for other, _ in points):
+                raise ValueRangeError(f"The seeds of '{arm}' must be tried at the same iterations.")
+            colour = arm_colour(arm, index)
+            for _, values in points if len(points) > 1 else []:
+                axes.plot(steps, values, color=colour, lw=0.8, alpha=0.35)
+            mean = np.mean([values for _, values in points], axis=0)
+            axes.plot(steps, mean, color=colour, marker="o", ms=4, label=arm_name(arm))
+        axes.set(xlabel="Iterations", ylabel=f"{score} (tune part), higher is better", xlim=(0, None))
+        figure.legend(loc="outside lower center", ncols=min(len(curves), 4))
+
+
 def scores_figure(path: str | os.PathLike[str], metrics: Mapping[str, Any]) -> None:
     """Bars of VOI (split below, merge above) and adapted Rand error per method, the arms side by side.
 

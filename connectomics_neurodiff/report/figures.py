@@ -247,7 +247,9 @@ def _draw_mask_legend(figure: Figure, with_mito: bool, with_dark: bool, with_bac
         entries.append(Patch(facecolor=_MITOCHONDRION, edgecolor=INK, label="mitochondrion"))
     if with_dark:
         red, green, blue = _SHADE * label_colours(np.array(1))
-        entries.append(Patch(facecolor=(red, green, blue), edgecolor=MUTED, label="dark inside a neuron (shade of its colour)"))
+        entries.append(
+            Patch(facecolor=(red, green, blue), edgecolor=MUTED, label="dark inside a neuron (shade of its colour)")
+        )
     if with_background:
         entries.append(Patch(facecolor=_BACKGROUND, edgecolor=MUTED, label="background"))
     figure.legend(handles=entries, loc="outside lower center", ncols=len(entries), labelcolor=MUTED, fontsize=11)

@@ -156,17 +156,14 @@ def write_report(
     VolumeFormatError
         If a figure is not a PNG file.
     """
-    from jinja2 import Environment, StrictUndefined
-
     captions = captions or {}
     pictures = [_figure(name, Path(path), captions) for name, path in figures.items()]
-    source = files(__package__).joinpath("template.html").read_text(encoding="utf-8")
-    template = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     target = Path(folder) / "report.html"
     methods = [(method, compare(metrics, method)) for method in methods_of(metrics)]
-    html = template.from_string(source).render(
+    source = files(__package__).joinpath("template.html").read_text(encoding="utf-8")
+    html = render_page(
+        source,
         title=title,
-        version=__version__,
         verdict=verdict_of(metrics),
         methods=methods,
         in_columns=any(row.in_columns for _, rows in methods for row in rows),
@@ -182,6 +179,24 @@ def write_report(
     with atomic_write(target) as temporary:
         temporary.write_text(html, encoding="utf-8")
     return target
+
+
+def render_page(source: str, **content: Any) -> str:
+    """A page in the house style from a Jinja template, which uses `style` and `version` beside its own content.
+
+    Every value is escaped; a name that the template uses and nobody gave is an error.
+    """
+    from jinja2 import Environment, StrictUndefined
+    from markupsafe import Markup
+
+    template = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    style = Markup(files(__package__).joinpath("style.css").read_text(encoding="utf-8"))
+    return template.from_string(source).render(style=style, version=__version__, **content)
+
+
+def embedded(path: Path) -> str:
+    """A PNG file as the source of an image: the page refers to nothing outside itself."""
+    return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode("ascii")
 
 
 def _figure(name: str, path: Path, captions: Mapping[str, str]) -> dict[str, Any]:
@@ -203,7 +218,7 @@ def _figure(name: str, path: Path, captions: Mapping[str, str]) -> dict[str, Any
         "kind": slot.kind if slot else "picture",
         "alt": slot.alt if slot else caption,
         "caption": caption,
-        "source": "data:image/png;base64," + base64.b64encode(content).decode("ascii"),
+        "source": embedded(path),
         "width": width,
         "height": height,
     }

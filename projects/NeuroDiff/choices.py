@@ -1,14 +1,15 @@
 """What single choices of the denoiser's training are worth, at equal CPU seconds.
 
     python projects/NeuroDiff/choices.py configs/NeuroDiff-AC4-CPU.yaml DATA_FOLDER SEGMENTER \
-        --box 60 256 512 68 512 768 --seconds 240 --json choices.json [--choices recipe l1 huber] [--seed 1]
+        --box 60 256 512 68 512 768 --iterations 300 --json choices.json [--choices recipe l1 huber] [--seed 1]
 
-Every choice is the recipe with one thing changed. A denoiser is trained on the recipe's train part for as many
-iterations as fit into the seconds, timed first; then it paints the masks of --box, which lies outside of it, as the
-recipe samples. SEGMENTER is one that was trained on the real train part alone. For every row: iterations, how well the
-segmenter finds the mask's boundaries (average precision), 3D-FID from the real image of that mask, share of dark voxels
-deep inside neurons, power of fine detail over the real one, grey spread, CPU seconds of painting. Rows that FILE.json
-holds are kept.
+Every choice is the recipe with one thing changed. A denoiser is trained on the recipe's train part for as long as the
+recipe takes for --iterations; what costs more or less than it gets fewer or more of them, by CPU seconds timed by turns
+with the recipe's, so that a machine that is busy with something else harms none. Then it paints the masks of --box,
+which lies outside of the train part, as the recipe samples. SEGMENTER is one that was trained on the real train part
+alone. For every row: iterations, how well the segmenter finds the mask's boundaries (average precision), 3D-FID from
+the real image of that mask, share of dark voxels deep inside neurons, power of fine detail over the real one, spread,
+CPU seconds of painting. Rows that FILE.json holds are kept.
 
 --start CHECKPOINT begins every training from the weights of a denoiser, as from one of several other tissues.
 """
@@ -34,7 +35,7 @@ from torch import Tensor, nn
 from connectomics_neurodiff.checkpoints import load_checkpoint, load_weights
 from connectomics_neurodiff.conditions import membrane_from_labels, organelles, with_background, with_dark_bodies
 from connectomics_neurodiff.config import load_config
-from connectomics_neurodiff.engine import Batch, Loss, fit, resting
+from connectomics_neurodiff.engine import Batch, Loss, fit
 from connectomics_neurodiff.errors import UserError
 from connectomics_neurodiff.geometry import Box
 from connectomics_neurodiff.pipeline import networks
@@ -56,7 +57,9 @@ from connectomics_neurodiff.volume import Volume, open_volume
 MEMBRANE_WEIGHT = 3.0
 #: Where parts of x_t are hidden: share of the samples, share of their squares, side of a square in pixels.
 HIDDEN_SAMPLES, HIDDEN_SQUARES, HIDDEN_SIDE = 0.5, 0.5, 16
-#: Share of the seconds that goes to another training before or after the recipe's own.
+#: Keys that leave an iteration as long as it was.
+FREE_KEYS = {"LOSS", "PREDICTION", "NOISE_SPREAD", "SNR_GAMMA", "SCHEDULE", "EMA_DECAY"}
+#: Share of the time that goes to another training before or after the recipe's own.
 STAGE_SHARE = 0.3
 
 
@@ -78,6 +81,11 @@ class Choice:
     def has_own_loss(self) -> bool:
         """Whether `weighed_loss` stands in for the recipe's."""
         return self.error is not torch.square or self.on_membrane != 1
+
+    @property
+    def is_free(self) -> bool:
+        """Whether an iteration takes as long as one of the recipe."""
+        return not self.options and not self.small_crops and set(self.keys) <= FREE_KEYS
 
 
 def huber(error: Tensor) -> Tensor:
@@ -140,7 +148,7 @@ def blindfolded(loss: Loss, network: nn.Module, batch: Batch) -> tuple[Tensor, d
 def distilling_loss(network: nn.Module, batch: Batch, *, teacher: nn.Module) -> tuple[Tensor, dict[str, Tensor]]:
     """Squared error of one pass against the guided prediction, which takes two (Meng et al. 2023, first stage)."""
     given = [batch[name] for name in ("noisy", "t", "condition", "voxel_nm")]
-    with resting(teacher), torch.no_grad():
+    with torch.no_grad():
         target = teacher(*given)
     return (network(*given) - target).float().square().mean(), {}
 
@@ -176,7 +184,7 @@ def at_half_resolution(volume: Volume) -> Volume:
 
 
 class Training:
-    """One choice: its network, and the CPU seconds that it has."""
+    """One choice: its network, and how long it is trained."""
 
     def __init__(self, choice: Choice, options: argparse.Namespace) -> None:
         self.choice, self.options, self.cfg = choice, options, config_of(choice, options)
@@ -194,26 +202,45 @@ class Training:
 
     def run(self) -> None:
         """Train for as long as there is time."""
-        seconds = self.options.seconds
+        time_left = float(self.options.iterations)
+        if not self.choice.is_free:
+            time_left *= speed_beside_recipe(self, self.options)
         if self.choice.half_first:
-            self._fit([at_half_resolution(v) for v in self.volumes], self.loss, STAGE_SHARE * seconds)
+            self._fit([at_half_resolution(v) for v in self.volumes], self.loss, STAGE_SHARE * time_left)
         other = self.choice.half_first or self.choice.distilled
-        self._fit(self.volumes, self.loss, (1 - STAGE_SHARE * other) * seconds)
+        self._fit(self.volumes, self.loss, (1 - STAGE_SHARE * other) * time_left)
         if self.choice.distilled:
-            teacher = copy.deepcopy(self.guided()).requires_grad_(False)
-            self._fit(self.volumes, partial(distilling_loss, teacher=teacher), STAGE_SHARE * seconds)
+            teacher = copy.deepcopy(self.guided()).eval()
+            loss = partial(distilling_loss, teacher=teacher)
+            # Two passes of the teacher beside a pass there and twice as much back.
+            self._fit(self.volumes, loss, STAGE_SHARE * time_left * 3 / 5)
 
-    def _fit(self, volumes: list[Volume], loss: Loss, seconds: float) -> None:
-        node = self.cfg.NEURODIFF.DIFFUSION
-        arguments = networks.diffusion_crop_options(self.cfg)
-        crops = DiffusionCrops(volumes, tuple(node.PATCH), self.options.seed, self.process, **arguments)
-        settings = networks.diffusion_fit_settings(self.cfg)
-        steps = iterations_in(seconds, self.network, loss, crops, node.BATCH, settings.precision)
+    def _fit(self, volumes: list[Volume], loss: Loss, iterations: float) -> None:
+        settings = replace(networks.diffusion_fit_settings(self.cfg), steps=max(1, round(iterations)))
+        crops = self.crops(volumes)
         with tempfile.TemporaryDirectory() as folder:
-            settings = replace(settings, steps=steps)
             self.network = fit(self.network, loss, crops, settings, Path(folder), label="denoiser")
-        self.iterations.append(steps)
+        self.iterations.append(settings.steps)
         self.grey = crops.scales[0]
+
+    def crops(self, volumes: list[Volume]) -> DiffusionCrops:
+        """What it learns from."""
+        patch, arguments = tuple(self.cfg.NEURODIFF.DIFFUSION.PATCH), networks.diffusion_crop_options(self.cfg)
+        return DiffusionCrops(volumes, patch, self.options.seed, self.process, **arguments)
+
+    def seconds_of_step(self, crops: DiffusionCrops, step: int) -> float:
+        """CPU seconds of an iteration but for the optimiser's."""
+        node = self.cfg.NEURODIFF.DIFFUSION
+        precision = networks.diffusion_fit_settings(self.cfg).precision
+        start = time.process_time()
+        samples = [crops[step * node.BATCH + i] for i in range(node.BATCH)]
+        batch = {name: torch.from_numpy(np.stack([sample[name] for sample in samples])) for name in samples[0]}
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision == "bf16"):
+            value = self.loss(self.network, batch)[0]
+        value.backward()
+        seconds = time.process_time() - start
+        self.network.zero_grad()
+        return seconds
 
     def guided(self) -> nn.Module:
         """The network with the recipe's guidance."""
@@ -238,24 +265,15 @@ class Training:
         return np.asarray(image)
 
 
-def iterations_in(
-    seconds: float, network: nn.Module, loss: Loss, crops: DiffusionCrops, batch: int, precision: str
-) -> int:
-    """How many iterations of a training fit into CPU seconds; the network is left as it was."""
-    trial = copy.deepcopy(network).to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
-    optimiser = torch.optim.Adam(trial.parameters())
-    times = []
-    for step in range(8):
-        start = time.process_time()
-        samples = [crops[step * batch + i] for i in range(batch)]
-        stacked = {name: torch.from_numpy(np.stack([sample[name] for sample in samples])) for name in samples[0]}
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision == "bf16"):
-            value = loss(trial, stacked)[0]
-        value.backward()
-        optimiser.step()
-        optimiser.zero_grad()
-        times.append(time.process_time() - start)
-    return max(1, round(seconds / float(np.median(times[2:]))))
+def speed_beside_recipe(training: Training, options: argparse.Namespace) -> float:
+    """Iterations of a training in the time of one of the recipe's: the two by turns, the fastest of each."""
+    both = [Training(CHOICES["recipe"], options), training]
+    for one in both:
+        one.network.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
+    crops = [one.crops(one.volumes) for one in both]
+    times = [[one.seconds_of_step(of, step) for one, of in zip(both, crops, strict=True)] for step in range(8)]
+    recipe, choice = np.min(times[2:], axis=0)
+    return float(recipe / choice)
 
 
 def row_of(choice: Choice, options: argparse.Namespace, held_out: Volume, judge: Judge) -> dict[str, Any]:
@@ -281,7 +299,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("data", help="folder of its volumes")
     parser.add_argument("segmenter", type=Path, help="trained on the real train part only")
     parser.add_argument("--box", type=int, nargs=6, required=True, metavar="N", help="z0 y0 x0 z1 y1 x1, held out")
-    parser.add_argument("--seconds", type=float, default=240.0, help="CPU seconds of each training")
+    parser.add_argument("--iterations", type=int, default=300, help="of the recipe; the others take as long")
     parser.add_argument("--choices", nargs="+", choices=list(CHOICES), default=list(CHOICES))
     parser.add_argument("--start", type=Path, metavar="CHECKPOINT", help="denoiser whose weights trainings begin with")
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY VALUE", help="settings that the recipe lacks")

@@ -33,10 +33,10 @@ from ...engine import (
     Watch,
     is_watched,
     learning_rate_factor,
+    look,
     make_optimizer,
     resolve_device,
     resolve_precision,
-    resting,
 )
 from ...errors import StaleArtifactError, ValueRangeError
 from ...memory import kept_memory
@@ -223,8 +223,7 @@ class _FitTrainer(NeuroDiffTrainer):
         """Let the watch look at the averaged weights, without a word to the monitor, which draws what it knows."""
         if self.watch is not None and is_watched(self.watch, step, self.settings.steps):
             output = self.output
-            with resting(bare(self.model) if self.averaged is None else self.averaged.module) as network:
-                self.watch(network, step)
+            look(self.watch, bare(self.model) if self.averaged is None else self.averaged.module, step)
             self.output = output
 
     def _log(self, step: int, value: float, bar: Any) -> None:

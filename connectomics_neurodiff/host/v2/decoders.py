@@ -42,9 +42,9 @@ _HOST_OPTIONS = ("spatial_transpose", "use_original_input", "original_input_kwar
 
 def decoders() -> dict[str, Decoder]:
     """A decoder for each of our agglomerators, by the name it gets in the host."""
-    from ...agglomerate import PUBLISHED_THRESHOLDS
+    from ...agglomerate import DEFAULT_THRESHOLDS
 
-    return {f"{PREFIX}{name}": _make_decoder(name) for name in PUBLISHED_THRESHOLDS}
+    return {f"{PREFIX}{name}": _make_decoder(name) for name in DEFAULT_THRESHOLDS}
 
 
 def _make_decoder(method: str) -> Decoder:
@@ -107,7 +107,7 @@ def decode(
     ShapeMismatch, ValueRangeError
         If the predictions are not as described.
     """
-    from ...agglomerate import PUBLISHED_THRESHOLDS, as_affinities, fragments_from_affinities, segment
+    from ...agglomerate import DEFAULT_THRESHOLDS, as_affinities, fragments_from_affinities, segment
 
     given = {"voxel_nm": voxel_nm, "channel_order": channel_order, "edge_offset": edge_offset, **fragment_options}
     check_options(f"{PREFIX}{method}", given)
@@ -117,7 +117,7 @@ def decode(
     labels = segment(
         affinities,
         method,
-        PUBLISHED_THRESHOLDS[method] if threshold is None else float(threshold),
+        DEFAULT_THRESHOLDS[method] if threshold is None else float(threshold),
         size,
         fragments=fragments_from_affinities(affinities, size, **of_fragments),
         min_segment_size=int(min_segment_size),

@@ -1,0 +1,98 @@
+"""Which of a training's networks is kept: the one that finds the boundaries of the tune part best."""
+
+from __future__ import annotations
+
+import csv
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ..metrics import boundary_precision
+from ..provenance import atomic_write
+from . import networks
+from .run import Run
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+COLUMNS = ("step", "average_precision")
+
+
+class SelectionWatch:
+    """Tries a segmenter on the tune part every so often while it is trained, and keeps what it finds best.
+
+    Trainings of different data are best after different numbers of iterations; each arm is judged at its own best, by
+    the same rule.
+
+    Parameters
+    ----------
+    run : Run
+        Its settings of the inference are used.
+    folder : pathlib.Path
+        Where ``tuning.csv``, a row per trial, and ``best.pt``, the weights of the best, are kept. A resumed training
+        writes the rows of later steps again.
+    label : str
+        Name on the progress bar.
+    """
+
+    def __init__(self, run: Run, folder: Path, label: str) -> None:
+        self._run, self._folder, self._label = run, folder, label
+        node = run.cfg
+        self.every = max(1, node.SOLVER.ITERATION_TOTAL // node.NEURODIFF.SEGMENTER.CHECKPOINTS)
+        tune = run.parts["tune"].load()
+        self._image, self._truth, self._voxel_nm = tune.array("image"), tune.array("label"), tune.voxel_nm
+
+    def __call__(self, network: nn.Module, step: int) -> Mapping[str, float]:
+        """Average precision of the boundaries of the tune part."""
+        found = boundary_precision(self._affinities(network), self._truth, self._voxel_nm)
+        kept = [row for row in read_tuning(self._path) if row[0] < step]
+        if not any(found <= before for _, before in kept):  # of equally good ones the first
+            self._keep(network)
+        with atomic_write(self._path) as temporary, open(temporary, "w", newline="") as handle:
+            csv.writer(handle).writerows([COLUMNS, *kept, (step, found)])
+        return {"average_precision": found}
+
+    @property
+    def _path(self) -> Path:
+        return self._folder / "tuning.csv"
+
+    def _affinities(self, network: nn.Module) -> np.ndarray:
+        from ..predict import predict_affinities
+
+        node = self._run.cfg.INFERENCE
+        device, precision = networks.device_and_precision(self._run.cfg)
+        affinities = predict_affinities(
+            network,
+            self._image,
+            tile=tuple(node.INPUT_SIZE),
+            overlap=networks.tile_overlap(self._run.cfg),
+            precision=precision,
+            device=device,
+            batch=node.SAMPLES_PER_BATCH,
+            label=self._label,
+        )
+        return np.asarray(affinities)
+
+    def _keep(self, network: nn.Module) -> None:
+        import torch
+
+        with atomic_write(self._folder / "best.pt") as temporary:
+            torch.save({name: value.detach().cpu() for name, value in network.state_dict().items()}, temporary)
+
+    def best(self) -> tuple[int, dict[str, Tensor]]:
+        """Step and weights of the best network."""
+        import torch
+
+        rows = read_tuning(self._path)
+        step, _ = max(rows, key=lambda row: -math.inf if math.isnan(row[1]) else row[1])
+        return step, torch.load(self._folder / "best.pt", map_location="cpu", weights_only=True)
+
+
+def read_tuning(path: Path) -> list[tuple[int, float]]:
+    """Rows of a file that :class:`SelectionWatch` wrote, as `COLUMNS`; none without a file."""
+    if not path.exists():
+        return []
+    return [(int(step), float(found)) for step, found in csv.reader(path.read_text().splitlines()[1:])]

@@ -1,0 +1,187 @@
+"""Studies: arms x seeds of one recipe, trained side by side, compared with error bars.
+
+``plan.py`` reads a study file and says which trainings it asks for, ``execute.py`` runs them in processes of their own
+(``worker.py``), ``results.py`` compares what they left by ``statistics.py``, and ``tables.py`` and ``page.py`` show it.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from yacs.config import CfgNode
+
+from ..config import as_dict
+from ..errors import ConfigError, OutputExists, UserError
+from ..provenance import atomic_write, hash_of
+
+if TYPE_CHECKING:
+    from .execute import Job
+    from .plan import Study
+
+#: Shape of each part of the data, (z, y, x) voxels.
+Shapes = dict[str, tuple[int, int, int]]
+#: (configuration, stages, arm) -> expected seconds.
+Seconds = Callable[[CfgNode, Sequence[str], str], float]
+
+
+def run_study(
+    path: str | os.PathLike[str], overrides: Sequence[str] = (), *, jobs: int = 0, dry_run: bool = False
+) -> dict[str, Any]:
+    """Run a study, or go on where it stopped; with `dry_run` print what it would take.
+
+    Parameters
+    ----------
+    path : path
+        Study file, see :mod:`connectomics_neurodiff.study.plan`.
+    overrides : sequence of str
+        KEY VALUE pairs for every arm.
+    jobs : int
+        Trainings side by side, one thread each; 0: as many as there are cores.
+    dry_run : bool
+        Say how many trainings, hours and bytes, and do nothing.
+
+    Returns
+    -------
+    dict
+        Content of study.json; empty for a dry run.
+
+    Raises
+    ------
+    UserError
+        Before any work, if the study file, an arm or its data cannot be used; after all else has been done and
+        written, if a training failed.
+    """
+    from .execute import execute, jobs_of
+    from .plan import read_study
+    from .results import write_results
+
+    study = read_study(path, overrides)
+    shapes = _check_data(study)
+    cores = len(os.sched_getaffinity(0))
+    if not 0 <= jobs <= cores:
+        raise ConfigError(f"--jobs may be at most {cores} on this machine (0: as many). Got {jobs}.")
+    planned = jobs_of(study, expected_seconds(shapes))
+    if dry_run:
+        print(describe(study, planned, shapes, jobs or cores))
+        return {}
+    _claim(study)
+    failed = execute(study, planned, jobs or cores)
+    content = write_results(study)
+    if failed:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in sorted(failed.items()))
+        raise UserError(f"{len(failed)} of the study's runs failed (logs in {study.output / 'jobs'}): {reasons}")
+    return content
+
+
+def _check_data(study: Study) -> dict[str, Shapes]:
+    """Open the data of every arm: parts must be disjoint, and all arms of a condition scored on the same tissue.
+
+    Returns
+    -------
+    dict
+        Shapes of the parts by :func:`_data_of` a configuration.
+    """
+    from ..pipeline import networks
+    from ..pipeline.parts import check_pairs, open_extra_volumes, open_parts
+
+    scored: dict[str, tuple[str, tuple[str, str]]] = {}
+    shapes: dict[str, Shapes] = {}
+    identities: dict[str, tuple[str, str]] = {}
+    for condition in study.conditions:
+        for arm in study.arms:
+            trial = study.row(arm, condition)[0]
+            try:
+                if not trial.cfg.NEURODIFF.SPLIT.SCORED:
+                    raise ConfigError("a study scores its trainings: NEURODIFF.SPLIT.SCORED must be true.")
+                networks.check_networks(trial.cfg)
+                data = _data_of(trial.cfg)
+                if data not in shapes:
+                    parts = open_parts(trial.cfg)
+                    open_extra_volumes(trial.cfg, parts)
+                    shapes[data] = {name: part.box.shape for name, part in parts.items()}
+                    identities[data] = parts["tune"].identity, parts["test"].identity
+                    check_pairs(trial.cfg, parts["train"].volume)
+            except UserError as error:
+                raise type(error)(f"'{trial.name}': {error}") from error
+            first, scored_on = scored.setdefault(condition, (trial.name, identities[data]))
+            if scored_on != identities[data]:
+                raise ConfigError(
+                    f"Arms are compared on the same tune and test part; '{trial.name}' has others than '{first}'."
+                )
+    return shapes
+
+
+def _data_of(cfg: CfgNode) -> str:
+    """Hash of what decides which voxels a configuration reads."""
+    node = cfg.NEURODIFF
+    return hash_of(
+        [
+            {name: value for name, value in cfg.DATASET.items() if name != "OUTPUT_PATH"},
+            as_dict(cfg.AUGMENTOR.SYNTHETIC),
+            *(as_dict(node[name]) for name in ("VOXEL_NM", "MITO_NAME", "DARK_BODIES", "SPLIT", "PHANTOM")),
+            [as_dict(volume) for volume in node.DIFFUSION.EXTRA_VOLUMES],
+            node.SEGMENTER.LABEL_EROSION,
+        ]
+    )
+
+
+def _claim(study: Study) -> None:
+    """A folder holds one study: its runs are found by their settings, its tables are of its arms."""
+    mark = study.output / "jobs" / "recipe.txt"
+    if not mark.exists():
+        if study.output.exists() and (not study.output.is_dir() or any(study.output.iterdir())):
+            raise OutputExists(f"OUTPUT {study.output} is not empty and not a study's folder. Name another.")
+        with atomic_write(mark) as temporary:
+            temporary.write_text(study.recipe)
+    elif (before := mark.read_text()) != study.recipe:
+        raise OutputExists(
+            f"OUTPUT {study.output} holds a study of the recipe {before}, this one is of {study.recipe}. Name another."
+        )
+
+
+def expected_seconds(shapes: Mapping[str, Shapes]) -> Seconds:
+    """Function that says what a job takes on one core of this machine, as a dry run of it estimates.
+
+    Parameters
+    ----------
+    shapes : mapping
+        Of the parts, by :func:`_data_of` a configuration.
+    """
+    from ..pipeline.plan import estimates
+
+    known: dict[str, float] = {}
+
+    def seconds(cfg: CfgNode, stages: Sequence[str], arm: str) -> float:
+        content = as_dict(cfg)
+        del content["DATASET"]["OUTPUT_PATH"], content["NEURODIFF"]["SEED"]
+        key = hash_of([content, list(stages), arm])  # seeds take alike
+        if key not in known:
+            found = estimates(cfg, stages, shapes[_data_of(cfg)]["train"], arm)
+            known[key] = max(1.0, sum(one.seconds for one in found if one.stage in stages))
+        return known[key]
+
+    return seconds
+
+
+def describe(study: Study, planned: Mapping[str, Job], shapes: Mapping[str, Shapes], workers: int) -> str:
+    """Text of a dry run: trainings, hours, bytes."""
+    from ..pipeline.plan import artefact_bytes
+
+    trainings = len({str(trial.folder) for trial in study.trials})
+    hours = sum(job.seconds for job in planned.values()) / 3600
+    size = 0
+    for job in planned.values():
+        voxels = {name: math.prod(shape) for name, shape in shapes[_data_of(job.cfg)].items()}
+        size += artefact_bytes(job.cfg, job.stages, voxels, job.arm)
+    lines = [
+        f"{len(study.arms)} arms x {len(study.conditions)} conditions x {len(study.seeds)} seeds",
+        f"{len(study.denoisers)} denoisers, {len(study.synthesis)} sets of pairs, {trainings} segmenters to train",
+        f"about {hours:.1f} core hours, {hours / workers:.1f} h with {workers} side by side",
+        f"at most {size / 2**30:.1f} GiB on the disk",
+        "",
+    ]
+    lines += [f"  {name}: {job.seconds / 60:.1f} min, {', '.join(job.stages)}" for name, job in planned.items()]
+    return "\n".join(lines)

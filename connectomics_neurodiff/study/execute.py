@@ -1,0 +1,305 @@
+"""Running the trainings of a study side by side, each in a process of its own; what is done is not done again."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from dataclasses import dataclass
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+from yacs.config import CfgNode
+
+from ..config import dump_config
+from ..progress import progress_bar
+from ..provenance import atomic_write, hash_of, hash_of_file, write_json
+from .plan import Study, Trial, with_values
+
+SYNTHESIS = ("masks", "pairs")
+SCORING = ("segmenter", "predictions", "segmentations", "metrics", "report")
+#: (arguments of a run, file for what it prints) -> its exit code.
+Start = Callable[[list[str], Path], int]
+#: Seconds between two looks at how far the trainings are.
+_LOOK = 1.0
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run of some stages in a folder of its own.
+
+    Attributes
+    ----------
+    name : str
+        Its folder, relative to the study's.
+    stages : tuple of str
+        What is made.
+    leaves : str
+        File, relative to its folder, that is there when it is done.
+    needs : tuple of str
+        Names of the jobs whose results it takes.
+    cfg : CfgNode
+        Its configuration, as far as it is known before.
+    configure : callable
+        Its configuration, once these are done.
+    inputs : callable
+        Files of other jobs that its result depends on.
+    arm : str
+        The arm that it trains; empty for jobs of the synthesis.
+    seconds : float
+        Expected.
+    curve : str
+        Loss curve that tells how far it is, relative to its folder; empty where nothing does.
+    iterations : int
+        Length of that training.
+    """
+
+    name: str
+    stages: tuple[str, ...]
+    leaves: str
+    needs: tuple[str, ...]
+    cfg: CfgNode
+    configure: Callable[[], CfgNode]
+    inputs: Callable[[], list[Path]]
+    arm: str = ""
+    seconds: float = 1.0
+    curve: str = ""
+    iterations: int = 0
+
+
+def jobs_of(study: Study, seconds_of: Callable[[CfgNode, Sequence[str], str], float]) -> dict[str, Job]:
+    """All jobs of a study by name; trials that share a training share its job."""
+    jobs: dict[str, Job] = {}
+
+    def add(job: Job) -> None:
+        jobs.setdefault(job.name, job)
+
+    def name_of(folder: str | Path) -> str:
+        return Path(folder).relative_to(study.output).as_posix()
+
+    for folder, cfg in study.denoisers.items():
+        iterations = cfg.NEURODIFF.DIFFUSION.ITERATIONS
+        add(
+            Job(
+                name_of(folder), ("diffusion",), "diffusion/checkpoint.pt", (), cfg, _given(cfg), _nothing,
+                seconds=seconds_of(cfg, ("diffusion",), ""), curve="diffusion/loss.csv", iterations=iterations,
+            )
+        )  # fmt: skip
+    for folder, cfg in study.synthesis.items():
+        denoiser = Path(study.denoiser_of(folder))
+        add(
+            Job(
+                name_of(folder), SYNTHESIS, "pairs/copy_000.gate.json", (name_of(denoiser),),
+                cfg, _with_denoiser(cfg, denoiser), _checkpoint_of(denoiser),
+                seconds=seconds_of(cfg, ("pairs",), ""),
+            )
+        )  # fmt: skip
+    for trial in study.trials:
+        arm = "mixed" if trial.is_mixed else "real"
+        needs = (name_of(trial.pairs),) if trial.pairs else ()
+        add(
+            Job(
+                name_of(trial.folder), SCORING, "metrics.json", needs, trial.cfg, _with_pairs(trial), _pairs_of(trial),
+                arm, seconds_of(trial.cfg, ("segmenter",), arm), f"segmenter/{arm}/loss.csv",
+                trial.cfg.SOLVER.ITERATION_TOTAL,
+            )
+        )  # fmt: skip
+    return jobs
+
+
+def _given(cfg: CfgNode) -> Callable[[], CfgNode]:
+    return lambda: cfg
+
+
+def _nothing() -> list[Path]:
+    return []
+
+
+def _checkpoint_of(denoiser: Path) -> Callable[[], list[Path]]:
+    return lambda: [denoiser / "diffusion" / "checkpoint.pt"]
+
+
+def _with_denoiser(cfg: CfgNode, denoiser: Path) -> Callable[[], CfgNode]:
+    """Bring the denoiser, and the judge trained beside it, into the folder of the pairs."""
+
+    def configure() -> CfgNode:
+        folder = Path(cfg.DATASET.OUTPUT_PATH)
+        for part in ("diffusion", "judge"):
+            if (denoiser / part).is_dir():
+                _copy_finished(denoiser / part, folder / part)
+        return cfg
+
+    return configure
+
+
+def _copy_finished(source: Path, target: Path) -> None:
+    """Copy checkpoint, log and, last, provenance, without which an artefact counts as unfinished."""
+    target.mkdir(parents=True, exist_ok=True)
+    # A folder counts as a run's by its log, which a run opens first.
+    (target.parent / "run.log").touch()
+    for name in ("loss.csv", "following.csv", "checkpoint.pt", "checkpoint.pt.provenance.json"):
+        if (source / name).exists():
+            with atomic_write(target / name) as temporary:
+                shutil.copyfile(source / name, temporary)
+
+
+def _pairs_of(trial: Trial) -> Callable[[], list[Path]]:
+    from ..pipeline.pairs_stage import passed_pairs
+
+    if not trial.pairs:
+        return _nothing
+    return lambda: passed_pairs(with_values(trial.cfg, {"DATASET.OUTPUT_PATH": trial.pairs}))
+
+
+def _with_pairs(trial: Trial) -> Callable[[], CfgNode]:
+    """The trial's configuration, with the pairs that passed the gate as pairs made before."""
+    pairs = _pairs_of(trial)
+
+    def configure() -> CfgNode:
+        if not trial.pairs:
+            return trial.cfg
+        return with_values(trial.cfg, {"AUGMENTOR.SYNTHETIC.PAIRS": [str(path) for path in pairs()]})
+
+    return configure
+
+
+def execute(study: Study, jobs: Mapping[str, Job], workers: int) -> dict[str, str]:
+    """Run what is not done yet; a job whose input failed is not begun.
+
+    Parameters
+    ----------
+    study : Study
+        Its folder is used.
+    jobs : mapping
+        As :func:`jobs_of` gives them.
+    workers : int
+        Processes side by side, each with one thread.
+
+    Returns
+    -------
+    dict of str to str
+        Failed jobs by name, with the reason in a line.
+    """
+    order = TopologicalSorter({name: job.needs for name, job in jobs.items()})
+    order.prepare()
+    failed: dict[str, str] = {}
+    running: dict[Future[str], str] = {}
+    with _Progress(study, jobs) as progress, ThreadPoolExecutor(workers) as pool, _children(pool) as start:
+        while order.is_active():
+            for name in order.get_ready():
+                lacking = [need for need in jobs[name].needs if need in failed]
+                if lacking:
+                    failed[name] = f"its {lacking[0]} failed"
+                    order.done(name)
+                else:
+                    running[pool.submit(_run_job, study, jobs[name], start)] = name
+            done, _ = wait(running, timeout=_LOOK, return_when=FIRST_COMPLETED)
+            for future in done:
+                name = running.pop(future)
+                if reason := future.result():
+                    failed[name] = reason
+                progress.finished(name)
+                order.done(name)
+            progress.look(running.values())
+    return failed
+
+
+def _run_job(study: Study, job: Job, start: Start) -> str:
+    """Run a job unless it is done; the reason if it failed."""
+    cfg = with_values(job.configure(), {"SYSTEM.NUM_THREADS": 1})
+    inputs = [hash_of_file(path) for path in job.inputs()]
+    wanted = {"config": hash_of(dump_config(cfg)), "inputs": inputs}
+    note = study.output / "jobs" / f"{job.name.replace('/', '-')}.json"
+    if note.exists() and (study.output / job.name / job.leaves).exists() and json.loads(note.read_text()) == wanted:
+        return ""
+    config = note.with_suffix(".yaml")
+    with atomic_write(config) as temporary:
+        temporary.write_text(dump_config(cfg))
+    command = ["--config-file", str(config), "--stages", ",".join(job.stages)]
+    code = start([*command, "--arm", job.arm] if job.arm else command, note.with_suffix(".log"))
+    if code:
+        return _last_line(note.with_suffix(".log")) or f"it ended with code {code}"
+    write_json(note, wanted)
+    return ""
+
+
+def _last_line(log: Path) -> str:
+    lines = [line.strip() for line in log.read_text(errors="replace").replace("\r", "\n").splitlines()]
+    return next((line.removeprefix("neurodiff: error: ") for line in reversed(lines) if line), "")
+
+
+@contextmanager
+def _children(pool: ThreadPoolExecutor) -> Iterator[Start]:
+    """Function that starts a run in a process of its own; all of them end when this process does, however it ends."""
+    started: list[subprocess.Popen[bytes]] = []
+    lock = threading.Lock()
+    stopped = threading.Event()
+
+    def start(arguments: list[str], log: Path) -> int:
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+        command = [sys.executable, "-m", "connectomics_neurodiff.study.worker", *arguments]
+        with open(log, "wb") as output:
+            with lock:
+                if stopped.is_set():
+                    return 1
+                # The pipe is a leash: when this process dies, its end closes, and the worker reads the end of the file.
+                process = subprocess.Popen(
+                    command, stdin=subprocess.PIPE, stdout=output, stderr=output, env=environment
+                )
+                started.append(process)
+            return process.wait()
+
+    try:
+        yield start
+    except BaseException:
+        pool.shutdown(wait=False, cancel_futures=True)
+        with lock:
+            stopped.set()
+            for process in started:
+                process.terminate()
+        raise
+
+
+class _Progress:
+    """One line over all jobs: expected seconds of what is done, and what is left."""
+
+    def __init__(self, study: Study, jobs: Mapping[str, Job]) -> None:
+        self._study, self._jobs = study, jobs
+        self._shares = dict.fromkeys(jobs, 0.0)
+        self._ended: set[str] = set()
+
+    def __enter__(self) -> _Progress:
+        self._bar = progress_bar(label="study", total=max(1, round(sum(job.seconds for job in self._jobs.values()))))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
+
+    def finished(self, name: str) -> None:
+        """A job has ended, well or not."""
+        self._shares[name] = 1.0
+        self._ended.add(name)
+
+    def look(self, running: Iterable[str]) -> None:
+        """See how far the running jobs are."""
+        names = list(running)
+        for name in names:
+            job = self._jobs[name]
+            if job.curve:
+                self._shares[name] = _last_step(self._study.output / name / job.curve) / max(job.iterations, 1)
+        self._bar.n = round(sum(job.seconds * min(self._shares[name], 1.0) for name, job in self._jobs.items()))
+        self._bar.set_postfix_str(f"{len(self._ended)} of {len(self._jobs)} runs, {len(names)} at work", refresh=False)
+        self._bar.update(0)
+
+
+def _last_step(curve: Path) -> int:
+    from ..engine import read_loss_curve
+
+    rows = read_loss_curve(curve)
+    return rows[-1][0] if rows else 0

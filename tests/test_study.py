@@ -1,0 +1,292 @@
+"""Studies: what a file asks for, what is refused, and what is concluded."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from conftest import REPOSITORY
+from tiny import TINY, neurodiff
+
+from connectomics_neurodiff.errors import ConfigError, MissingInput, ShapeMismatch, UserError
+from connectomics_neurodiff.study.plan import read_study
+from connectomics_neurodiff.study.results import summarise, write_results
+from connectomics_neurodiff.study.statistics import paired_interval, verdict_on
+from connectomics_neurodiff.study.tables import csv_of, latex_of, markdown_of
+
+ARMS: dict[str, Any] = {"real": {"AUGMENTOR.SYNTHETIC.ENABLED": False}, "mixed": {}}
+
+
+def write_study(folder: Path, **changes: Any) -> Path:
+    """A study of the tiny job; a change of None leaves a key out."""
+    (folder / "recipe.yaml").write_text("AUGMENTOR: {SYNTHETIC: True}\n")
+    settings = {key: value for key, value in TINY.items() if key != "AUGMENTOR.SYNTHETIC"}
+    content = {
+        "RECIPE": "recipe.yaml",
+        "OUTPUT": str(folder / "study"),
+        "SEEDS": [0, 3],
+        "REFERENCE": "real",
+        "SETTINGS": settings,
+        "ARMS": ARMS,
+        **changes,
+    }
+    path = folder / "study.yaml"
+    path.write_text(
+        yaml.safe_dump({key: value for key, value in content.items() if value is not None}, sort_keys=False)
+    )
+    return path
+
+
+def test_what_arms_share_is_made_once(tmp_path: Path) -> None:
+    arms = {
+        **ARMS,
+        "real, another name": {"AUGMENTOR": {"SYNTHETIC": {"ENABLED": False}}, "NEURODIFF.DIFFUSION.ITERATIONS": 9},
+        "half": {"AUGMENTOR.SYNTHETIC.UNTIL": 0.5},
+        "two copies": {"NEURODIFF.REMODEL.COPIES": 2},
+        "longer": {"NEURODIFF.DIFFUSION.ITERATIONS": 9},
+    }
+    with pytest.raises(ConfigError, match="letters, digits"):
+        read_study(write_study(tmp_path, ARMS=arms))
+    arms["other name"] = arms.pop("real, another name")
+    study = read_study(write_study(tmp_path, ARMS=arms))
+    assert len(study.trials) == 6 * 2
+    of_seed = {trial.arm: trial for trial in study.trials if trial.seed == 3}
+    assert of_seed["real"].folder == of_seed["other name"].folder, "nothing of the synthesis matters to it"
+    folders = {trial.folder for trial in study.trials}
+    assert len(folders) == 5 * 2
+    assert of_seed["mixed"].pairs == of_seed["half"].pairs
+    assert len({of_seed[arm].pairs for arm in ("mixed", "two copies", "longer")}) == 3
+    assert study.denoiser_of(of_seed["mixed"].pairs) == study.denoiser_of(of_seed["two copies"].pairs)
+    assert len(study.denoisers) == 2 * 2
+    assert {cfg.NEURODIFF.SEED for cfg in study.denoisers.values()} == {0, 3}
+
+
+def test_settings_of_arms_go_before_shared_ones_and_the_command_line_before_all(tmp_path: Path) -> None:
+    arms = {"real": {"AUGMENTOR.SYNTHETIC.ENABLED": False}, "wide": {"NEURODIFF": {"MEMBRANE_NM": 40}}}
+    settings = {"NEURODIFF.MEMBRANE_NM": 30, "SOLVER.ITERATION_TOTAL": 7}
+    path = write_study(tmp_path, ARMS=arms, SETTINGS=settings)
+    wide = read_study(path).row("wide", "")[0].cfg
+    assert (wide.NEURODIFF.MEMBRANE_NM, wide.SOLVER.ITERATION_TOTAL) == (40, 7)
+    over = read_study(path, ["NEURODIFF.MEMBRANE_NM", "35", "SEEDS", "[4]", "OUTPUT", "elsewhere"])
+    assert over.row("wide", "")[0].cfg.NEURODIFF.MEMBRANE_NM == 35
+    assert over.seeds == [4]
+    assert over.output == Path("elsewhere")
+
+
+def test_conditions_multiply_arms(tmp_path: Path) -> None:
+    conditions = {"4 %": {"NEURODIFF.MEMBRANE_NM": 30}, "20 %": {"NEURODIFF.MEMBRANE_NM": 40}}
+    study = read_study(write_study(tmp_path, CONDITIONS=conditions))
+    assert [trial.name for trial in study.row("mixed", "20 %")] == ["mixed, 20 %"] * 2
+    assert len({trial.folder for trial in study.trials}) == 2 * 2 * 2
+    assert {trial.cfg.NEURODIFF.MEMBRANE_NM for trial in study.row("real", "4 %")} == {30}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"SEEDS": [0, 1, 0]}, r"SEEDS.*must differ.*Got \[0, 1, 0\]"),
+        ({"SEEDS": [0, -1]}, "SEEDS.*whole numbers >= 0"),
+        ({"SEEDS": None}, "lacks SEEDS"),
+        ({"REFERENCE": "reel"}, "REFERENCE.*Did you mean 'real'"),
+        ({"ARM": ARMS}, "Unknown key ARM.*Did you mean 'ARMS'"),
+        ({"ARMS": {"real": {}, "mixed": 3}}, "ARMS.*settings by name"),
+        ({"ARMS": {"real": {}, "../x": {}}}, r"ARMS.*Got '\.\./x'"),
+        ({"ARMS": {"real": {}, "m": {"AUGMENTOR.SYNTETIC.RATIO": 1}}}, "Arm 'm': Unknown key.*SYNTHETIC"),
+        ({"ARMS": {"real": {}, "m": {"NEURODIFF.MEMBRANE_NM": "wide"}}}, "Arm 'm': NEURODIFF.MEMBRANE_NM"),
+    ],
+)
+def test_a_study_that_cannot_be_run_is_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        read_study(write_study(tmp_path, **changes))
+
+
+def test_missing_files_are_named(tmp_path: Path) -> None:
+    with pytest.raises(MissingInput, match=r"study\.yaml"):
+        read_study(tmp_path / "study.yaml")
+    with pytest.raises(UserError, match=r"names no recipe that is there: .*other\.yaml"):
+        read_study(write_study(tmp_path, RECIPE="other.yaml"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"CONDITIONS": {"a": {"NEURODIFF.SPLIT.TEST.BOX": [7, 0, 0, 20, 72, 88]}}}, "'real, a'.*share"),
+        (
+            {"ARMS": {**ARMS, "easy": {"NEURODIFF.SPLIT.TEST.BOX": [14, 0, 0, 20, 72, 88]}}},
+            "compared on the same.*'easy' has others than 'real'",
+        ),
+        ({"SETTINGS": {**TINY, "NEURODIFF.SPLIT.SCORED": False}}, "scores its trainings"),
+    ],
+)
+def test_data_that_would_make_it_unfair_are_told_before_any_work(
+    tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    from connectomics_neurodiff.study import run_study
+
+    with pytest.raises(ConfigError, match=message):
+        run_study(write_study(tmp_path, **changes))
+    assert not (tmp_path / "study").exists()
+
+
+def test_interval_of_one_column_is_that_of_the_seeds() -> None:
+    rng = np.random.default_rng(0)
+    before = rng.normal(2, 0.1, (6, 1))
+    after = before + np.array([[-0.3], [-0.2], [-0.25], [-0.35], [-0.3], [-0.1]])
+    found = paired_interval(before, after, np.random.default_rng(1))
+    differences = (after - before).ravel()
+    assert found.mean == pytest.approx(differences.mean())
+    error = differences.std(ddof=1) / math.sqrt(6)
+    student = 2.5706  # of 5 degrees of freedom, from a table
+    assert found.low is not None
+    assert found.high is not None
+    assert found.high - found.low == pytest.approx(2 * student * error, rel=0.12)
+    assert found.is_clear
+    # 12.71 errors of two seeds are 0.81, 4.30 of three 0.22: below the difference of 0.25.
+    assert found.needed == 3
+
+
+@pytest.mark.parametrize("seeds", [2, 3, 6])
+def test_intervals_cover_the_truth_as_often_as_they_say(seeds: int) -> None:
+    # Seeds and columns, each with an effect of its own: 19 of 20 intervals hold the true difference.
+    rng = np.random.default_rng(5)
+    covered = 0
+    trials = 200
+    for _ in range(trials):
+        before = rng.normal(1, 0.2, (seeds, 9))
+        effects = rng.normal(0, 0.1, (seeds, 1)) + rng.normal(0, 0.02, (1, 9)) + rng.normal(0, 0.05, (seeds, 9))
+        after = before + 0.1 + effects
+        found = paired_interval(before, after, rng)
+        assert found.low is not None
+        assert found.high is not None
+        covered += found.low <= 0.1 <= found.high
+    assert covered / trials >= 0.9
+
+
+def test_columns_without_a_score_are_left_out_and_one_seed_has_no_interval() -> None:
+    before = np.array([[1.0, np.nan, 3.0], [1.0, 2.0, 3.0]])
+    gain = np.array([[0.5, 9.0, 0.5], [0.7, 9.0, 0.7]])
+    found = paired_interval(before, before + gain, np.random.default_rng(0))
+    assert found.mean == pytest.approx(0.6)
+    alone = paired_interval(before[:1], before[:1] + 1, np.random.default_rng(0))
+    assert (alone.mean, alone.low, alone.high, alone.needed) == (1.0, None, None, None)
+    assert not alone.is_clear
+    with pytest.raises(ShapeMismatch, match="both alike"):
+        paired_interval(before, before[:, :2], np.random.default_rng(0))
+
+
+def test_verdicts_by_hand() -> None:
+    from connectomics_neurodiff.study.statistics import Difference
+
+    good, bad, open_ = Difference(-1, -2, -0.5, 3, 2), Difference(1, 0.5, 2, 3, 2), Difference(-1, -2, 0.5, 3, 9)
+    assert verdict_on({"waterz": {"voi_columns": good, "arand_columns": open_}}) == "helps"
+    assert verdict_on({"waterz": {"voi_columns": bad}, "multicut": {"voi_columns": open_}}) == "harms"
+    assert verdict_on({"waterz": {"voi_columns": bad}, "multicut": {"voi_columns": good}}) == "cannot tell"
+    assert verdict_on({"waterz": {"voi_columns": open_}}) == "cannot tell"
+    assert verdict_on({"boundaries": {"average_precision": bad}}) == "helps", "more of it is better"
+
+
+def leave_scores(folder: Path, arm: str, voi: float) -> None:
+    """What a training leaves, with a VOI of one's own."""
+    rng = np.random.default_rng(round(100 * voi))
+    scores = {"voi_split": voi / 4, "voi_merge": 3 * voi / 4, "voi": voi, "arand": voi / 10}
+    columns = [{name: value + rng.normal(0, 0.01) for name, value in scores.items()} for _ in range(8)]
+    folder.mkdir(parents=True)
+    metrics = {arm: {"waterz": scores}, "boundaries": {arm: {"average_precision": 0.5}}}
+    (folder / "metrics.json").write_text(json.dumps(metrics))
+    by_method = {"waterz": [*columns, None], "boundaries": [{"average_precision": 0.5}] * 8 + [None]}
+    (folder / "columns.json").write_text(json.dumps({arm: by_method}))
+
+
+@pytest.fixture
+def finished(tmp_path: Path) -> Path:
+    arms = {**ARMS, "half": {"AUGMENTOR.SYNTHETIC.UNTIL": 0.5}}
+    path = write_study(tmp_path, ARMS=arms, SEEDS=[0, 1, 2])
+    values = {"real": (1.2, 1.3, 1.22), "mixed": (1.0, 1.1, 1.03), "half": (1.25, 1.2, 1.3)}
+    for trial in read_study(path).trials:
+        leave_scores(trial.folder, "mixed" if trial.is_mixed else "real", values[trial.arm][trial.seed])
+    return path
+
+
+def test_study_json_by_hand(finished: Path) -> None:
+    content = summarise(read_study(finished))
+    voi = content["arms"]["real"]["waterz"]["voi"]
+    assert voi["values"] == [1.2, 1.3, 1.22]
+    assert voi["mean"] == pytest.approx(1.24)
+    assert voi["se"] == pytest.approx(np.std([1.2, 1.3, 1.22], ddof=1) / math.sqrt(3))
+    difference = content["differences"]["mixed"]["waterz"]["voi"]
+    assert difference["mean"] == pytest.approx((-0.2 - 0.2 - 0.19) / 3)
+    assert difference["seeds"] == 3
+    assert content["verdict"] == {"mixed": "helps", "half": "cannot tell"}
+    assert content["reference"] == "real"
+    assert "real" not in content["differences"]
+    assert "more seed" in content["sentences"]["half"]
+
+
+def test_tables_hold_what_study_json_holds_and_are_the_same_again(finished: Path, tmp_path: Path) -> None:
+    study = read_study(finished)
+    content = write_results(study)
+    made = {path.name: path.read_bytes() for path in study.output.iterdir() if path.is_file()}
+    assert {"study.json", "study.html", "table.md", "table.csv", "table.tex"} <= set(made)
+    write_results(study)
+    assert {path.name: path.read_bytes() for path in study.output.iterdir() if path.is_file()} == made
+    rows = [line.split(",") for line in csv_of(content).splitlines()]
+    assert all(len(row) == len(rows[0]) for row in rows)
+    (mixed,) = (row for row in rows if row[:3] == ["mixed", "waterz", "voi"])
+    assert float(mixed[3]) == content["arms"]["mixed"]["waterz"]["voi"]["mean"]
+    lines = markdown_of(content).splitlines()
+    start = lines.index("**waterz**") + 2
+    table = lines[start : start + 5]
+    assert [line.split(" | ")[0] for line in table[2:]] == ["| real", "| mixed", "| half"]
+    assert len({line.count("|") for line in table}) == 1
+    assert "1.240 ± 0.031" in table[2]
+    assert table[2].endswith("| reference |")
+    latex = latex_of(content)
+    assert latex.count("\\\\") == 2 * 4, "a table each for affinities and waterz"
+    assert {line.count("&") for line in latex.splitlines() if "&" in line} == {3, 6}
+    html = made["study.html"].decode()
+    assert "://" not in html.split("base64")[0]
+    assert all(word in html for word in ("helps", "cannot tell", "1.240"))
+
+
+def test_unfinished_rows_are_left_out(finished: Path) -> None:
+    study = read_study(finished)
+    (study.row("half", "")[0].folder / "metrics.json").unlink()
+    for trial in study.row("mixed", ""):
+        (trial.folder / "columns.json").unlink()
+    content = summarise(study)
+    assert set(content["arms"]) == {"real", "half"}
+    assert content["differences"]["half"]["waterz"]["voi"]["seeds"] == 2
+
+
+def test_a_study_of_another_recipe_and_a_foreign_folder_are_left_alone(tmp_path: Path) -> None:
+    path = write_study(tmp_path)
+    (tmp_path / "study").mkdir()
+    (tmp_path / "study" / "mine.txt").write_text("mine")
+    found = neurodiff("study", str(path))
+    assert found.returncode == 2
+    assert "not empty and not a study's folder" in found.stderr
+    (tmp_path / "study" / "jobs").mkdir()
+    (tmp_path / "study" / "jobs" / "recipe.txt").write_text("other.yaml")
+    found = neurodiff("study", str(path))
+    assert found.returncode == 2
+    assert "of the recipe other.yaml, this one is of recipe.yaml" in found.stderr
+
+
+def test_dry_run_counts_and_makes_nothing(tmp_path: Path) -> None:
+    found = neurodiff("study", str(write_study(tmp_path)), "--dry-run", "--jobs", "1")
+    assert found.returncode == 0, found.stderr
+    assert "2 arms x 1 conditions x 2 seeds" in found.stdout
+    assert "2 denoisers, 2 sets of pairs, 4 segmenters" in found.stdout
+    assert not (tmp_path / "study").exists()
+
+
+def test_the_demo_is_a_study(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(REPOSITORY)
+    study = read_study(REPOSITORY / "studies" / "demo.yaml")
+    assert study.arms == ["real", "mixed"]
+    assert len(study.seeds) == 2
