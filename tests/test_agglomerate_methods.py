@@ -55,6 +55,13 @@ def test_multicut_merges_a_lone_edge_if_its_affinity_exceeds_beta(beta, expected
     assert partition(segment(affinities, "multicut", beta, SECTIONS, fragments=fragments)) == expected
 
 
+@pytest.mark.parametrize(("threshold", "expected"), [(0.15, [0, 1, 2]), (0.5, [0, 0, 1]), (0.65, [0, 0, 0])])
+def test_mean_merges_while_one_minus_the_mean_affinity_is_below_the_threshold(threshold, expected):
+    affinities, fragments = stripes([0.8, 0.4])
+    affinities[2, 0, ::2, 4], affinities[2, 0, 1::2, 4] = 1.0, 0.6  # a mean of .8: no single edge decides
+    assert partition(segment(affinities, "mean", threshold, SECTIONS, fragments=fragments)) == expected
+
+
 def test_waterz_takes_the_largest_affinity_of_two_fragments_and_multicut_the_mean():
     affinities, fragments = stripes([0.9])
     edges = affinities[2, :, :, 4]

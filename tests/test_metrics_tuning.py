@@ -39,3 +39,23 @@ def test_no_candidates_and_unknown_criteria_are_refused():
         tune_threshold([], TRUTH)
     with pytest.raises(UnknownName, match=r"'arnd'.*Did you mean 'arand'\?.*voi"):
         tune_threshold([(0.1, TRUTH)], TRUTH, criterion="arnd")
+
+
+def test_in_columns_one_merger_of_large_neurons_does_not_decide():
+    # Nine columns of one section. Candidate .3 merges the neurons of the first column alone with those of the second,
+    # all through; candidate .6 cuts every neuron in halves. Over the whole the one merger weighs more, in columns it
+    # counts in none: what meets outside of a column is not merged in it.
+    truth = np.repeat(np.repeat(np.arange(1, 10).reshape(1, 3, 3), 8, axis=1), 8, axis=2)
+    merged = np.where(truth == 2, 1, truth)
+    halves = np.zeros((1, 24, 24), int)
+    halves[:, :, ::8] = halves[:, :, 1::8] = 1
+    cut = truth + 20 * halves
+    candidates = [(0.3, merged), (0.6, cut)]
+    whole = {t: evaluate(labels, truth).voi for t, labels in candidates}
+    result = tune_threshold(candidates, truth, criterion="voi", columns=(3, 3))
+    assert result.threshold == 0.3
+    assert result.judged[0.3] == pytest.approx(0, abs=1e-12)
+    # A quarter of every column cut off: its entropy.
+    assert result.judged[0.6] == pytest.approx(-0.25 * np.log2(0.25) - 0.75 * np.log2(0.75))
+    assert {t: scores.voi for t, scores in result.scores.items()} == whole
+    assert tune_threshold(candidates, truth, criterion="voi").judged == whole
