@@ -5,10 +5,13 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check install -q -c constraints.txt
 DEMO := outputs/demo
 
-.PHONY: demo test lint types clean
+.PHONY: demo study test lint types clean
 
 demo: $(VENV)/installed
 	$(BIN)/neurodiff run --config-file configs/NeuroDiff-Demo.yaml DATASET.OUTPUT_PATH $(DEMO)
+
+study: $(VENV)/installed
+	$(BIN)/neurodiff study studies/demo.yaml
 
 test: $(VENV)/installed-test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2

@@ -23,6 +23,7 @@ from . import networks
 from .judging import FollowingWatch, judge_of
 from .pairs_stage import pair_paths
 from .parts import hash_of_source
+from .rounding import rounded_scores
 from .run import Run, forget_other_training
 from .segmentations_stage import QUERIES
 from .selection import SelectionWatch
@@ -285,6 +286,7 @@ def make_metrics(run: Run) -> None:
             if method != QUERIES:
                 tuning = json.loads((run.folder / "segmentations" / f"{name}.tuning.json").read_text())
                 thresholds.setdefault(arm, {})[method] = tuning["threshold"]
+        metrics.setdefault("rounding", {})[arm] = rounded_scores(run, arm, thresholds.get(arm, {}), truth)
         whole, in_columns = _boundaries(run, arm, truth)
         metrics.setdefault("boundaries", {})[arm] = {"average_precision": whole}
         columns[arm]["boundaries"] = in_columns

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ..metrics import paired_difference
@@ -44,6 +44,10 @@ class Comparison:
     in_columns : tuple of (float, float, int) or None
         Mean difference, mixed - real, over columns of the test part, its standard error, and the number of columns;
         None where these were not scored.
+    difference : float
+        mixed - real, 0 where one is missing.
+    by_rounding : float
+        How far rounding of the affinities alone moves the value of an arm; 0 where that was not tried.
     """
 
     name: str
@@ -53,6 +57,8 @@ class Comparison:
     change: float | None
     best: str
     in_columns: tuple[float, float, int] | None = None
+    by_rounding: float = 0.0
+    difference: float = 0.0
 
     @property
     def change_text(self) -> str:
@@ -84,6 +90,11 @@ class Comparison:
         return self.in_columns[0] * (self.change or 0.0) <= 0
 
     @property
+    def is_told(self) -> bool:
+        """Whether one run tells this change: clear in columns, not contradicted, and more than rounding can undo."""
+        return self.is_clear and not self.is_contradicted and abs(self.difference) > self.by_rounding
+
+    @property
     def judgement(self) -> str:
         """``"better"``, ``"worse"``, ``"unchanged"``, or ``""`` where there is no change to speak of."""
         if self.change is None:
@@ -98,14 +109,15 @@ class Verdict:
     Attributes
     ----------
     sentence : str
-        For example ``"Synthetic pairs lowered ARAND by 12.0 % and VOI by 5.1 % with waterz, and raised ..."``.
+        For example ``"Synthetic pairs lowered ARAND by 12.0 % and VOI by 5.1 % with waterz, and raised ..."``: of the
+        changes that one run tells, or that it tells none. Without scores in columns, of all of them.
     tone : str
-        ``"better"`` if every score that changed fell, ``"worse"`` if every one rose, ``"divided"`` if some did, or if
-        the columns clearly show the contrary of a change; ``"unchanged"`` if none did or no change is clear in the
-        columns, or ``"open"`` where nothing can be compared.
+        ``"better"`` if every one of these fell, ``"worse"`` if every one rose, ``"divided"`` if some did, or if the
+        columns clearly show the contrary of a change; ``"unchanged"`` if there is none, or ``"open"`` where nothing can
+        be compared.
     certainty : str
-        Which changes are clear in the columns of the test part, and which of these contradict the whole; empty where
-        columns were not scored.
+        By what these changes are clear, and which contradict the columns or are lost to rounding; empty where columns
+        were not scored.
     """
 
     sentence: str
@@ -136,9 +148,23 @@ def compare(metrics: Mapping[str, Any], method: str) -> list[Comparison]:
     real = (metrics.get("real") or {}).get(method) or {}
     mixed = (metrics.get("mixed") or {}).get(method) or {}
     return [
-        _compare_one(real.get(key), mixed.get(key), name, unit, n, _in_columns(metrics, method, key))
+        replace(
+            _compare_one(real.get(key), mixed.get(key), name, unit, n, _in_columns(metrics, method, key)),
+            by_rounding=_by_rounding(metrics, method, key),
+        )
         for key, name, unit, n in SCORES
     ]
+
+
+def _by_rounding(metrics: Mapping[str, Any], method: str, key: str) -> float:
+    """The largest distance between the scores of an arm whose affinities were moved as rounding moves them."""
+    spans = [0.0]
+    for arm in ("real", "mixed"):
+        values = [scores[key] for scores in ((metrics.get("rounding") or {}).get(arm) or {}).get(method) or []]
+        whole = ((metrics.get(arm) or {}).get(method) or {}).get(key)
+        if values and whole is not None:
+            spans.append(max(*values, whole) - min(*values, whole))
+    return max(spans)
 
 
 def _in_columns(metrics: Mapping[str, Any], method: str, key: str) -> tuple[float, float, int] | None:
@@ -163,11 +189,12 @@ def _compare_one(
             return "—"
         return f"{value:.{decimals}f}" if math.isfinite(value) else "not finite"
 
-    change, best = None, ""
+    change, best, difference = None, "", 0.0
     if real is not None and mixed is not None and math.isfinite(real) and math.isfinite(mixed):
         change = 100 * (mixed - real) / real if real else (0.0 if mixed == real else None)
         best = "real" if real < mixed else "mixed" if mixed < real else ""
-    return Comparison(name, unit, text(real), text(mixed), change, best, in_columns)
+        difference = mixed - real
+    return Comparison(name, unit, text(real), text(mixed), change, best, in_columns, difference=difference)
 
 
 def verdict_of(metrics: Mapping[str, Any]) -> Verdict:
@@ -183,42 +210,46 @@ def verdict_of(metrics: Mapping[str, Any]) -> Verdict:
     for arm, what in (("real", "trained on real data only"), ("mixed", "trained on real and synthetic data")):
         if not metrics.get(arm):
             return Verdict(f"Nothing to compare yet: the segmenter {what} has not been scored.", "open")
-    clauses: list[str] = []
-    changes: list[str] = []
-    tested: list[tuple[str, Comparison]] = []
-    for method in methods_of(metrics):
-        pair = [row for row in compare(metrics, method)[:2] if row.change is not None]
-        if pair:
-            clauses.append(f"{_clause(pair)} with {method}")
-            changes += [row.judgement for row in pair]
-            tested += [(method, row) for row in pair if row.in_columns]
-    if not clauses:
+    rows = {method: [r for r in compare(metrics, method)[:2] if r.change is not None] for method in methods_of(metrics)}
+    rows = {method: pair for method, pair in rows.items() if pair}
+    if not rows:
         return Verdict("Nothing to compare: no method has finite scores in both arms.", "open")
-    moved = {judgement for judgement in changes if judgement != "unchanged"}
+    tested = [(method, row) for method, pair in rows.items() for row in pair if row.in_columns]
+    if tested:
+        rows = {method: [row for row in pair if row.is_told] for method, pair in rows.items()}
+        rows = {method: pair for method, pair in rows.items() if pair}
+    sentence = _sentence(rows) if rows else "One run cannot tell whether synthetic pairs help."
+    moved = {row.judgement for pair in rows.values() for row in pair} - {"unchanged"}
     tone = "unchanged" if not moved else moved.pop() if len(moved) == 1 else "divided"
-    if tested and not any(row.is_clear for _, row in tested):
-        tone = "unchanged"
-    elif any(row.is_contradicted for _, row in tested):
+    if any(row.is_contradicted for _, row in tested):
         tone = "divided"
-    return Verdict(f"Synthetic pairs {', and '.join(clauses)}.", tone, _certainty(tested))
+    return Verdict(sentence, tone, _certainty(tested))
+
+
+def _sentence(rows: Mapping[str, list[Comparison]]) -> str:
+    clauses = [f"{_clause(pair)} with {method}" for method, pair in rows.items()]
+    return f"Synthetic pairs {', and '.join(clauses)}."
 
 
 def _certainty(tested: list[tuple[str, Comparison]]) -> str:
-    """Which of these changes exceed twice their standard error over the columns of the test part."""
+    """Which of these changes exceed twice their standard error over the columns of the test part, and rounding."""
     if not tested:
         return ""
     columns = max(row.in_columns[2] for _, row in tested if row.in_columns)
     over = f"more than twice its standard error over {columns} columns of the test part"
     if not any(row.is_clear for _, row in tested):
-        return f"No change is {over}: this may all be chance."
+        return f"No change of VOI or ARAND is {over}: this may all be chance."
     sentences = []
-    for what, contrary in (
-        (f"Of these changes, {over}", False),
-        ("In the columns clearly otherwise than in the whole", True),
+    for what, chosen in (
+        (f"Each change is {over}", lambda row: row.is_told),
+        ("In the columns clearly otherwise than in the whole", lambda row: row.is_contradicted),
+        (
+            "Clear in the columns, but rounding of the affinities alone moves the whole by as much",
+            lambda row: row.is_clear and not row.is_contradicted and not row.is_told,
+        ),
     ):
-        rows = [(method, row) for method, row in tested if row.is_clear and row.is_contradicted == contrary]
-        if rows:
-            names = ", ".join(f"{row.name} with {method} ({row.columns_text})" for method, row in rows)
+        names = ", ".join(f"{row.name} with {method} ({row.columns_text})" for method, row in tested if chosen(row))
+        if names:
             sentences.append(f"{what}: {names}.")
     return " ".join(sentences)
 
