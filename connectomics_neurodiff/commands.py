@@ -77,7 +77,8 @@ def run(options: argparse.Namespace) -> None:
         return
     cfg = load_config(options.config_file, base=options.config_base, overrides=options.settings)
     engine = _chosen_engine(options)
-    stages = choose_stages(cfg, options.stages.split(",") if options.stages else (), inference=options.inference)
+    wanted = options.stages.split(",") if options.stages else ()
+    stages = choose_stages(cfg, wanted, inference=options.inference, arm=options.arm)
     if options.dry_run:
         from .pipeline.plan import describe_plan
 

@@ -260,11 +260,9 @@ def read_loss_curve(path: Path) -> list[tuple[int, float, float]]:
     """Rows (step, loss, learning rate) of a loss curve; none without a file; a half-written row is left out."""
     if not path.exists():
         return []
-    rows = []
-    for row in csv.reader(path.read_text().splitlines()[1:]):
-        if len(row) == len(LossCurve.COLUMNS):
-            rows.append((int(row[0]), float(row[1]), float(row[2])))
-    return rows
+    # Only a row that ends in a line break has been written whole: "0.4,1e" would else be a number.
+    written = path.read_text().rpartition("\n")[0].splitlines()[1:]
+    return [(int(step), float(loss), float(rate)) for step, loss, rate in csv.reader(written)]
 
 
 def _make_callbacks(

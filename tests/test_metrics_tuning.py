@@ -42,20 +42,17 @@ def test_no_candidates_and_unknown_criteria_are_refused():
 
 
 def test_in_columns_one_merger_of_large_neurons_does_not_decide():
-    # Nine columns of one section. Candidate .3 merges the neurons of the first column alone with those of the second,
-    # all through; candidate .6 cuts every neuron in halves. Over the whole the one merger weighs more, in columns it
-    # counts in none: what meets outside of a column is not merged in it.
+    # Nine columns with a neuron in each.
     truth = np.repeat(np.repeat(np.arange(1, 10).reshape(1, 3, 3), 8, axis=1), 8, axis=2)
-    merged = np.where(truth == 2, 1, truth)
-    halves = np.zeros((1, 24, 24), int)
-    halves[:, :, ::8] = halves[:, :, 1::8] = 1
-    cut = truth + 20 * halves
+    merged = np.where(truth <= 6, 1, truth)  # six neurons in one, each in a column of its own
+    cut = truth.copy()
+    cut[:, :, ::8] += 20  # an eighth of every neuron cut off
     candidates = [(0.3, merged), (0.6, cut)]
-    whole = {t: evaluate(labels, truth).voi for t, labels in candidates}
+    whole = tune_threshold(candidates, truth, criterion="voi")
+    assert whole.threshold == 0.6, "log2(6) bits in two thirds of the volume against .54 everywhere"
+    assert whole.judged == {t: pytest.approx(evaluate(labels, truth).voi) for t, labels in candidates}
     result = tune_threshold(candidates, truth, criterion="voi", columns=(3, 3))
-    assert result.threshold == 0.3
+    assert result.threshold == 0.3, "what meets outside of a column is not merged in it"
     assert result.judged[0.3] == pytest.approx(0, abs=1e-12)
-    # A quarter of every column cut off: its entropy.
-    assert result.judged[0.6] == pytest.approx(-0.25 * np.log2(0.25) - 0.75 * np.log2(0.75))
-    assert {t: scores.voi for t, scores in result.scores.items()} == whole
-    assert tune_threshold(candidates, truth, criterion="voi").judged == whole
+    assert result.judged[0.6] == pytest.approx(-np.log2(1 / 8) / 8 - 7 / 8 * np.log2(7 / 8))
+    assert result.scores == whole.scores

@@ -20,8 +20,8 @@ NETWORK_STAGES = frozenset({"diffusion", "pairs", "segmenter", "predictions"})
 INFERENCE_STAGES = ("predictions", "segmentations", "metrics", "report")
 
 
-def choose_stages(cfg: CfgNode, names: Sequence[str] = (), *, inference: bool = False) -> list[str]:
-    """Stages to run: those asked for (all by default) that this configuration has.
+def choose_stages(cfg: CfgNode, names: Sequence[str] = (), *, inference: bool = False, arm: str = "") -> list[str]:
+    """Stages to run: those asked for (all by default) that this configuration has, and the one arm if there is one.
 
     Raises
     ------
@@ -46,7 +46,10 @@ def choose_stages(cfg: CfgNode, names: Sequence[str] = (), *, inference: bool = 
     unscored = [name for name in (INFERENCE_STAGES if inference else names) if name in INFERENCE_STAGES and not scored]
     if unscored:
         raise ConfigError(f"The stage '{unscored[0]}' needs a tune and a test part, but NEURODIFF.SPLIT.SCORED is off.")
-    left_out = {*(() if synthesises else SYNTHESIS_STAGES), *(() if scored else INFERENCE_STAGES)}
+    left_out = {
+        *(() if synthesises and (arm != "real" or names) else SYNTHESIS_STAGES),
+        *(() if scored else INFERENCE_STAGES),
+    }
     return [name for name in STAGES if name in wanted and name not in left_out]
 
 
@@ -95,7 +98,9 @@ def run_pipeline(
     from .report_stage import make_report
     from .run import Run, arms_of, logger, run_folder, timed
 
-    chosen = choose_stages(cfg, stages, inference=inference)
+    chosen = choose_stages(cfg, stages, inference=inference, arm=arm)
+    if arm and checkpoint:
+        raise ConfigError("--checkpoint says itself which arm it stands for; it does not go with --arm.")
     if arm and arm not in arms_of(cfg):
         raise ConfigError(f"This configuration trains {' and '.join(arms_of(cfg))}. Got the arm '{arm}'.")
     engine = choose_engine(engine)

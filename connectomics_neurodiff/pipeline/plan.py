@@ -115,7 +115,9 @@ def estimates(cfg: CfgNode, stages: Sequence[str], shape: tuple[int, int, int] |
         found.append(Estimate("diffusion", seconds, memory, name))
         if shape:
             flops, memory = _cost_of_pass(denoiser, lambda device: _denoiser_inputs(node.TILE, device))
-            passes = len(tiles(shape, node.TILE, node.OVERLAP)) * node.SAMPLER_STEPS * cfg.NEURODIFF.REMODEL.COPIES
+            images = cfg.NEURODIFF.REMODEL.COPIES * cfg.NEURODIFF.PAIRS.SAMPLES
+            passes = len(tiles(shape, node.TILE, node.OVERLAP)) * node.SAMPLER_STEPS * images
+            passes *= 1 if node.GUIDANCE == 1 else 2
             found.append(Estimate("pairs", flops * passes / speed, memory))
     segmenter = build_segmenter(cfg.MODEL.ARCHITECTURE, **networks.segmenter_options(cfg))
     flops, memory = _cost_of_pass(segmenter, lambda device: _segmenter_inputs(cfg.MODEL.INPUT_SIZE, device))
@@ -128,14 +130,14 @@ def estimates(cfg: CfgNode, stages: Sequence[str], shape: tuple[int, int, int] |
 
 
 def artefact_bytes(cfg: CfgNode, stages: Sequence[str], voxels: Mapping[str, int], arm: str = "") -> int:
-    """Bytes that stages leave on the disk, at most: arrays are compressed where they can be; `voxels` of each part."""
+    """Bytes that stages leave on the disk, roughly; arrays are compressed where they can be. `voxels` of each part."""
     from ..segmenters import build_segmenter
     from ..synthesis import build_denoiser
 
     node = cfg.NEURODIFF
     arms = 1 if arm else len(arms_of(cfg))
-    # Weights and, in the resume point, weights, two moments and their average.
-    of_training = 4 * 5
+    # Weights and, in the resume point, weights, three moments (with AMSGrad) and their average.
+    of_training = 4 * 6
     size = 0
     if "diffusion" in stages:
         denoiser = build_denoiser(node.DIFFUSION.ARCHITECTURE, **networks.denoiser_options(cfg))

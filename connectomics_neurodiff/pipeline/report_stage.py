@@ -64,7 +64,7 @@ def _notes(run: Run) -> list[str]:
     voxel = " x ".join(f"{v:g}" for v in run.parts["train"].volume.voxel_nm)
     notes = [
         f"Train {sizes['train']}, tune {sizes['tune']}, test {sizes['test']} voxels of {voxel} nm (z, y, x), disjoint.",
-        "Both arms were trained for the same number of iterations; one seed is one sample: compare several.",
+        "Arms are trained for the same number of iterations; one seed is one sample: see docs/studies.md.",
     ]
     for arm, found in run.metrics().get("boundaries", {}).items():
         if found["average_precision"] is not None:
@@ -84,7 +84,7 @@ def _draw_scores(run: Run, path: Path) -> bool:
 
 
 def _first_pair(run: Run) -> tuple[Path, Volume] | None:
-    paths = pair_paths(run) if len(run.arms) > 1 else []
+    paths = pair_paths(run) if "mixed" in run.arms else []
     return (paths[0], open_volume(paths[0]).load()) if paths else None
 
 
@@ -141,7 +141,7 @@ def _draw_following(run: Run, path: Path) -> bool:
 
 
 def _draw_grey_values(run: Run, path: Path) -> bool:
-    paths = pair_paths(run) if len(run.arms) > 1 else []
+    paths = pair_paths(run) if "mixed" in run.arms else []
     if paths:
         synthetic = {pair.stem: open_volume(pair).array("image") for pair in paths[:4]}
         grey_value_figure(path, run.parts["train"].load().array("image"), synthetic)
@@ -168,13 +168,18 @@ def _tunings(run: Run) -> dict[tuple[str, str], dict[str, Any]]:
     return found
 
 
+def _of_whole(tuning: dict[str, Any], criterion: str) -> list[tuple[float, float]]:
+    """What was minimised before thresholds were tuned by columns."""
+    return [(threshold, scores[criterion]) for threshold, scores in tuning["scores"]]
+
+
 def _draw_thresholds(run: Run, path: Path) -> bool:
     tunings = _tunings(run)
     criterion = run.cfg.NEURODIFF.SEGMENT.CRITERION
     if tunings:
         threshold_figure(
             path,
-            {key: tuning["judged"] for key, tuning in tunings.items()},
+            {key: tuning.get("judged") or _of_whole(tuning, criterion) for key, tuning in tunings.items()},
             {key: tuning["threshold"] for key, tuning in tunings.items()},
             score=criterion.upper(),
         )

@@ -230,7 +230,7 @@ def discard_training(folder: Path) -> None:
         folder / "loss.csv",
         folder / "following.csv",
         folder / "tuning.csv",
-        folder / "best.pt",
+        *folder.glob("tried-*.pt"),
         *folder.glob("checkpoint_*.pth.tar"),
     ]:
         path.unlink(missing_ok=True)

@@ -32,8 +32,8 @@ class SelectionWatch:
     run : Run
         Its settings of the inference are used.
     folder : pathlib.Path
-        Where ``tuning.csv``, a row per trial, and ``best.pt``, the weights of the best, are kept. A resumed training
-        writes the rows of later steps again.
+        Where ``tuning.csv``, a row per trial, and the weights that were tried are kept until the training is done. A
+        resumed training tries those of later steps again.
     label : str
         Name on the progress bar.
     """
@@ -41,16 +41,15 @@ class SelectionWatch:
     def __init__(self, run: Run, folder: Path, label: str) -> None:
         self._run, self._folder, self._label = run, folder, label
         node = run.cfg
-        self.every = max(1, node.SOLVER.ITERATION_TOTAL // node.NEURODIFF.SEGMENTER.CHECKPOINTS)
+        self.every = -(-node.SOLVER.ITERATION_TOTAL // node.NEURODIFF.SEGMENTER.CHECKPOINTS)
         tune = run.parts["tune"].load()
         self._image, self._truth, self._voxel_nm = tune.array("image"), tune.array("label"), tune.voxel_nm
 
     def __call__(self, network: nn.Module, step: int) -> Mapping[str, float]:
         """Average precision of the boundaries of the tune part."""
         found = boundary_precision(self._affinities(network), self._truth, self._voxel_nm)
+        self._keep(network, step)
         kept = [row for row in read_tuning(self._path) if row[0] < step]
-        if not any(found <= before for _, before in kept):  # of equally good ones the first
-            self._keep(network)
         with atomic_write(self._path) as temporary, open(temporary, "w", newline="") as handle:
             csv.writer(handle).writerows([COLUMNS, *kept, (step, found)])
         return {"average_precision": found}
@@ -76,19 +75,26 @@ class SelectionWatch:
         )
         return np.asarray(affinities)
 
-    def _keep(self, network: nn.Module) -> None:
+    def _weights_of(self, step: int) -> Path:
+        return self._folder / f"tried-{step:07d}.pt"
+
+    def _keep(self, network: nn.Module, step: int) -> None:
         import torch
 
-        with atomic_write(self._folder / "best.pt") as temporary:
+        with atomic_write(self._weights_of(step)) as temporary:
             torch.save({name: value.detach().cpu() for name, value in network.state_dict().items()}, temporary)
 
     def best(self) -> tuple[int, dict[str, Tensor]]:
-        """Step and weights of the best network."""
+        """Step and weights of the best network; of equally good ones, the first."""
         import torch
 
-        rows = read_tuning(self._path)
-        step, _ = max(rows, key=lambda row: -math.inf if math.isnan(row[1]) else row[1])
-        return step, torch.load(self._folder / "best.pt", map_location="cpu", weights_only=True)
+        step, _ = max(read_tuning(self._path), key=lambda row: -math.inf if math.isnan(row[1]) else row[1])
+        return step, torch.load(self._weights_of(step), map_location="cpu", weights_only=True)
+
+    def forget(self) -> None:
+        """Remove the weights that were tried, once the best are somewhere else."""
+        for path in self._folder.glob("tried-*.pt"):
+            path.unlink()
 
 
 def read_tuning(path: Path) -> list[tuple[int, float]]:

@@ -157,7 +157,8 @@ def _train_arm(run: Run, arm: str) -> None:
     }
     chosen_from = {}
     if cfg.NEURODIFF.SEGMENTER.CHECKPOINTS > 1:
-        settings["SELECTION"] = {"CHECKPOINTS": cfg.NEURODIFF.SEGMENTER.CHECKPOINTS, **as_dict(cfg.INFERENCE)}
+        seen = {name: list(cfg.INFERENCE[name]) for name in ("INPUT_SIZE", "STRIDE")}
+        settings["SELECTION"] = {"CHECKPOINTS": cfg.NEURODIFF.SEGMENTER.CHECKPOINTS, **seen}
         chosen_from["tune"] = run.parts["tune"].identity
     paths = pair_paths(run) if arm == "mixed" else []
     pair_hash = hash_of([hash_of_file(path) if path.is_file() else hash_of_source(str(path)) for path in paths])
@@ -206,6 +207,8 @@ def _train_arm(run: Run, arm: str) -> None:
         extra=extra,
     )
     run.finish(target, provenance)
+    if watch:
+        watch.forget()
 
 
 def _samples_and_loss(
@@ -286,10 +289,13 @@ def make_metrics(run: Run) -> None:
             if method != QUERIES:
                 tuning = json.loads((run.folder / "segmentations" / f"{name}.tuning.json").read_text())
                 thresholds.setdefault(arm, {})[method] = tuning["threshold"]
-        metrics.setdefault("rounding", {})[arm] = rounded_scores(run, arm, thresholds.get(arm, {}), truth)
+        if not run.only:
+            metrics.setdefault("rounding", {})[arm] = rounded_scores(run, arm, thresholds.get(arm, {}), truth)
         whole, in_columns = _boundaries(run, arm, truth)
         metrics.setdefault("boundaries", {})[arm] = {"average_precision": whole}
         columns[arm]["boundaries"] = in_columns
+    if run.only:
+        _keep_other_arms(run, metrics, columns)
     metrics["synthesis"] = synthesis_metrics(run)
     metrics["seconds"] = run.seconds
     provenance = run.provenance("metrics", as_dict(run.cfg), **{n: p.identity for n, p in run.parts.items()})
@@ -304,6 +310,19 @@ def make_metrics(run: Run) -> None:
     }
     write_json(run.folder / "columns.json", columns)
     write_json(run.folder / "metrics.json", metrics)
+
+
+def _keep_other_arms(run: Run, metrics: dict[str, Any], columns: dict[str, Any]) -> None:
+    """Keep the scores that an earlier run in this folder gave other arms, if they are of the same data."""
+    before, before_columns = run.metrics(), run.columns()
+    parents = {name: part.identity for name, part in run.parts.items()}
+    if (before.get("provenance") or {}).get("parents") != parents:
+        return
+    for arm in {"real", "mixed"} - set(metrics):
+        if arm in before:
+            metrics[arm], columns[arm] = before[arm], before_columns[arm]
+            metrics["boundaries"][arm] = before["boundaries"][arm]
+            logger.info("the scores of the arm %s are those of an earlier run", arm)
 
 
 def _boundaries(run: Run, arm: str, truth: np.ndarray) -> tuple[float | None, list[dict[str, float] | None]]:

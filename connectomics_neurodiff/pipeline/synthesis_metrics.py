@@ -33,7 +33,7 @@ _FID_NAMES = (*NAMES, "fid3d_test")
 
 def synthesis_metrics(run: Run) -> dict[str, Any]:
     """3D-FID, its numbers null where there is none; grey values, number and seams of the run's own pairs."""
-    paths = pair_paths(run) if len(run.arms) > 1 else []
+    paths = pair_paths(run) if "mixed" in run.arms else []
     found = _fid3d_or_null(run, paths)
     # Pairs that the user names were judged, and painted in tiles, by another run.
     paths = [] if run.cfg.AUGMENTOR.SYNTHETIC.PAIRS else paths
@@ -93,7 +93,7 @@ def _fid3d_or_null(run: Run, paths: Sequence[Path]) -> dict[str, Any]:
     reason = ""
     if run.cfg.NEURODIFF.FID.PATCHES == 0:
         reason = "NEURODIFF.FID.PATCHES is 0"
-    elif not paths:
+    elif not paths or "real" not in run.arms:
         reason = "it compares synthetic pairs with real data, by the segmenter of the arm 'real'; this run has not both"
     else:
         try:

@@ -221,7 +221,7 @@ def verdict_of(metrics: Mapping[str, Any]) -> Verdict:
     sentence = _sentence(rows) if rows else "One run cannot tell whether synthetic pairs help."
     moved = {row.judgement for pair in rows.values() for row in pair} - {"unchanged"}
     tone = "unchanged" if not moved else moved.pop() if len(moved) == 1 else "divided"
-    if any(row.is_contradicted for _, row in tested):
+    if rows and any(row.is_contradicted for _, row in tested):
         tone = "divided"
     return Verdict(sentence, tone, _certainty(tested))
 

@@ -6,15 +6,19 @@
 
 from __future__ import annotations
 
+import fcntl
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from yacs.config import CfgNode
 
 from ..config import as_dict
-from ..errors import ConfigError, OutputExists, UserError
+from ..errors import ConfigError, MissingInput, OutputExists, UserError
 from ..provenance import atomic_write, hash_of
 
 if TYPE_CHECKING:
@@ -39,7 +43,7 @@ def run_study(
     overrides : sequence of str
         KEY VALUE pairs for every arm.
     jobs : int
-        Trainings side by side, one thread each; 0: as many as there are cores.
+        Trainings side by side, one thread each; 0: as many as there are cores and memory for; one on a GPU.
     dry_run : bool
         Say how many trainings, hours and bytes, and do nothing.
 
@@ -54,22 +58,29 @@ def run_study(
         Before any work, if the study file, an arm or its data cannot be used; after all else has been done and
         written, if a training failed.
     """
+    import torch
+
+    from ..pipeline.engines import choose_engine, load_engine
     from .execute import execute, jobs_of
     from .plan import read_study
     from .results import write_results
 
     study = read_study(path, overrides)
+    torch.set_num_threads(1)  # as the trainings have it, whose time is estimated
+    engine = choose_engine("auto")
+    load_engine(engine)
     shapes = _check_data(study)
     cores = len(os.sched_getaffinity(0))
     if not 0 <= jobs <= cores:
         raise ConfigError(f"--jobs may be at most {cores} on this machine (0: as many). Got {jobs}.")
     planned = jobs_of(study, expected_seconds(shapes))
+    workers = jobs or _workers_that_fit(study, planned, shapes, cores)
     if dry_run:
-        print(describe(study, planned, shapes, jobs or cores))
+        print(describe(study, planned, shapes, workers))
         return {}
-    _claim(study)
-    failed = execute(study, planned, jobs or cores)
-    content = write_results(study)
+    with _claimed(study, Path(path)):
+        failed = execute(study, planned, workers, engine, _Contents())
+        content = write_results(study, failed)
     if failed:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in sorted(failed.items()))
         raise UserError(f"{len(failed)} of the study's runs failed (logs in {study.output / 'jobs'}): {reasons}")
@@ -85,7 +96,8 @@ def _check_data(study: Study) -> dict[str, Shapes]:
         Shapes of the parts by :func:`_data_of` a configuration.
     """
     from ..pipeline import networks
-    from ..pipeline.parts import check_pairs, open_extra_volumes, open_parts
+    from ..pipeline.parts import check_pairs, missing_inputs, open_extra_volumes, open_parts
+    from ..pipeline.segmentations_stage import check_blocks
 
     scored: dict[str, tuple[str, tuple[str, str]]] = {}
     shapes: dict[str, Shapes] = {}
@@ -97,9 +109,12 @@ def _check_data(study: Study) -> dict[str, Shapes]:
                 if not trial.cfg.NEURODIFF.SPLIT.SCORED:
                     raise ConfigError("a study scores its trainings: NEURODIFF.SPLIT.SCORED must be true.")
                 networks.check_networks(trial.cfg)
+                if missing := missing_inputs(trial.cfg):
+                    raise MissingInput(f"missing input: {', '.join(missing)}.")
                 data = _data_of(trial.cfg)
                 if data not in shapes:
                     parts = open_parts(trial.cfg)
+                    check_blocks(trial.cfg, parts)
                     open_extra_volumes(trial.cfg, parts)
                     shapes[data] = {name: part.box.shape for name, part in parts.items()}
                     identities[data] = parts["tune"].identity, parts["test"].identity
@@ -124,22 +139,72 @@ def _data_of(cfg: CfgNode) -> str:
             *(as_dict(node[name]) for name in ("VOXEL_NM", "MITO_NAME", "DARK_BODIES", "SPLIT", "PHANTOM")),
             [as_dict(volume) for volume in node.DIFFUSION.EXTRA_VOLUMES],
             node.SEGMENTER.LABEL_EROSION,
+            [list(node.SEGMENT.METHODS), as_dict(cfg.INFERENCE)],
         ]
     )
 
 
-def _claim(study: Study) -> None:
-    """A folder holds one study: its runs are found by their settings, its tables are of its arms."""
-    mark = study.output / "jobs" / "recipe.txt"
+class _Contents:
+    """Hash of the content of all files that a configuration names; a file is read once per study."""
+
+    def __init__(self) -> None:
+        self._known: dict[str, str] = {}
+        self._lock = threading.Lock()
+
+    def __call__(self, cfg: CfgNode) -> str:
+        """Of volumes, library and pairs."""
+        from ..pipeline.parts import extra_paths, hash_of_source, library_paths, source_paths
+
+        groups = [
+            *source_paths(cfg).values(),
+            *extra_paths(cfg),
+            library_paths(cfg),
+            list(cfg.AUGMENTOR.SYNTHETIC.PAIRS),
+        ]
+        with self._lock:
+            for path in {path for group in groups for path in group} - set(self._known):
+                self._known[path] = hash_of_source(path)
+        return hash_of([[self._known[path] for path in group] for group in groups])
+
+
+@contextmanager
+def _claimed(study: Study, path: Path) -> Iterator[None]:
+    """The study's folder, for this study file and this process alone."""
+    mark = study.output / "jobs" / "study.txt"
+    told = f"{path.name} of the recipe {study.recipe}"
     if not mark.exists():
         if study.output.exists() and (not study.output.is_dir() or any(study.output.iterdir())):
             raise OutputExists(f"OUTPUT {study.output} is not empty and not a study's folder. Name another.")
         with atomic_write(mark) as temporary:
-            temporary.write_text(study.recipe)
-    elif (before := mark.read_text()) != study.recipe:
-        raise OutputExists(
-            f"OUTPUT {study.output} holds a study of the recipe {before}, this one is of {study.recipe}. Name another."
-        )
+            temporary.write_text(told)
+    elif (before := mark.read_text()) != told:
+        raise OutputExists(f"OUTPUT {study.output} holds the study {before}; this one is {told}. Name another.")
+    with open(mark) as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(f"Another study is working in {study.output}; wait for it, or name another.") from error
+        yield
+
+
+def _workers_that_fit(study: Study, planned: Mapping[str, Job], shapes: Mapping[str, Shapes], cores: int) -> int:
+    """Trainings side by side that the machine has cores and memory for; one where they share a GPU."""
+    import psutil
+
+    from ..engine import resolve_device
+
+    if any(resolve_device(trial.cfg.SYSTEM.NUM_GPUS).type == "cuda" for trial in study.trials):
+        return 1
+    largest = max(_memory_of(job, shapes) for job in planned.values())
+    return max(1, min(cores, int(psutil.virtual_memory().available // largest)))
+
+
+def _memory_of(job: Job, shapes: Mapping[str, Shapes]) -> float:
+    """Bytes that a job needs, as a dry run of it estimates; a process with torch in it has 500 MiB before it starts."""
+    from ..pipeline.plan import estimates
+
+    found = estimates(job.cfg, job.stages, shapes[_data_of(job.cfg)]["train"], job.arm)
+    return float(max([one.memory for one in found if one.stage in job.stages], default=0.0)) + (500 << 20)
 
 
 def expected_seconds(shapes: Mapping[str, Shapes]) -> Seconds:
@@ -177,10 +242,10 @@ def describe(study: Study, planned: Mapping[str, Job], shapes: Mapping[str, Shap
         voxels = {name: math.prod(shape) for name, shape in shapes[_data_of(job.cfg)].items()}
         size += artefact_bytes(job.cfg, job.stages, voxels, job.arm)
     lines = [
-        f"{len(study.arms)} arms x {len(study.conditions)} conditions x {len(study.seeds)} seeds",
+        f"arms: {len(study.arms)}, conditions: {len(study.conditions)}, seeds: {len(study.seeds)}",
         f"{len(study.denoisers)} denoisers, {len(study.synthesis)} sets of pairs, {trainings} segmenters to train",
-        f"about {hours:.1f} core hours, {hours / workers:.1f} h with {workers} side by side",
-        f"at most {size / 2**30:.1f} GiB on the disk",
+        f"about {hours:.1f} core hours of training and painting, {hours / workers:.1f} h with {workers} side by side",
+        f"about {size / 2**30:.1f} GiB on the disk",
         "",
     ]
     lines += [f"  {name}: {job.seconds / 60:.1f} min, {', '.join(job.stages)}" for name, job in planned.items()]

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -18,6 +20,7 @@ from pathlib import Path
 from yacs.config import CfgNode
 
 from ..config import dump_config
+from ..errors import UserError
 from ..progress import progress_bar
 from ..provenance import atomic_write, hash_of, hash_of_file, write_json
 from .plan import Study, Trial, with_values
@@ -40,8 +43,8 @@ class Job:
         Its folder, relative to the study's.
     stages : tuple of str
         What is made.
-    leaves : str
-        File, relative to its folder, that is there when it is done.
+    leaves : tuple of str
+        Files, relative to its folder, that are there when it is done.
     needs : tuple of str
         Names of the jobs whose results it takes.
     cfg : CfgNode
@@ -62,7 +65,7 @@ class Job:
 
     name: str
     stages: tuple[str, ...]
-    leaves: str
+    leaves: tuple[str, ...]
     needs: tuple[str, ...]
     cfg: CfgNode
     configure: Callable[[], CfgNode]
@@ -87,7 +90,7 @@ def jobs_of(study: Study, seconds_of: Callable[[CfgNode, Sequence[str], str], fl
         iterations = cfg.NEURODIFF.DIFFUSION.ITERATIONS
         add(
             Job(
-                name_of(folder), ("diffusion",), "diffusion/checkpoint.pt", (), cfg, _given(cfg), _nothing,
+                name_of(folder), ("diffusion",), ("diffusion/checkpoint.pt",), (), cfg, _given(cfg), _nothing,
                 seconds=seconds_of(cfg, ("diffusion",), ""), curve="diffusion/loss.csv", iterations=iterations,
             )
         )  # fmt: skip
@@ -95,7 +98,7 @@ def jobs_of(study: Study, seconds_of: Callable[[CfgNode, Sequence[str], str], fl
         denoiser = Path(study.denoiser_of(folder))
         add(
             Job(
-                name_of(folder), SYNTHESIS, "pairs/copy_000.gate.json", (name_of(denoiser),),
+                name_of(folder), SYNTHESIS, _pair_files(cfg), (name_of(denoiser),),
                 cfg, _with_denoiser(cfg, denoiser), _checkpoint_of(denoiser),
                 seconds=seconds_of(cfg, ("pairs",), ""),
             )
@@ -105,12 +108,18 @@ def jobs_of(study: Study, seconds_of: Callable[[CfgNode, Sequence[str], str], fl
         needs = (name_of(trial.pairs),) if trial.pairs else ()
         add(
             Job(
-                name_of(trial.folder), SCORING, "metrics.json", needs, trial.cfg, _with_pairs(trial), _pairs_of(trial),
+                name_of(trial.folder), SCORING, ("metrics.json", "columns.json"), needs, trial.cfg,
+                _with_pairs(trial), _pairs_of(trial),
                 arm, seconds_of(trial.cfg, ("segmenter",), arm), f"segmenter/{arm}/loss.csv",
                 trial.cfg.SOLVER.ITERATION_TOTAL,
             )
         )  # fmt: skip
     return jobs
+
+
+def _pair_files(cfg: CfgNode) -> tuple[str, ...]:
+    names = [f"pairs/copy_{copy:03d}" for copy in range(cfg.NEURODIFF.REMODEL.COPIES)]
+    return tuple(f"{name}.{suffix}" for name in names for suffix in ("h5", "gate.json"))
 
 
 def _given(cfg: CfgNode) -> Callable[[], CfgNode]:
@@ -169,8 +178,10 @@ def _with_pairs(trial: Trial) -> Callable[[], CfgNode]:
     return configure
 
 
-def execute(study: Study, jobs: Mapping[str, Job], workers: int) -> dict[str, str]:
-    """Run what is not done yet; a job whose input failed is not begun.
+def execute(
+    study: Study, jobs: Mapping[str, Job], workers: int, engine: str, data_of: Callable[[CfgNode], str]
+) -> dict[str, str]:
+    """Run what is not done yet, or was done with other data; a job whose input failed is not begun.
 
     Parameters
     ----------
@@ -180,6 +191,10 @@ def execute(study: Study, jobs: Mapping[str, Job], workers: int) -> dict[str, st
         As :func:`jobs_of` gives them.
     workers : int
         Processes side by side, each with one thread.
+    engine : str
+        Of all trainings, ``"native"`` or ``"host"``.
+    data_of : callable
+        Hash of the content of all files that a configuration names.
 
     Returns
     -------
@@ -198,7 +213,7 @@ def execute(study: Study, jobs: Mapping[str, Job], workers: int) -> dict[str, st
                     failed[name] = f"its {lacking[0]} failed"
                     order.done(name)
                 else:
-                    running[pool.submit(_run_job, study, jobs[name], start)] = name
+                    running[pool.submit(_reason_of, study, jobs[name], start, engine, data_of)] = name
             done, _ = wait(running, timeout=_LOOK, return_when=FIRST_COMPLETED)
             for future in done:
                 name = running.pop(future)
@@ -210,28 +225,44 @@ def execute(study: Study, jobs: Mapping[str, Job], workers: int) -> dict[str, st
     return failed
 
 
-def _run_job(study: Study, job: Job, start: Start) -> str:
-    """Run a job unless it is done; the reason if it failed."""
+def _reason_of(study: Study, job: Job, start: Start, engine: str, data_of: Callable[[CfgNode], str]) -> str:
+    """Run a job unless it is done; why it failed, or nothing. One that fails leaves the others alone."""
+    try:
+        return _run_job(study, job, start, engine, data_of(job.cfg))
+    except (UserError, OSError) as error:
+        return str(error)
+
+
+def _run_job(study: Study, job: Job, start: Start, engine: str, data: str) -> str:
     cfg = with_values(job.configure(), {"SYSTEM.NUM_THREADS": 1})
     inputs = [hash_of_file(path) for path in job.inputs()]
-    wanted = {"config": hash_of(dump_config(cfg)), "inputs": inputs}
+    wanted = {"config": hash_of(dump_config(cfg)), "inputs": inputs, "data": data, "engine": engine}
     note = study.output / "jobs" / f"{job.name.replace('/', '-')}.json"
-    if note.exists() and (study.output / job.name / job.leaves).exists() and json.loads(note.read_text()) == wanted:
+    there = all((study.output / job.name / name).exists() for name in job.leaves)
+    if there and note.exists() and json.loads(note.read_text()) == wanted:
         return ""
-    config = note.with_suffix(".yaml")
+    config, log = note.with_suffix(".yaml"), note.with_suffix(".log")
     with atomic_write(config) as temporary:
         temporary.write_text(dump_config(cfg))
-    command = ["--config-file", str(config), "--stages", ",".join(job.stages)]
-    code = start([*command, "--arm", job.arm] if job.arm else command, note.with_suffix(".log"))
+    # All that is in the folder was made by the study: what other data or another engine have made is made anew.
+    command = ["--config-file", str(config), "--stages", ",".join(job.stages), "--engine", engine, "--force"]
+    code = start([*command, "--arm", job.arm] if job.arm else command, log)
     if code:
-        return _last_line(note.with_suffix(".log")) or f"it ended with code {code}"
+        return _reason_in(log, code)
     write_json(note, wanted)
     return ""
 
 
-def _last_line(log: Path) -> str:
-    lines = [line.strip() for line in log.read_text(errors="replace").replace("\r", "\n").splitlines()]
-    return next((line.removeprefix("neurodiff: error: ") for line in reversed(lines) if line), "")
+def _reason_in(log: Path, code: int) -> str:
+    """What a failed run said last; a progress bar is no reason."""
+    lines = [line.strip() for line in log.read_text(errors="replace").splitlines()]
+    errors = [line.removeprefix("neurodiff: error: ") for line in lines if line.startswith("neurodiff: error: ")]
+    if errors:
+        return errors[-1]
+    if code < 0:
+        return f"ended by signal {-code}, {signal.Signals(-code).name}: memory may have run out"
+    raised = [line for line in lines if re.match(r"[\w.]+(Error|Exception|Interrupt)\b", line)]
+    return f"{raised[-1]} (see {log})" if raised else f"it ended with code {code} (see {log})"
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from typing import Any
 
 from ..provenance import atomic_write
 from ..report import embedded, learning_figure, render_page
-from .tables import groups_of
+from .tables import groups_of, missing_lines
 
 
 def write_page(folder: Path, title: str, content: Mapping[str, Any]) -> Path:
@@ -47,6 +47,7 @@ def write_page(folder: Path, title: str, content: Mapping[str, Any]) -> Path:
         reference=content["reference"],
         seeds=content["seeds"],
         groups=list(groups_of(content)),
+        missing=missing_lines(content),
         figure=figure,
     )
     target = folder / "study.html"

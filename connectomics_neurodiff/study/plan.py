@@ -35,12 +35,16 @@ from yacs.config import CfgNode
 from ..config import as_dict, load_config
 from ..config.load import value_of
 from ..errors import ConfigError, MissingInput, UserError, did_you_mean
+from ..pipeline.networks import SAMPLING_KEYS
 from ..provenance import hash_of
 
 KEYS = ("RECIPE", "OUTPUT", "SEEDS", "SETTINGS", "REFERENCE", "ARMS", "CONDITIONS")
+#: What no artefact depends on, and what only the scores do.
+_MACHINE = ("NUM_CPUS", "NUM_THREADS")
+_SCORING = ("SEGMENT", "FID")
 #: What masks, denoiser and pairs do not depend on.
 _AFTER_SYNTHESIS = ("MODEL", "SOLVER", "INFERENCE", "AUGMENTOR")
-_AFTER_PAIRS = ("SEGMENTER", "SEGMENT", "FID")
+_AFTER_PAIRS = ("SEGMENTER", *_SCORING)
 #: What the denoiser does not depend on either.
 _AFTER_DIFFUSION = ("REMODEL", "PAIRS")
 
@@ -145,7 +149,7 @@ def read_study(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> S
         arm, or a name no file could have.
     """
     own, overrides = _own_keys(overrides)
-    content = _read(Path(path)) | own
+    content = _read(Path(path), own)
     arms = _named(content, "ARMS", path)
     conditions = _named(content, "CONDITIONS", path) or {"": {}}
     seeds = _seeds(content, path)
@@ -157,17 +161,19 @@ def read_study(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> S
         )
     recipe = Path(path).parent / str(content["RECIPE"])
     if not recipe.is_file():
-        raise MissingInput(f"{path} names no recipe that is there: {recipe}.")
+        raise MissingInput(f"The recipe of {path} does not exist: {recipe}.")
     output = Path(str(content["OUTPUT"]))
     shared = content.get("SETTINGS") or {}
     trials, synthesis = [], {}
     for condition, arm, seed in product(conditions, arms, seeds):
         settings = [*_pairs_of(shared), *_pairs_of(conditions[condition]), *_pairs_of(arms[arm]), *overrides]
+        _require_free(settings, path)
         cfg = _config(recipe, settings, seed, arm, condition)
         trial = _place(Trial(arm, condition, seed, cfg), output)
         trials.append(trial)
         if trial.pairs:
             synthesis[trial.pairs] = with_values(cfg, {"DATASET.OUTPUT_PATH": trial.pairs})
+    _require_different(trials, reference)
     denoisers = {}
     for cfg in synthesis.values():
         folder = str(output / "denoisers" / _denoiser_name(cfg))
@@ -175,11 +181,11 @@ def read_study(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> S
     return Study(output, reference, [*arms], [*conditions], seeds, trials, synthesis, denoisers, recipe.name)
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read(path: Path, own: Mapping[str, Any]) -> dict[str, Any]:
     if not path.is_file():
         raise MissingInput(f"No study file at {path}.")
     try:
-        content = yaml.safe_load(path.read_text())
+        content = yaml.load(path.read_text(), _NoDuplicates)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}.") from error
     if not isinstance(content, dict):
@@ -187,17 +193,59 @@ def _read(path: Path) -> dict[str, Any]:
     for key in content:
         if key not in KEYS:
             raise ConfigError(f"Unknown key {key} in {path}.{did_you_mean(str(key), KEYS)} Known: {', '.join(KEYS)}.")
-    missing = [key for key in ("RECIPE", "OUTPUT", "SEEDS", "ARMS") if not content.get(key)]
+    content |= own
+    missing = [key for key in ("RECIPE", "OUTPUT", "SEEDS", "REFERENCE", "ARMS") if key not in content]
     if missing:
         raise ConfigError(f"{path} lacks {', '.join(missing)}.")
+    if not isinstance(content.get("SETTINGS") or {}, dict):
+        raise ConfigError(f"SETTINGS in {path} must hold keys and values, as a recipe. Got {content['SETTINGS']!r}.")
     return content
+
+
+class _NoDuplicates(yaml.SafeLoader):
+    """YAML in which a key that is given twice is an error: of two arms of one name, one would be lost."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """As of the safe loader."""
+        names = [str(self.construct_object(key, deep=True)) for key, _ in node.value]  # type: ignore[no-untyped-call]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise yaml.constructor.ConstructorError(
+                problem=f"'{twice[0]}' is given twice", problem_mark=node.start_mark
+            )
+        return super().construct_mapping(node, deep)
+
+
+def _require_different(trials: Sequence[Trial], reference: str) -> None:
+    """No arm may be the reference under another name, or another arm scored in another way."""
+    of_folder: dict[Path, Trial] = {}
+    for trial in trials:
+        other = of_folder.setdefault(trial.folder, trial)
+        if other is trial or (other.condition, other.seed) != (trial.condition, trial.seed):
+            continue
+        if reference in (trial.arm, other.arm):
+            raise ConfigError(f"The arms '{other.arm}' and '{trial.arm}' ask for the same training: nothing differs.")
+        if other.cfg != trial.cfg:
+            raise ConfigError(
+                f"The arms '{other.arm}' and '{trial.arm}' differ in how they are scored alone. A study compares "
+                "trainings; NEURODIFF.SEGMENT.METHODS lists all the ways to score one."
+            )
 
 
 def _own_keys(overrides: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
     """The pairs that replace a key of the study file, and those that are for the recipe."""
+    if len(overrides) % 2:
+        raise ConfigError(f"Settings on the command line are KEY VALUE pairs. '{overrides[-1]}' has no value.")
     pairs = [overrides[i : i + 2] for i in range(0, len(overrides), 2)]
-    own = {pair[0]: value_of(pair[1]) for pair in pairs if pair[0] in ("OUTPUT", "SEEDS", "REFERENCE") and pair[1:]}
+    own = {pair[0]: value_of(pair[1]) for pair in pairs if pair[0] in ("OUTPUT", "SEEDS", "REFERENCE")}
     return own, [text for pair in pairs if pair[0] not in own for text in pair]
+
+
+def _require_free(settings: Sequence[Any], path: str | os.PathLike[str]) -> None:
+    """Seeds and folders are the study's to choose."""
+    for key, instead in (("NEURODIFF.SEED", "SEEDS"), ("DATASET.OUTPUT_PATH", "OUTPUT")):
+        if key in settings[::2]:
+            raise ConfigError(f"{key} differs from training to training of a study: use {instead} in {path} instead.")
 
 
 def _named(content: Mapping[str, Any], key: str, path: str | os.PathLike[str]) -> dict[str, dict[str, Any]]:
@@ -215,9 +263,11 @@ def _named(content: Mapping[str, Any], key: str, path: str | os.PathLike[str]) -
 
 def _seeds(content: Mapping[str, Any], path: str | os.PathLike[str]) -> list[int]:
     seeds = content["SEEDS"]
-    listed = isinstance(seeds, list) and all(type(seed) is int and seed >= 0 for seed in seeds)
+    if isinstance(seeds, tuple):
+        seeds = list(seeds)
+    listed = isinstance(seeds, list) and bool(seeds) and all(type(seed) is int and seed >= 0 for seed in seeds)
     if not listed:
-        raise ConfigError(f"SEEDS in {path} must be a list of whole numbers >= 0. Got {seeds!r}.")
+        raise ConfigError(f"SEEDS in {path} must be a list of one or more whole numbers >= 0. Got {seeds!r}.")
     if len(set(seeds)) < len(seeds):
         raise ConfigError(f"SEEDS in {path} must differ: a seed given twice is one sample. Got {seeds}.")
     return seeds
@@ -263,8 +313,9 @@ def _place(trial: Trial, output: Path) -> Trial:
 
 def _training_name(trial: Trial, pairs: str) -> str:
     """Readable, and the same for arms that ask for the same training."""
-    content = as_dict(trial.cfg)
-    content["DATASET"] = {name: value for name, value in content["DATASET"].items() if name != "OUTPUT_PATH"}
+    content = _shared_settings(trial.cfg)
+    content["SOLVER"] = _without(content["SOLVER"], ("ITERATION_SAVE",))
+    content["NEURODIFF"] = _without(content["NEURODIFF"], _SCORING)
     if not trial.is_mixed:  # nothing of the synthesis matters
         content["AUGMENTOR"]["SYNTHETIC"] = {}
         content["NEURODIFF"] = _without(content["NEURODIFF"], ("DIFFUSION", *_AFTER_DIFFUSION))
@@ -276,14 +327,27 @@ def _pairs_name(cfg: CfgNode) -> str:
 
 
 def _denoiser_name(cfg: CfgNode) -> str:
-    return f"seed{cfg.NEURODIFF.SEED}-{hash_of(_synthesis_settings(cfg, (*_AFTER_PAIRS, *_AFTER_DIFFUSION)))[:8]}"
+    content = _synthesis_settings(cfg, (*_AFTER_PAIRS, *_AFTER_DIFFUSION))
+    content["NEURODIFF"]["DIFFUSION"] = _without(content["NEURODIFF"]["DIFFUSION"], SAMPLING_KEYS)
+    # The judge is trained beside it, and goes with it to the pairs.
+    pairs = cfg.NEURODIFF.PAIRS
+    judge = pairs.JUDGE_ITERATIONS if pairs.LEAST_FOLLOWING or pairs.MOST_MISSING else 0
+    return f"seed{cfg.NEURODIFF.SEED}-{hash_of([content, judge])[:8]}"
 
 
 def _synthesis_settings(cfg: CfgNode, without: Sequence[str]) -> dict[str, Any]:
-    """What an artefact of the synthesis depends on; the judge, of PAIRS, trains beside the denoiser and not in it."""
-    content = _without(as_dict(cfg), _AFTER_SYNTHESIS)
-    content["DATASET"] = _without(content["DATASET"], ("OUTPUT_PATH",))
+    """What an artefact of the synthesis depends on."""
+    content = _without(_shared_settings(cfg), _AFTER_SYNTHESIS)
     content["NEURODIFF"] = _without(content["NEURODIFF"], without)
+    content["NEURODIFF"]["DIFFUSION"] = _without(content["NEURODIFF"]["DIFFUSION"], ("SAVE_EVERY",))
+    return content
+
+
+def _shared_settings(cfg: CfgNode) -> dict[str, Any]:
+    """A configuration without what no artefact depends on."""
+    content = as_dict(cfg)
+    content["DATASET"] = _without(content["DATASET"], ("OUTPUT_PATH",))
+    content["SYSTEM"] = _without(content["SYSTEM"], _MACHINE)
     return content
 
 

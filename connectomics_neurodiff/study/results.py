@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -24,11 +25,6 @@ DECIDING = ("voi_columns", "arand_columns")
 NAMES = {
     "voi_columns": ("VOI in columns", " bits"),
     "arand_columns": ("ARAND in columns", ""),
-    "voi": ("VOI", " bits"),
-    "voi_split": ("VOI split", " bits"),
-    "voi_merge": ("VOI merge", " bits"),
-    "arand": ("ARAND", ""),
-    PRECISION: ("average precision", ""),
 }
 
 
@@ -64,8 +60,16 @@ def read_scores(trial: Trial) -> Scored:
     return Scored(trial, scores)
 
 
-def summarise(study: Study) -> dict[str, Any]:
-    """Content of study.json: what is there of the trainings; rows none of whose seeds is scored are left out."""
+def summarise(study: Study, failed: Mapping[str, str] = MappingProxyType({})) -> dict[str, Any]:
+    """Content of study.json: what is there of the trainings, and what is not.
+
+    Parameters
+    ----------
+    study : Study
+        Whose folder is looked into.
+    failed : mapping
+        Folder of a training, relative to the study's -> why it failed.
+    """
     rows = {
         (arm, condition): [read_scores(trial) for trial in study.row(arm, condition) if is_scored(trial)]
         for condition in study.conditions
@@ -78,6 +82,7 @@ def summarise(study: Study) -> dict[str, Any]:
         # JSON files are written with sorted keys; tables keep the order of the study file.
         "rows": [scored[0].trial.name for scored in rows.values()],
         "references": [scored[0].trial.name for (arm, _), scored in rows.items() if arm == study.reference],
+        "missing": _missing(study, failed),
         "arms": {scored[0].trial.name: _means(scored) for scored in rows.values()},
         "differences": {},
         "verdict": {},
@@ -92,6 +97,8 @@ def summarise(study: Study) -> dict[str, Any]:
         if arm == study.reference or (study.reference, condition) not in rows:
             continue
         found = _differences(rows[study.reference, condition], scored)
+        if not found:
+            continue
         deciding = {m: {s: d for s, d in scores.items() if s in DECIDING} for m, scores in found.items()}
         content["differences"][name] = {m: {s: d.as_dict() for s, d in scores.items()} for m, scores in found.items()}
         content["verdict"][name] = verdict_on(deciding)
@@ -122,10 +129,23 @@ def _differences(reference: Sequence[Scored], arm: Sequence[Scored]) -> dict[str
     found: dict[str, dict[str, Difference]] = {}
     if not pairs:
         return found
-    for method, scores in pairs[0][0].scores.items():
-        for score in scores:
+    methods = [method for method in pairs[0][0].scores if method in pairs[0][1].scores]
+    comparisons = len(DECIDING) * len([method for method in methods if method != BOUNDARIES])
+    for method in methods:
+        for score in pairs[0][0].scores[method]:
             before, after = (np.stack([pair[i].scores[method][score] for pair in pairs]) for i in (0, 1))
-            found.setdefault(method, {})[score] = paired_interval(before, after, rng_for(0, "study", method, score))
+            rng = rng_for(0, "study", method, score)
+            found.setdefault(method, {})[score] = paired_interval(before, after, rng, max(comparisons, 1))
+    return found
+
+
+def _missing(study: Study, failed: Mapping[str, str]) -> dict[str, dict[str, str]]:
+    """Row -> seed -> why there is no score of it."""
+    found: dict[str, dict[str, str]] = {}
+    for trial in study.trials:
+        if not is_scored(trial):
+            name = trial.folder.relative_to(study.output).as_posix()
+            found.setdefault(trial.name, {})[str(trial.seed)] = failed.get(name, "not trained yet")
     return found
 
 
@@ -149,11 +169,16 @@ def sentence_on(name: str, verdict: str, differences: dict[str, dict[str, Differ
         good = ", ".join(_clause(*item) for item in told if is_gain(item[1], item[2].mean))
         bad = ", ".join(_clause(*item) for item in told if not is_gain(item[1], item[2].mean))
         return f"{name}: cannot tell, the scores contradict one another: better {good}; worse {bad}."
+    if all(one.low is None for _, _, one in listed):
+        return f"{name}: cannot tell; that takes two seeds at least that both arms have."
     waiting = [item for item in listed if item[2].needed is not None]
     if not waiting:
-        return f"{name}: cannot tell from {listed[0][2].seeds if listed else 0} seed(s); two at least are needed."
+        return (
+            f"{name}: cannot tell, and more seeds would not: the differences are small, or vary from column to column "
+            "of the test part. A larger test part would."
+        )
     method, score, nearest = min(waiting, key=lambda item: (item[2].needed or 0, item[0], item[1]))
-    more = max((nearest.needed or 0) - nearest.seeds, 1)
+    more = (nearest.needed or 0) - nearest.seeds
     return (
         f"{name}: cannot tell. Nearest is {_clause(method, score, nearest)}; if mean and spread stay as they are, "
         f"{more} more seed{'s' if more > 1 else ''} would tell."
@@ -166,13 +191,13 @@ def _clause(method: str, score: str, difference: Difference) -> str:
     return f"{label} {difference.mean:+.3f}{interval}{unit} with {method}".replace("-", "\N{MINUS SIGN}")
 
 
-def write_results(study: Study) -> dict[str, Any]:
+def write_results(study: Study, failed: Mapping[str, str] = MappingProxyType({})) -> dict[str, Any]:
     """Write study.json, table.md, table.csv, table.tex and study.html: the same bytes for the same scores."""
     from ..provenance import atomic_write, write_json
     from .page import write_page
     from .tables import csv_of, latex_of, markdown_of
 
-    content = summarise(study)
+    content = summarise(study, failed)
     write_json(study.output / "study.json", content)
     for suffix, make in (("md", markdown_of), ("csv", csv_of), ("tex", latex_of)):
         target: Path = study.output / f"table.{suffix}"

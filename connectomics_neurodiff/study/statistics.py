@@ -15,11 +15,11 @@ import numpy as np
 from ..errors import ShapeMismatch
 
 #: Scores of which more is better.
-HIGHER_IS_BETTER = frozenset({"average_precision"})
+HIGHER_IS_BETTER = frozenset({"average_precision", "average_precision_columns"})
 #: Resamples of the bootstrap.
 RESAMPLES = 4000
-#: Share of the resamples inside an interval, and the standard errors that it spans to each side if spread is known.
-COVERED, ERRORS = 0.95, 1.96
+#: Share of the resamples inside an interval.
+COVERED = 0.95
 #: More seeds than anybody would train.
 MOST_SEEDS = 200
 
@@ -36,21 +36,19 @@ class Difference:
         Ends of the 95 % interval; None with fewer than two seeds, of which no spread can be told.
     seeds : int
         Pairs of trainings compared.
+    is_clear : bool
+        Whether the interval excludes 0 even as wide as several comparisons ask for.
     needed : int or None
-        Seeds in all after which the interval would exclude 0 if mean and spread stayed as they are; None where that
-        cannot be told.
+        Seeds in all after which the difference would be clear if mean and spread stayed as they are; None where more
+        seeds would not do: there is no difference, or it varies too much from column to column.
     """
 
     mean: float
     low: float | None
     high: float | None
     seeds: int
-    needed: int | None
-
-    @property
-    def is_clear(self) -> bool:
-        """Whether the interval excludes 0."""
-        return self.low is not None and self.high is not None and (self.low > 0 or self.high < 0)
+    is_clear: bool = False
+    needed: int | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """As study.json has it."""
@@ -63,7 +61,9 @@ def mean_and_error(values: Sequence[float]) -> tuple[float, float | None]:
     return mean, float(np.std(values, ddof=1) / math.sqrt(len(values))) if len(values) > 1 else None
 
 
-def paired_interval(reference: np.ndarray, arm: np.ndarray, rng: np.random.Generator) -> Difference:
+def paired_interval(
+    reference: np.ndarray, arm: np.ndarray, rng: np.random.Generator, comparisons: int = 1
+) -> Difference:
     """Mean paired difference with a bootstrap interval over seeds and columns.
 
     Seeds and columns are drawn anew together: every resample has as many of each as there are, and the same columns
@@ -79,6 +79,9 @@ def paired_interval(reference: np.ndarray, arm: np.ndarray, rng: np.random.Gener
         test part, which is then drawn over seeds alone.
     rng : numpy.random.Generator
         Where the resamples come from.
+    comparisons : int
+        How many differences a verdict rests on: each is called clear at a share of 5 % only (Bonferroni), so that
+        chance alone gives a verdict in one of twenty studies at most.
 
     Raises
     ------
@@ -91,30 +94,51 @@ def paired_interval(reference: np.ndarray, arm: np.ndarray, rng: np.random.Gener
     differences = differences[:, ~np.isnan(differences).any(axis=0)]
     seeds, columns = differences.shape
     if not columns:
-        return Difference(math.nan, None, None, seeds, None)
+        return Difference(math.nan, None, None, seeds)
     mean = float(differences.mean())
     if seeds < 2:
-        return Difference(mean, None, None, seeds, None)
+        return Difference(mean, None, None, seeds)
     drawn_seeds = rng.integers(seeds, size=(RESAMPLES, seeds))
     drawn_columns = rng.integers(columns, size=(RESAMPLES, columns))
-    means = differences[drawn_seeds[:, :, None], drawn_columns[:, None, :]].mean(axis=(1, 2))
-    factor = math.sqrt(seeds / (seeds - 1)) * _student(seeds) / ERRORS
-    low, high = np.quantile(mean + factor * (means - mean), [(1 - COVERED) / 2, (1 + COVERED) / 2])
-    return Difference(mean, float(low), float(high), seeds, _seeds_needed(differences.mean(axis=1), mean))
+    spread = differences[drawn_seeds[:, :, None], drawn_columns[:, None, :]].mean(axis=(1, 2)) - mean
+    (low, high), (least, most) = (
+        _interval(mean, spread, seeds, covered) for covered in (COVERED, _strict(comparisons))
+    )
+    needed = _seeds_needed(differences, mean, comparisons)
+    return Difference(mean, low, high, seeds, bool(least > 0 or most < 0), needed)
 
 
-def _seeds_needed(of_seeds: np.ndarray, mean: float) -> int | None:
-    """Seeds after which the interval of a mean of this spread would exclude 0; None if `MOST_SEEDS` would not do."""
-    spread = float(of_seeds.std(ddof=1))
-    wanted = (n for n in range(2, MOST_SEEDS + 1) if _student(n) * spread / math.sqrt(n) < abs(mean))
-    return next(wanted, None)
+def _strict(comparisons: int) -> float:
+    return 1 - (1 - COVERED) / comparisons
 
 
-def _student(seeds: int) -> float:
+def _interval(mean: float, spread: np.ndarray, seeds: int, covered: float) -> tuple[float, float]:
+    """Share `covered` of the resamples around a mean, each moved away from it as the docstring above says."""
+    from scipy.stats import norm
+
+    factor = math.sqrt(seeds / (seeds - 1)) * _student(seeds, covered) / float(norm.ppf((1 + covered) / 2))
+    low, high = np.quantile(mean + factor * spread, [(1 - covered) / 2, (1 + covered) / 2])
+    return float(low), float(high)
+
+
+def _seeds_needed(differences: np.ndarray, mean: float, comparisons: int) -> int | None:
+    """Seeds after which a difference of this mean and spread would be clear; None if `MOST_SEEDS` would not do."""
+    seeds, columns = differences.shape
+    of_seeds = float(differences.mean(axis=1).var(ddof=1))
+    # What is left of the spread over columns when that over seeds has been averaged away.
+    of_columns = float(differences.mean(axis=0).var(ddof=1)) / columns if columns > 1 else 0.0
+    covered = _strict(comparisons)
+    for n in range(seeds + 1, MOST_SEEDS + 1):
+        if _student(n, covered) * math.sqrt(of_seeds / n + of_columns) < abs(mean):
+            return n
+    return None
+
+
+def _student(seeds: int, covered: float) -> float:
     """Standard errors that an interval of the mean of so many seeds spans to each side."""
     from scipy.stats import t
 
-    return float(t.ppf((1 + COVERED) / 2, seeds - 1))
+    return float(t.ppf((1 + covered) / 2, seeds - 1))
 
 
 def is_gain(score: str, mean: float) -> bool:

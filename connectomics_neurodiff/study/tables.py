@@ -39,7 +39,7 @@ class Row:
     """An arm under a condition, scored by one method."""
 
     name: str
-    seeds: int
+    seeds: str
     cells: list[Cell]
     verdict: str
 
@@ -63,7 +63,9 @@ def _row(content: Mapping[str, Any], name: str, method: str, shown: Sequence[tup
     differences = content["differences"].get(name, {}).get(method, {})
     cells = [_cell(scores[score], differences.get(score), decimals) for score, _, decimals in shown]
     verdict = content["verdict"].get(name, "reference" if name in content["references"] else "")
-    return Row(name, len(scores[shown[0][0]]["values"]), cells, verdict)
+    found = len(scores[shown[0][0]]["values"])
+    lacking = len(content["missing"].get(name, {}))
+    return Row(name, f"{found} of {found + lacking}" if lacking else str(found), cells, verdict)
 
 
 def _cell(score: Mapping[str, Any], difference: Mapping[str, Any] | None, decimals: int) -> Cell:
@@ -83,15 +85,25 @@ def markdown_of(content: Mapping[str, Any]) -> str:
     blocks = []
     for method, headings, rows in groups_of(content):
         head = ["Trained on", "Seeds", *headings, "Verdict"]
-        lines = [head, ["---"] * len(head), *([r.name, str(r.seeds), *map(str, r.cells), r.verdict] for r in rows)]
+        lines = [head, ["---"] * len(head), *([r.name, r.seeds, *map(str, r.cells), r.verdict] for r in rows)]
         blocks.append(f"**{method}**\n\n" + "\n".join("| " + " | ".join(line) + " |" for line in lines))
     blocks.append(
         f"Mean ± standard error over seeds; in brackets the 95 % interval of the paired difference from "
-        f"'{content['reference']}'. Lower is better, but for average precision."
+        f"'{content['reference']}', over the seeds that both have. Lower is better, except for average precision."
     )
-    if content["sentences"]:
-        blocks.append("\n".join(f"- {sentence}" for sentence in content["sentences"].values()))
+    if content["sentences"] or content["missing"]:
+        sentences = [*content["sentences"].values(), *missing_lines(content)]
+        blocks.append("\n".join(f"- {sentence}" for sentence in sentences))
     return "\n\n".join(blocks) + "\n"
+
+
+def missing_lines(content: Mapping[str, Any]) -> list[str]:
+    """A line for every training without scores."""
+    return [
+        f"{name}, seed {seed}: no scores ({reason})"
+        for name, seeds in content["missing"].items()
+        for seed, reason in seeds.items()
+    ]
 
 
 def csv_of(content: Mapping[str, Any]) -> str:
@@ -120,7 +132,7 @@ def latex_of(content: Mapping[str, Any]) -> str:
             "\\toprule",
             _latex_row(["Trained on", "Seeds", *headings, "Verdict"]),
             "\\midrule",
-            *(_latex_row([r.name, str(r.seeds), *map(str, r.cells), r.verdict]) for r in rows),
+            *(_latex_row([r.name, r.seeds, *map(str, r.cells), r.verdict]) for r in rows),
             "\\bottomrule",
             "\\end{tabular}",
         ]
