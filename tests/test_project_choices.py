@@ -149,6 +149,7 @@ def test_rows_are_made_once(
     script.main()
     first = capsys.readouterr().out
     rows = json.loads((tmp_path / "rows.json").read_text())
+    assert rows.pop("arguments")["iterations"] == "4"
     assert set(rows) == {"real", "recipe", "hidden image", "half resolution first", "distilled", "no voxel size"}
     assert rows["real"]["fid3d"] == pytest.approx(0, abs=1e-6)
     assert rows["recipe"]["iterations"] == rows["hidden image"]["iterations"] == 4
@@ -157,3 +158,6 @@ def test_rows_are_made_once(
     monkeypatch.setattr(script, "row_of", lambda *_: pytest.fail("made again"))
     script.main()
     assert capsys.readouterr().out == first
+    monkeypatch.setattr(sys, "argv", [*arguments, "--seed", "1"])
+    with pytest.raises(SystemExit, match="made with another --seed"):
+        script.main()

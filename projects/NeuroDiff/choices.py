@@ -36,7 +36,7 @@ from connectomics_neurodiff.checkpoints import load_checkpoint, load_weights
 from connectomics_neurodiff.conditions import membrane_from_labels, organelles, with_background, with_dark_bodies
 from connectomics_neurodiff.config import load_config
 from connectomics_neurodiff.engine import Batch, Loss, fit
-from connectomics_neurodiff.errors import UserError
+from connectomics_neurodiff.errors import ConfigError, UserError
 from connectomics_neurodiff.geometry import Box
 from connectomics_neurodiff.pipeline import networks
 from connectomics_neurodiff.pipeline.parts import open_extra_volumes, open_parts
@@ -312,13 +312,29 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def arguments_of(options: argparse.Namespace) -> dict[str, str]:
+    """All that every row depends on, as text."""
+    apart = ("json", "choices")
+    return {name: str(value) for name, value in sorted(vars(options).items()) if name not in apart}
+
+
+def kept_rows(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """Rows that were made before, with the same arguments."""
+    if not options.json or not options.json.exists():
+        return {}
+    content: dict[str, dict[str, Any]] = json.loads(options.json.read_text())
+    before, now = content.pop("arguments", {}), arguments_of(options)
+    differing = [name for name in now if before.get(name) != now[name]]
+    if differing:
+        raise ConfigError(f"{options.json} holds rows made with another --{', --'.join(differing)}. Name another file.")
+    return content
+
+
 def main() -> None:
     """Print a table."""
     options = parse()
-    rows: dict[str, dict[str, Any]] = {}
-    if options.json and options.json.exists():
-        rows = json.loads(options.json.read_text())
     try:
+        rows = kept_rows(options)
         cfg = config_of(CHOICES["recipe"], options)
         volume = open_parts(cfg)["train"].volume
         box = Box(tuple(options.box[:3]), tuple(options.box[3:]))
@@ -330,7 +346,7 @@ def main() -> None:
             if name not in rows:
                 rows[name] = row_of(CHOICES[name], options, held_out, judge)
                 if options.json:
-                    write_json(options.json, rows)
+                    write_json(options.json, {"arguments": arguments_of(options), **rows})
     except UserError as error:
         raise SystemExit(f"error: {error}") from error
     names = ("iterations", "average_precision", "fid3d", "dark_share", "fine_power", "grey_std", "painting")
