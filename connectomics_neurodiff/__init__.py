@@ -6,8 +6,8 @@ The data's way, one sub-package each; each imports only the foundations and earl
     -> metrics -> report
 
 Foundations: errors, geometry, affinities, registry, seeding, provenance, progress, checkpoints, engine, config.
-:mod:`~connectomics_neurodiff.pipeline` runs the stages in order, :mod:`~connectomics_neurodiff.cli` is the command
-line.
+:mod:`~connectomics_neurodiff.pipeline` runs the stages in order, :mod:`~connectomics_neurodiff.study` compares many
+such runs, :mod:`~connectomics_neurodiff.cli` is the command line.
 
 The names below are loaded on first use, so that importing the package stays light.
 """

@@ -7,7 +7,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
@@ -15,6 +16,9 @@ import pytest
 from conftest import REPOSITORY
 from test_study import write_study
 from tiny import TINY, neurodiff
+
+from connectomics_neurodiff.study.execute import Job, execute, jobs_of
+from connectomics_neurodiff.study.plan import Study, read_study
 
 SETTINGS = {key: value for key, value in TINY.items() if key != "AUGMENTOR.SYNTHETIC"} | {
     "SOLVER.ITERATION_TOTAL": "16",
@@ -82,14 +86,100 @@ def test_killed_it_takes_its_runs_along_and_goes_on(finished: Path, tmp_path: Pa
     assert tables(tmp_path) == tables(finished)
 
 
-def test_what_fails_is_told_and_the_rest_is_done(tmp_path: Path) -> None:
-    # A limit that no pair can keep: the mixed arm has nothing to train on.
-    settings = SETTINGS | {"NEURODIFF.PAIRS.GREY_LIMIT": "0.0001", "SOLVER.ITERATION_TOTAL": "4"}
-    found = neurodiff("study", str(write_study(tmp_path, SEEDS=[3], SETTINGS=settings)))
-    assert found.returncode == 2
-    assert "2 of the study's runs failed" in found.stderr
-    assert "No synthetic volume passed the gate" in found.stderr
-    table = (tmp_path / "study" / "table.md").read_text()
-    assert "| real | 1 |" in table
-    assert "| mixed" not in table
-    assert "mixed, seed 3: no scores (its pairs/" in table
+def fake_runs(monkeypatch: pytest.MonkeyPatch, start: Callable[[list[str], Path], int]) -> None:
+    """Runs that are not run."""
+
+    @contextmanager
+    def children(_pool: object) -> Iterator[Callable[[list[str], Path], int]]:
+        yield start
+
+    monkeypatch.setattr("connectomics_neurodiff.study.execute._children", children)
+
+
+def leave(study: Study, jobs: dict[str, Job], log: Path) -> None:
+    """What the run of a log would have left."""
+    (job,) = (job for job in jobs.values() if job.name.replace("/", "-") == log.stem)
+    for name in job.leaves:
+        path = study.output / job.name / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text('{"passed": true}')
+
+
+@pytest.mark.parametrize(
+    ("printed", "code", "reason"),
+    [
+        ("warning\nneurodiff: error: No pair passed.\ndiffusion:  41%|####", 2, "No pair passed."),
+        ("diffusion:  41%|####      | 12/30", -9, "ended by signal 9, SIGKILL: memory may have run out"),
+        (
+            "Traceback (most recent call last):\n  x\nValueError: odd\nneurodiff: this is our fault",
+            1,
+            "ValueError: odd",
+        ),
+    ],
+)
+def test_what_fails_is_told_and_the_rest_is_done(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, printed: str, code: int, reason: str
+) -> None:
+    study = read_study(write_study(tmp_path, SEEDS=[3], SETTINGS=SETTINGS))
+    jobs = jobs_of(study, lambda *_: 1.0)
+    started = []
+
+    def start(arguments: list[str], log: Path) -> int:
+        started.append(arguments)
+        if "diffusion" in arguments:
+            log.write_text(printed)
+            return code
+        leave(study, jobs, log)
+        return 0
+
+    fake_runs(monkeypatch, start)
+    failed = execute(study, jobs, 2, "native", lambda _: "data")
+    kinds = {name.split("/")[0] + name.split("/")[1][:5]: text for name, text in failed.items()}
+    assert set(kinds) == {"denoisersseed3", "pairsseed3", "trainingsmixed"}
+    assert kinds["denoisersseed3"].startswith(reason)
+    assert kinds["pairsseed3"].startswith("its denoisers/seed3-")
+    assert kinds["trainingsmixed"].startswith("its pairs/seed3-")
+    assert sum("real" in arguments for arguments in started) == 1
+
+
+def test_other_data_another_engine_and_lost_files_make_it_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    study = read_study(write_study(tmp_path, SEEDS=[3], SETTINGS=SETTINGS))
+    jobs = jobs_of(study, lambda *_: 1.0)
+    count = []
+
+    def start(arguments: list[str], log: Path) -> int:
+        assert {"--force", "--engine"} <= set(arguments)
+        count.append(log.stem)
+        leave(study, jobs, log)
+        return 0
+
+    fake_runs(monkeypatch, start)
+
+    def runs(engine: str = "native", data: str = "a") -> int:
+        count.clear()
+        assert execute(study, jobs, 1, engine, lambda _: data) == {}
+        return len(count)
+
+    assert [runs(), runs()] == [4, 0]
+    assert [runs(data="b"), runs(data="b")] == [4, 0]
+    assert [runs("host", "b"), runs("host", "b")] == [4, 0]
+    (pair,) = (study.output / "pairs").rglob("copy_000.h5")
+    pair.unlink()
+    assert runs("host", "b") == 1, "painted again"
+    pair.write_text("painted otherwise")
+    assert runs("host", "b") == 1, "what it is trained on has changed"
+
+
+def test_a_broken_disk_is_the_reason_of_one_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    study = read_study(write_study(tmp_path, SEEDS=[3], SETTINGS=SETTINGS))
+    jobs = jobs_of(study, lambda *_: 1.0)
+
+    def start(arguments: list[str], log: Path) -> int:
+        if "real" in arguments:
+            raise OSError(28, "No space left on device")
+        leave(study, jobs, log)
+        return 0
+
+    fake_runs(monkeypatch, start)
+    failed = execute(study, jobs, 1, "native", lambda _: "")
+    assert list(failed.values()) == ["[Errno 28] No space left on device"]
