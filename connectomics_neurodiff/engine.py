@@ -65,9 +65,12 @@ def is_watched(watch: Watch | None, step: int, steps: int) -> bool:
 
 
 @torch.no_grad()
-def look(watch: Watch, network: nn.Module, step: int) -> Mapping[str, float]:
-    """What a watch sees in a copy of the network: prediction and synthesis exchange convolutions and layouts in it."""
-    return watch(copy.deepcopy(network).eval(), step)
+def look(watch: Watch, network: nn.Module, step: int, hooked: object = None) -> Mapping[str, float]:
+    """What a watch sees in a copy of the network: prediction and synthesis exchange convolutions and layouts in it.
+
+    Whoever has `hooked` into the network is not copied with it.
+    """
+    return watch(copy.deepcopy(network, {id(hooked): hooked}).eval(), step)
 
 
 @dataclass(frozen=True)

@@ -53,10 +53,11 @@ def test_the_best_of_three_is_kept_and_is_what_predicts(selected: Path) -> None:
     affinities = np.asarray(open_array(selected / "predictions" / "real_tune.h5", ("affinity",)), np.float32)
     truth = tune_labels(selected)
     assert boundary_precision(affinities, truth, (29.0, 6.0, 6.0)) == pytest.approx(best[1], abs=2e-3)
-    metrics = json.loads((selected / "metrics.json").read_text())
-    assert 0 < metrics["boundaries"]["real"]["average_precision"] <= 1
-    columns = json.loads((selected / "columns.json").read_text())["real"]
-    assert len(columns["boundaries"]) == len(columns["waterz"]) == 9
+    boundaries = json.loads((selected / "boundaries.json").read_text())["real"]
+    assert 0 < boundaries["average_precision"] <= 1
+    assert len(boundaries["columns"]) == 9
+    rounding = json.loads((selected / "rounding.json").read_text())["real"]["scores"]
+    assert {method: len(scores) for method, scores in rounding.items()} == {"waterz": 3, "multicut": 3}
 
 
 def tune_labels(folder: Path) -> np.ndarray:

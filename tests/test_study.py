@@ -254,10 +254,10 @@ def leave_scores(folder: Path, arm: str, voi: float) -> None:
     scores = {"voi_split": voi / 4, "voi_merge": 3 * voi / 4, "voi": voi, "arand": voi / 10}
     columns = [{name: value + rng.normal(0, 0.01) for name, value in scores.items()} for _ in range(8)]
     folder.mkdir(parents=True)
-    metrics = {arm: {"waterz": scores}, "boundaries": {arm: {"average_precision": 0.5}}}
-    (folder / "metrics.json").write_text(json.dumps(metrics))
-    by_method = {"waterz": [*columns, None], "boundaries": [{"average_precision": 0.5}] * 8 + [None]}
-    (folder / "columns.json").write_text(json.dumps({arm: by_method}))
+    (folder / "metrics.json").write_text(json.dumps({arm: {"waterz": scores}}))
+    (folder / "columns.json").write_text(json.dumps({arm: {"waterz": [*columns, None]}}))
+    boundaries = {"average_precision": 0.5, "columns": [0.5] * 8 + [None]}
+    (folder / "boundaries.json").write_text(json.dumps({arm: boundaries}))
 
 
 @pytest.fixture

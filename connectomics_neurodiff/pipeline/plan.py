@@ -39,7 +39,7 @@ def artefacts_of(cfg: CfgNode, stage: str, arm: str = "") -> list[Path]:
         "segmentations": [
             f"segmentations/{arm}_{method}.h5" for arm in arms for method in cfg.NEURODIFF.SEGMENT.METHODS
         ],
-        "metrics": ["metrics.json", "columns.json"],
+        "metrics": ["metrics.json", "columns.json", "boundaries.json"],
         "report": ["report.html"],
     }
     return [folder / name for name in names[stage]]

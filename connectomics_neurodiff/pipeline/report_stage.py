@@ -52,7 +52,7 @@ def make_report(run: Run) -> None:
     write_report(
         run.folder,
         title=f"{run.cfg.DATASET.IMAGE_NAME}, seed {run.cfg.NEURODIFF.SEED}",
-        metrics=run.metrics() | {"columns": run.columns()},
+        metrics=run.metrics() | {"columns": run.columns(), "rounding": run.rounding()},
         figures=figures,
         config_text=dump_config(run.cfg),
         notes=_notes(run),
@@ -66,7 +66,7 @@ def _notes(run: Run) -> list[str]:
         f"Train {sizes['train']}, tune {sizes['tune']}, test {sizes['test']} voxels of {voxel} nm (z, y, x), disjoint.",
         "Arms are trained for the same number of iterations; one seed is one sample: see docs/studies.md.",
     ]
-    for arm, found in run.metrics().get("boundaries", {}).items():
+    for arm, found in run.boundaries().items():
         if found["average_precision"] is not None:
             notes.append(f"Average precision of boundary edges, {arm}: {found['average_precision']:.3f}.")
     for path in sorted((run.folder / "pairs").glob("*.gate.json")):

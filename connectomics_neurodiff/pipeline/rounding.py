@@ -22,8 +22,8 @@ ROUNDING = 2.0**-8
 REPEATS = 3
 
 
-def rounded_scores(run: Run, arm: str, thresholds: dict[str, float], truth: np.ndarray) -> dict[str, Any]:
-    """Scores of the test part by method, one for each of `REPEATS` -> rounding.json; kept while nothing changes.
+def write_rounded_scores(run: Run, arm: str, thresholds: dict[str, float], truth: np.ndarray) -> None:
+    """Score the test part by every method `REPEATS` times -> rounding.json; kept while nothing changes.
 
     Parameters
     ----------
@@ -47,8 +47,6 @@ def rounded_scores(run: Run, arm: str, thresholds: dict[str, float], truth: np.n
     if kept.get(arm, {}).get("made_from") != made_from:
         kept[arm] = {"made_from": made_from, "scores": _scores(run, arm, thresholds, truth)}
         write_json(path, kept)
-    scores: dict[str, Any] = kept[arm]["scores"]
-    return scores
 
 
 def _scores(run: Run, arm: str, thresholds: dict[str, float], truth: np.ndarray) -> dict[str, list[dict[str, float]]]:

@@ -126,6 +126,14 @@ class Run:
         """Content of columns.json, scores of columns by arm and method; empty before that stage has run."""
         return self._read("columns.json")
 
+    def boundaries(self) -> dict[str, Any]:
+        """Content of boundaries.json, average precision of boundary edges by arm, whole and in columns."""
+        return self._read("boundaries.json")
+
+    def rounding(self) -> dict[str, Any]:
+        """By arm and method, scores of affinities that were moved as rounding moves them."""
+        return {arm: content["scores"] for arm, content in self._read("rounding.json").items()}
+
     def _read(self, name: str) -> dict[str, Any]:
         path = self.folder / name
         return json.loads(path.read_text()) if path.exists() else {}

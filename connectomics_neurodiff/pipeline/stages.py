@@ -23,7 +23,7 @@ from . import networks
 from .judging import FollowingWatch, judge_of
 from .pairs_stage import pair_paths
 from .parts import hash_of_source
-from .rounding import rounded_scores
+from .rounding import write_rounded_scores
 from .run import Run, forget_other_training
 from .segmentations_stage import QUERIES
 from .selection import SelectionWatch
@@ -272,11 +272,12 @@ def make_predictions(run: Run) -> None:
 
 
 def make_metrics(run: Run) -> None:
-    """Score affinities and segmentations on the test part, whole and in columns -> metrics.json, columns.json."""
+    """Score the test part, whole and in columns -> metrics.json, columns.json; its affinities -> boundaries.json."""
     truth = run.parts["test"].load().array("label")
     metrics: dict[str, Any] = {}
     thresholds: dict[str, Any] = {}
     columns: dict[str, Any] = {}
+    boundaries: dict[str, Any] = {}
     for arm in run.arms:
         for method in run.cfg.NEURODIFF.SEGMENT.METHODS:
             name = f"{arm}_{method}"
@@ -290,12 +291,11 @@ def make_metrics(run: Run) -> None:
                 tuning = json.loads((run.folder / "segmentations" / f"{name}.tuning.json").read_text())
                 thresholds.setdefault(arm, {})[method] = tuning["threshold"]
         if not run.only:
-            metrics.setdefault("rounding", {})[arm] = rounded_scores(run, arm, thresholds.get(arm, {}), truth)
-        whole, in_columns = _boundaries(run, arm, truth)
-        metrics.setdefault("boundaries", {})[arm] = {"average_precision": whole}
-        columns[arm]["boundaries"] = in_columns
+            write_rounded_scores(run, arm, thresholds.get(arm, {}), truth)
+        boundaries[arm] = _boundaries(run, arm, truth)
     if run.only:
-        _keep_other_arms(run, metrics, columns)
+        (run.folder / "rounding.json").unlink(missing_ok=True)  # of an arm that may be another now
+        _keep_other_arms(run, metrics, columns, boundaries)
     metrics["synthesis"] = synthesis_metrics(run)
     metrics["seconds"] = run.seconds
     provenance = run.provenance("metrics", as_dict(run.cfg), **{n: p.identity for n, p in run.parts.items()})
@@ -309,23 +309,24 @@ def make_metrics(run: Run) -> None:
         "boxes": {name: [*part.box.start, *part.box.stop] for name, part in run.parts.items()},
     }
     write_json(run.folder / "columns.json", columns)
+    write_json(run.folder / "boundaries.json", boundaries)
     write_json(run.folder / "metrics.json", metrics)
 
 
-def _keep_other_arms(run: Run, metrics: dict[str, Any], columns: dict[str, Any]) -> None:
+def _keep_other_arms(run: Run, metrics: dict[str, Any], columns: dict[str, Any], boundaries: dict[str, Any]) -> None:
     """Keep the scores that an earlier run in this folder gave other arms, if they are of the same data."""
-    before, before_columns = run.metrics(), run.columns()
+    before, before_columns, before_boundaries = run.metrics(), run.columns(), run.boundaries()
     parents = {name: part.identity for name, part in run.parts.items()}
     if (before.get("provenance") or {}).get("parents") != parents:
         return
     for arm in {"real", "mixed"} - set(metrics):
         if arm in before:
             metrics[arm], columns[arm] = before[arm], before_columns[arm]
-            metrics["boundaries"][arm] = before["boundaries"][arm]
+            boundaries[arm] = before_boundaries[arm]
             logger.info("the scores of the arm %s are those of an earlier run", arm)
 
 
-def _boundaries(run: Run, arm: str, truth: np.ndarray) -> tuple[float | None, list[dict[str, float] | None]]:
+def _boundaries(run: Run, arm: str, truth: np.ndarray) -> dict[str, Any]:
     """Average precision of an arm's boundary edges, of the whole test part and of its columns; None without any."""
     run.hash_of(f"predictions/{arm}_test.h5")
     affinities = np.asarray(open_array(run.folder / "predictions" / f"{arm}_test.h5", ("affinity",)))
@@ -336,7 +337,7 @@ def _boundaries(run: Run, arm: str, truth: np.ndarray) -> tuple[float | None, li
         for part in [everywhere, *column_slices(truth.shape[1:], columns_of(truth.shape))]
     ]
     whole, *in_columns = [None if math.isnan(value) else value for value in found]
-    return whole, [None if value is None else {"average_precision": value} for value in in_columns]
+    return {"average_precision": whole, "columns": in_columns}
 
 
 def _built_with_seed(run: Run, purpose: str, build: Callable[[], torch.nn.Module]) -> torch.nn.Module:

@@ -24,6 +24,7 @@ from ..errors import UserError
 from ..progress import progress_bar
 from ..provenance import atomic_write, hash_of, hash_of_file, write_json
 from .plan import Study, Trial, with_values
+from .results import SCORES
 
 SYNTHESIS = ("masks", "pairs")
 SCORING = ("segmenter", "predictions", "segmentations", "metrics", "report")
@@ -108,7 +109,7 @@ def jobs_of(study: Study, seconds_of: Callable[[CfgNode, Sequence[str], str], fl
         needs = (name_of(trial.pairs),) if trial.pairs else ()
         add(
             Job(
-                name_of(trial.folder), SCORING, ("metrics.json", "columns.json"), needs, trial.cfg,
+                name_of(trial.folder), SCORING, SCORES, needs, trial.cfg,
                 _with_pairs(trial), _pairs_of(trial),
                 arm, seconds_of(trial.cfg, ("segmenter",), arm), f"segmenter/{arm}/loss.csv",
                 trial.cfg.SOLVER.ITERATION_TOTAL,

@@ -16,6 +16,8 @@ from ..seeding import rng_for
 from .plan import Study, Trial
 from .statistics import Difference, is_gain, mean_and_error, paired_interval, verdict_on
 
+#: Files that a scored training leaves.
+SCORES = ("metrics.json", "columns.json", "boundaries.json")
 #: Scores of the whole test part, by agglomeration; and what finds boundaries before any agglomeration.
 WHOLE = ("voi_split", "voi_merge", "voi", "arand")
 BOUNDARIES, PRECISION = "boundaries", "average_precision"
@@ -38,12 +40,12 @@ class Scored:
 
 def is_scored(trial: Trial) -> bool:
     """Whether a trial has been trained and scored."""
-    return (trial.folder / "metrics.json").exists() and (trial.folder / "columns.json").exists()
+    return all((trial.folder / name).exists() for name in SCORES)
 
 
 def read_scores(trial: Trial) -> Scored:
     """Scores that a finished training left."""
-    metrics, columns = (json.loads((trial.folder / f"{name}.json").read_text()) for name in ("metrics", "columns"))
+    metrics, columns, boundaries = (json.loads((trial.folder / name).read_text()) for name in SCORES)
     arm = "mixed" if trial.is_mixed else "real"
     scores: dict[str, dict[str, np.ndarray]] = {}
     for method, whole in metrics[arm].items():
@@ -51,11 +53,10 @@ def read_scores(trial: Trial) -> Scored:
         for score in DECIDING:
             of_columns = [column[score.split("_")[0]] if column else math.nan for column in columns[arm][method]]
             scores[method][score] = np.array(of_columns)
-    of_columns = [column[PRECISION] if column else math.nan for column in columns[arm][BOUNDARIES]]
-    whole = metrics[BOUNDARIES][arm][PRECISION]
+    whole, of_columns = boundaries[arm][PRECISION], boundaries[arm]["columns"]
     scores[BOUNDARIES] = {
-        PRECISION: np.array([math.nan if whole is None else whole]),
-        f"{PRECISION}_columns": np.array(of_columns),
+        PRECISION: np.array([whole], dtype=np.float64),  # None becomes NaN
+        f"{PRECISION}_columns": np.array(of_columns, dtype=np.float64),
     }
     return Scored(trial, scores)
 

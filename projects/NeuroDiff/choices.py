@@ -351,7 +351,8 @@ def main() -> None:
         raise SystemExit(f"error: {error}") from error
     names = ("iterations", "average_precision", "fid3d", "dark_share", "fine_power", "grey_std", "painting")
     print(f"| {'choice':21} | " + " | ".join(names) + " |\n|" + " --- |" * (len(names) + 1))
-    for row, values in rows.items():
+    for row in [name for name in ("real", *CHOICES) if name in rows]:
+        values = rows[row]
         print(f"| {row:21} | " + " | ".join(f"{values[n]:.3f}" if n in values else "" for n in names) + " |")
 
 

@@ -223,7 +223,7 @@ class _FitTrainer(NeuroDiffTrainer):
         """Let the watch look at the averaged weights, without a word to the monitor, which draws what it knows."""
         if self.watch is not None and is_watched(self.watch, step, self.settings.steps):
             output = self.output
-            look(self.watch, bare(self.model) if self.averaged is None else self.averaged.module, step)
+            look(self.watch, bare(self.model) if self.averaged is None else self.averaged.module, step, self)
             self.output = output
 
     def _log(self, step: int, value: float, bar: Any) -> None:
