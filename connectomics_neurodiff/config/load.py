@@ -76,10 +76,15 @@ def with_bases(path: Path, seen: tuple[Path, ...]) -> Iterator[tuple[dict[str, A
 
 def parse_overrides(overrides: Sequence[str]) -> Iterator[dict[str, Any]]:
     """KEY VALUE pairs as nested keys, one by one: a later pair goes before an earlier one."""
+    for key, text in in_pairs(overrides):
+        yield nested(key, value_of(text))
+
+
+def in_pairs(overrides: Sequence[str]) -> list[tuple[str, str]]:
+    """(key, text) of KEY VALUE KEY VALUE ...; a key without a value is a ConfigError."""
     if len(overrides) % 2:
         raise ConfigError(f"Settings on the command line are KEY VALUE pairs. '{overrides[-1]}' has no value.")
-    for key, text in zip(overrides[::2], overrides[1::2], strict=True):
-        yield nested(key, value_of(text))
+    return list(zip(overrides[::2], overrides[1::2], strict=True))
 
 
 def value_of(text: Any) -> Any:

@@ -241,6 +241,18 @@ def sampling_arguments(cfg: CfgNode) -> dict[str, Any]:
     }
 
 
+def prediction_arguments(cfg: CfgNode) -> dict[str, Any]:
+    """Keyword arguments of :func:`~connectomics_neurodiff.predict.predict_affinities`, whatever it predicts."""
+    device, precision = device_and_precision(cfg)
+    return {
+        "tile": tuple(cfg.INFERENCE.INPUT_SIZE),
+        "overlap": tile_overlap(cfg),
+        "batch": cfg.INFERENCE.SAMPLES_PER_BATCH,
+        "precision": precision,
+        "device": device,
+    }
+
+
 def segmenter_options(cfg: CfgNode) -> dict[str, Any]:
     """Keyword arguments of :func:`~connectomics_neurodiff.segmenters.build_segmenter`."""
     from ..segmenters import options_of

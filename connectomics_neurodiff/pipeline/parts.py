@@ -114,10 +114,15 @@ def library_paths(cfg: CfgNode) -> list[str]:
     return [str(Path(cfg.DATASET.INPUT_PATH) / name)] if name else []
 
 
-def missing_inputs(cfg: CfgNode) -> list[str]:
-    """Input files that are not there, including those of synthetic pairs made before."""
+def input_paths(cfg: CfgNode) -> list[str]:
+    """All input files, including those of synthetic pairs made before."""
     groups = [*source_paths(cfg).values(), *extra_paths(cfg), library_paths(cfg), list(cfg.AUGMENTOR.SYNTHETIC.PAIRS)]
-    paths = [path for group in groups for path in group]
+    return [path for group in groups for path in group]
+
+
+def missing_inputs(cfg: CfgNode) -> list[str]:
+    """Input files that are not there."""
+    paths = input_paths(cfg)
     return sorted({path for path in paths if not Path(path.split("::")[0]).exists()})
 
 

@@ -61,18 +61,8 @@ class SelectionWatch:
     def _affinities(self, network: nn.Module) -> np.ndarray:
         from ..predict import predict_affinities
 
-        node = self._run.cfg.INFERENCE
-        device, precision = networks.device_and_precision(self._run.cfg)
-        affinities = predict_affinities(
-            network,
-            self._image,
-            tile=tuple(node.INPUT_SIZE),
-            overlap=networks.tile_overlap(self._run.cfg),
-            precision=precision,
-            device=device,
-            batch=node.SAMPLES_PER_BATCH,
-            label=self._label,
-        )
+        arguments = networks.prediction_arguments(self._run.cfg)
+        affinities = predict_affinities(network, self._image, label=self._label, **arguments)
         return np.asarray(affinities)
 
     def _weights_of(self, step: int) -> Path:

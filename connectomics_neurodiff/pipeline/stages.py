@@ -243,8 +243,7 @@ def make_predictions(run: Run) -> None:
     from ..predict import predict_affinities
 
     node = run.cfg.INFERENCE
-    device, precision = networks.device_and_precision(run.cfg)
-    settings = as_dict(node) | {"PRECISION": precision}
+    settings = as_dict(node) | {"PRECISION": networks.device_and_precision(run.cfg)[1]}
     for arm in run.arms:
         weights, weights_hash = run.segmenter_of(arm)
         network = None
@@ -259,13 +258,9 @@ def make_predictions(run: Run) -> None:
             affinities = predict_affinities(
                 network,
                 volume.array("image"),
-                tile=tuple(node.INPUT_SIZE),
-                overlap=networks.tile_overlap(run.cfg),
-                precision=precision,
-                device=device,
-                batch=node.SAMPLES_PER_BATCH,
                 flip_augmentation=node.FLIP_AUGMENTATION,
                 label=f"affinities, {arm}, {name}",
+                **networks.prediction_arguments(run.cfg),
             )
             write_volume(target, {"affinity": np.asarray(affinities)}, volume.voxel_nm, {"convention": CONVENTION})
             run.finish(target, provenance)

@@ -153,18 +153,13 @@ class _Contents:
 
     def __call__(self, cfg: CfgNode) -> str:
         """Of volumes, library and pairs."""
-        from ..pipeline.parts import extra_paths, hash_of_source, library_paths, source_paths
+        from ..pipeline.parts import hash_of_source, input_paths
 
-        groups = [
-            *source_paths(cfg).values(),
-            *extra_paths(cfg),
-            library_paths(cfg),
-            list(cfg.AUGMENTOR.SYNTHETIC.PAIRS),
-        ]
+        paths = input_paths(cfg)
         with self._lock:
-            for path in {path for group in groups for path in group} - set(self._known):
+            for path in set(paths) - set(self._known):
                 self._known[path] = hash_of_source(path)
-        return hash_of([[self._known[path] for path in group] for group in groups])
+        return hash_of([self._known[path] for path in paths])
 
 
 @contextmanager

@@ -33,7 +33,7 @@ import yaml
 from yacs.config import CfgNode
 
 from ..config import as_dict, load_config
-from ..config.load import value_of
+from ..config.load import in_pairs, value_of
 from ..errors import ConfigError, MissingInput, UserError, did_you_mean
 from ..pipeline.networks import SAMPLING_KEYS
 from ..provenance import hash_of
@@ -234,10 +234,8 @@ def _require_different(trials: Sequence[Trial], reference: str) -> None:
 
 def _own_keys(overrides: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
     """The pairs that replace a key of the study file, and those that are for the recipe."""
-    if len(overrides) % 2:
-        raise ConfigError(f"Settings on the command line are KEY VALUE pairs. '{overrides[-1]}' has no value.")
-    pairs = [overrides[i : i + 2] for i in range(0, len(overrides), 2)]
-    own = {pair[0]: value_of(pair[1]) for pair in pairs if pair[0] in ("OUTPUT", "SEEDS", "REFERENCE")}
+    pairs = in_pairs(overrides)
+    own = {key: value_of(text) for key, text in pairs if key in ("OUTPUT", "SEEDS", "REFERENCE")}
     return own, [text for pair in pairs if pair[0] not in own for text in pair]
 
 
