@@ -52,7 +52,7 @@ def timed(run: Callable[[], object]) -> Measured:
     return {"cpu_seconds": time.process_time() - cpu, "wall_seconds": time.perf_counter() - wall}
 
 
-def medians(cases: Sequence[str], repeat: int) -> dict[str, Measured]:
+def runs(cases: Sequence[str], repeat: int) -> dict[str, list[Measured]]:
     """Run this program again for every case, with ``--case`` added; interleaved, for machines are noisy."""
     found: dict[str, list[Measured]] = {case: [] for case in cases}
     for _ in range(repeat):
@@ -61,9 +61,14 @@ def medians(cases: Sequence[str], repeat: int) -> dict[str, Measured]:
             if done.returncode:
                 sys.exit(done.returncode)  # the case has told why
             results.append(json.loads(done.stdout.splitlines()[-1]))
+    return found
+
+
+def medians(cases: Sequence[str], repeat: int) -> dict[str, Measured]:
+    """The median of every number over the runs of a case."""
     return {
         case: {key: statistics.median(result[key] for result in results) for key in results[0]}
-        for case, results in found.items()
+        for case, results in runs(cases, repeat).items()
     }
 
 

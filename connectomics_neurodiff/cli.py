@@ -340,6 +340,9 @@ def build_parser() -> _Parser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code."""
+    # Read when torch is loaded. Threads that spin while they wait take the processor from what else runs there, and
+    # wait for those that got none: a training beside other work takes half as long again (docs/performance.md).
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # Settings may follow options in any order, which argparse's "intermixed" parsing allows only without sub-commands.
     options, extra = build_parser().parse_known_args(arguments)
     if extra:

@@ -4,8 +4,9 @@ Torch leaves some float32 convolutions of single samples to an older way of its 
 
 oneDNN 3.12 (torch 2.13) goes wrong twice in bfloat16 on processors with AMX:
 
-* It writes past its buffers in the bfloat16 weight gradient: layers of 32 channels or fewer, images 64 voxels wide or
-  wider; the process dies later in malloc, or worse, does not. The weight gradient is computed in float32 here.
+* It writes past its buffers in the bfloat16 weight gradient: mostly of layers with 32 output channels or fewer, in
+  sections of 2,000 pixels or more; the process dies later in malloc, or worse, does not. The weight gradient is
+  computed in float32 here: where exactly it is sound may change with the processor's caches.
 * It reads memory that is not its own in the forward pass on a single section with a kernel of several (3x3x3; 1, 3, 5,
   7 or 12 input channels): NaN, or wrong numbers that look right. Of such a kernel only the middle section meets the
   image; it alone is used here, and it is sound.
@@ -124,7 +125,8 @@ class _OneDNNConvolution(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        low = gradient.to(x.dtype)
+        # Of a last layer it comes channels first, and so would that of its input: every layer before it would convert.
+        low = gradient.to(x.dtype, memory_format=torch.channels_last_3d)
         of_x = of_weight = of_bias = None
         if ctx.needs_input_grad[0]:
             of_x = input_gradient(low, x, weight, ctx.stride, ctx.padding).to(ctx.input_type)

@@ -433,7 +433,7 @@ def fit(
     network.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]  # twice as fast on the CPU
     device = resolve_device(settings.devices)
     autocast = resolve_precision(settings.precision, device)
-    if device.type == "cpu" and autocast == torch.bfloat16:
+    if device.type == "cpu":
         use_sound_convolutions(network)
     module = _make_module(network, loss, settings)
     if first_step < settings.steps:

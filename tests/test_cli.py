@@ -516,3 +516,21 @@ def test_dark_bodies_stand_for_mitochondria_where_they_are_asked_for(tmp_path: P
     refused(
         "--dark-bodies needs", "remodel", str(bare), str(tmp_path / "x.h5"), "--dark-bodies", "--block-sections", "4"
     )
+
+
+@pytest.mark.parametrize(("chosen", "policy"), [({}, "PASSIVE"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE")])
+def test_threads_do_not_spin_while_they_wait_unless_asked_to(chosen: dict[str, str], policy: str) -> None:
+    """As the thread library itself tells, when torch loads it."""
+    program = "from connectomics_neurodiff.cli import main; main(['phantom', '--help'])"
+    program = f"try: {program}\nexcept SystemExit: import torch"
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env=environment | chosen | {"OMP_DISPLAY_ENV": "TRUE"},
+        stderr=subprocess.PIPE,
+        text=True,
+        check=True,
+    )
+    if "OMP_WAIT_POLICY" not in done.stderr:
+        pytest.skip("this torch has another thread library")
+    assert f"OMP_WAIT_POLICY = '{policy}'" in done.stderr

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import nn
 
 from connectomics_neurodiff.errors import UnknownName, ValueRangeError
 from connectomics_neurodiff.segmenters import SEGMENTERS, build_segmenter
-from connectomics_neurodiff.segmenters.superhuman import DepthwiseUpsampling
+from connectomics_neurodiff.segmenters.superhuman import projected_upsampling
 
 SMALL = (4, 6, 8)
 
@@ -91,18 +90,25 @@ def test_unknown_segmenter_gets_a_suggestion() -> None:
         build_segmenter("superhumn")
 
 
-@pytest.mark.parametrize("factor", [(1, 2, 2), (2, 2, 2)])
-def test_depthwise_upsampling_is_the_transposed_convolution(factor: tuple[int, int, int]) -> None:
-    torch.manual_seed(0)
-    ours = DepthwiseUpsampling(5, 5, factor, stride=factor, groups=5).double()
-    x = torch.randn(2, 5, 3, 4, 6, dtype=torch.float64, requires_grad=True)
-    direction = torch.randn(2, 5, *(n * f for n, f in zip(x.shape[2:], factor, strict=True)), dtype=torch.float64)
-    results = []
-    for forward in (ours.forward, lambda value: nn.ConvTranspose3d.forward(ours, value)):
-        x.grad = None
-        ours.zero_grad()
-        y = forward(x)
-        (y * direction).sum().backward()
-        results.append([y.detach(), x.grad.clone(), ours.weight.grad.clone(), ours.bias.grad.clone()])
-    for found, expected in zip(*results, strict=True):
-        torch.testing.assert_close(found, expected)
+@pytest.mark.parametrize("factor", [(1, 2, 2), (2, 2, 2), (2, 3, 1)])
+def test_projected_upsampling_is_the_two_layers_one_after_the_other(factor: tuple[int, int, int]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    coarse = torch.randn(2, 5, 3, 4, 6, generator=generator, dtype=torch.float64, requires_grad=True)
+    upsample = torch.nn.ConvTranspose3d(5, 5, factor, stride=factor, groups=5).double()
+    project = torch.nn.Conv3d(5, 3, 1).double()
+    values = [coarse, *upsample.parameters(), *project.parameters()]
+    mine, theirs = projected_upsampling(coarse, upsample, project), project(upsample(coarse))
+    torch.testing.assert_close(mine, theirs)
+    assert mine.is_contiguous(memory_format=torch.channels_last_3d)
+    direction = torch.randn(mine.shape, generator=generator, dtype=torch.float64)
+    got, wanted = (torch.autograd.grad(y, values, direction) for y in (mine, theirs))
+    for one, other in zip(got, wanted, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("norm", ["batch", "group", "instance", "none"])
+def test_parameters_are_named_as_in_older_checkpoints(norm: str) -> None:
+    names = set(build_segmenter("superhuman", filters=[4, 6], norm=norm).state_dict())
+    normed = {"entry.0", "branch.0", "branch.3", *(["entry.1", "branch.1", "exit.0"] if norm != "none" else [])}
+    assert {name.removeprefix("down.0.").rpartition(".")[0] for name in names if name.startswith("down.0.")} == normed
+    assert {"up.0.upsample.bias", "up.0.project.weight", "embed.0.weight", "head.2.bias"} <= names

@@ -18,7 +18,7 @@ ROOMS = [
 ]  # fmt: skip
 FOUNDATIONS = {
     "_version", "errors", "geometry", "affinities", "registry", "seeding", "provenance", "progress", "checkpoints",
-    "convolution", "libraries", "memory", "torchvision_repair", "engine",
+    "convolution", "normalisation", "libraries", "memory", "torchvision_repair", "engine",
 }  # fmt: skip
 
 

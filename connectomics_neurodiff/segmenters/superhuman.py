@@ -8,12 +8,15 @@ learned depthwise transposed convolution. ``skip="sum", upsample="trilinear", no
 from __future__ import annotations
 
 import math
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from ..errors import UnknownName, did_you_mean
+from ..normalisation import BatchNormELU, GroupNormELU
 from .build import SEGMENTERS
 from .levels import check_image, level_factors, pad_to_multiple
 
@@ -23,11 +26,12 @@ PAPER_FILTERS = (28, 36, 48, 64, 80)
 #: Slower than PyTorch's 0.1: with one or two patches a batch, the statistics of single batches scatter.
 _BATCH_NORM_MOMENTUM = 0.05
 
+#: A normalisation and an ELU.
 _NORMS: dict[str, Callable[[int], nn.Module]] = {
-    "batch": lambda channels: nn.BatchNorm3d(channels, momentum=_BATCH_NORM_MOMENTUM),
-    "group": lambda channels: nn.GroupNorm(math.gcd(4, channels), channels),
-    "instance": lambda channels: nn.InstanceNorm3d(channels, affine=True),
-    "none": lambda channels: nn.Identity(),
+    "batch": lambda channels: BatchNormELU(channels, momentum=_BATCH_NORM_MOMENTUM),
+    "group": lambda channels: GroupNormELU(math.gcd(4, channels), channels),
+    "instance": lambda channels: GroupNormELU(channels, channels),
+    "none": lambda channels: nn.ELU(),
 }
 _UPSAMPLERS = ("transposed", "trilinear")
 _SKIPS = ("concat", "sum")
@@ -40,23 +44,34 @@ def _check_choice(option: str, value: str, allowed: Sequence[str]) -> None:
         )
 
 
-class DepthwiseUpsampling(nn.ConvTranspose3d):
-    """Depthwise transposed convolution whose kernel is its stride: every coarse voxel times the kernel.
+def projected_upsampling(coarse: Tensor, upsample: nn.ConvTranspose3d, project: nn.Conv3d) -> Tensor:
+    """``project(upsample(coarse))`` as one matrix product over the coarse voxels.
 
-    The same parameters and result as its parent's, whose backward pass takes a quarter of a training step on a CPU.
+    Each fine voxel has one coarse voxel above it. So there is no fine image of as many channels as the coarse one has,
+    and none of torch's backward pass of depthwise transposed convolutions, a quarter of a training step on a CPU.
+
+    Parameters
+    ----------
+    coarse : torch.Tensor
+        (b, c, z, y, x).
+    upsample : torch.nn.ConvTranspose3d
+        Depthwise, its kernel its stride.
+    project : torch.nn.Conv3d
+        1x1x1, from c to o channels.
+
+    Returns
+    -------
+    torch.Tensor
+        (b, o, kz z, ky y, kx x), the channels last in memory.
     """
-
-    def forward(self, coarse: Tensor, output_size: list[int] | None = None) -> Tensor:
-        """Features (b, c, z, y, x) at the fine level, with the channels last in memory."""
-        batch, channels, *size = coarse.shape
-        kernel = self.weight.to(coarse.dtype).permute(1, 2, 3, 4, 0)  # (1, kz, ky, kx, c)
-        spread = coarse.permute(0, 2, 3, 4, 1).reshape(batch, size[0], 1, size[1], 1, size[2], 1, channels)
-        kz, ky, kx = self.weight.shape[2:]
-        fine = spread * kernel.reshape(1, 1, kz, 1, ky, 1, kx, channels)
-        fine = fine.reshape(batch, size[0] * kz, size[1] * ky, size[2] * kx, channels)
-        if self.bias is not None:
-            fine = fine + self.bias.to(coarse.dtype)
-        return fine.permute(0, 4, 1, 2, 3)
+    factor = upsample.weight.shape[2:]
+    assert upsample.bias is not None
+    mixing = project.weight.flatten(1)
+    weight = upsample.weight.flatten(1).T[:, None] * mixing  # (kz ky kx, o, c)
+    bias = F.linear(upsample.bias, mixing, project.bias).expand(len(weight), -1)
+    fine = F.linear(coarse.movedim(1, -1), weight.flatten(0, 1), bias.flatten())
+    fine = fine.unflatten(-1, (*factor, -1)).permute(0, 1, 4, 2, 5, 3, 6, 7)
+    return fine.flatten(1, 2).flatten(2, 3).flatten(3, 4).movedim(-1, 1)
 
 
 class ResidualModule(nn.Module):
@@ -73,15 +88,11 @@ class ResidualModule(nn.Module):
         self.entry = nn.Sequential(
             nn.Conv3d(in_channels, out_channels, (1, 3, 3), padding=(0, 1, 1), bias=bias),
             make_norm(out_channels),
-            nn.ELU(inplace=True),
         )
-        self.branch = nn.Sequential(
-            nn.Conv3d(out_channels, out_channels, 3, padding=1, bias=bias),
-            make_norm(out_channels),
-            nn.ELU(inplace=True),
-            nn.Conv3d(out_channels, out_channels, 3, padding=1, bias=bias),
-        )
-        self.exit = nn.Sequential(make_norm(out_channels), nn.ELU(inplace=True))
+        inner, outer = (nn.Conv3d(out_channels, out_channels, 3, padding=1, bias=bias) for _ in range(2))
+        # Named as the checkpoints name them: the ELU has been part 2.
+        self.branch = nn.Sequential(OrderedDict({"0": inner, "1": make_norm(out_channels), "3": outer}))
+        self.exit = nn.Sequential(make_norm(out_channels))
 
     def forward(self, x: Tensor) -> Tensor:
         """Features (b, out_channels, z, y, x)."""
@@ -97,18 +108,21 @@ class UpModule(nn.Module):
     ) -> None:
         super().__init__()
         if upsample == "transposed":
-            self.upsample: nn.Module = DepthwiseUpsampling(coarse, coarse, factor, stride=factor, groups=coarse)
+            self.upsample: nn.Module = nn.ConvTranspose3d(coarse, coarse, factor, stride=factor, groups=coarse)
         else:
             self.upsample = nn.Upsample(scale_factor=factor, mode="trilinear", align_corners=False)
         self.project = nn.Conv3d(coarse, fine, 1)
         self.concatenates = skip == "concat"
         joined = 2 * fine if self.concatenates else fine
-        self.joined = nn.Sequential(_NORMS[norm](joined), nn.ELU(inplace=True))
+        self.joined = nn.Sequential(_NORMS[norm](joined))
         self.refine = ResidualModule(joined, fine, norm)
 
     def forward(self, coarse: Tensor, fine: Tensor) -> Tensor:
         """Features at the fine level."""
-        up = self.project(self.upsample(coarse))
+        if isinstance(self.upsample, nn.ConvTranspose3d):
+            up = projected_upsampling(coarse, self.upsample, self.project)
+        else:
+            up = self.project(self.upsample(coarse))
         return self.refine(self.joined(torch.cat([up, fine], dim=1) if self.concatenates else up + fine))
 
 
