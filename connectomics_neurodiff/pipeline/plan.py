@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,8 +21,12 @@ from .run import arms_of
 if TYPE_CHECKING:
     import torch
 
-#: A training step costs about three forward passes: one forward, two backward.
+#: A training step holds about three times what a forward pass does: activations, gradients, weights.
 TRAINING_FACTOR = 3
+#: Most voxels (z, y, x) of what a network is timed on: a second or two for the networks of the recipes.
+TIMED_PIECE = (16, 64, 64)
+#: Arguments of a network for images of a size, on a device.
+Inputs = Callable[[Sequence[int], str], tuple[Any, ...]]
 
 
 def artefacts_of(cfg: CfgNode, stage: str, arm: str = "") -> list[Path]:
@@ -64,7 +68,7 @@ def describe_plan(cfg: CfgNode, stages: Sequence[str], arm: str = "") -> str:
         lines.append(f"  {stage}: {len(wanted)} file{'s' * (len(wanted) != 1)}{of_them}")
     lines += [
         "",
-        "networks and estimates (this machine, from the operations of one pass)",
+        "networks and estimates (this machine, from one pass over a piece of a patch)",
     ]
     shape = parts["train"].box.shape if parts else None
     lines += [line for estimate in estimates(cfg, stages, shape, arm) for line in estimate.lines]
@@ -103,30 +107,29 @@ def estimates(cfg: CfgNode, stages: Sequence[str], shape: tuple[int, int, int] |
     from ..segmenters import build_segmenter
     from ..synthesis import build_denoiser
 
-    speed = _operations_per_second(cfg)
     node = cfg.NEURODIFF.DIFFUSION
     found = []
     if "diffusion" in stages or "pairs" in stages:
         denoiser = build_denoiser(node.ARCHITECTURE, **networks.denoiser_options(cfg))
-        flops, memory = _cost_of_pass(denoiser, lambda device: _denoiser_inputs(node.PATCH, device))
         name = f"{node.ARCHITECTURE} ({node.PRESET}): {_parameters(denoiser):,} parameters"
         steps = node.ITERATIONS * node.ACCUMULATE * node.BATCH
-        seconds, memory = TRAINING_FACTOR * flops * steps / speed, TRAINING_FACTOR * memory * node.BATCH
+        seconds = steps * seconds_of_pass(cfg, denoiser, _denoiser_inputs, node.PATCH, training=True)
+        painting = seconds_of_pass(cfg, denoiser, _denoiser_inputs, node.TILE, training=False) if shape else 0.0
+        memory = TRAINING_FACTOR * _bytes_of_pass(denoiser, _denoiser_inputs, node.PATCH) * node.BATCH
         found.append(Estimate("diffusion", seconds, memory, name))
         if shape:
-            flops, memory = _cost_of_pass(denoiser, lambda device: _denoiser_inputs(node.TILE, device))
             images = cfg.NEURODIFF.REMODEL.COPIES * cfg.NEURODIFF.PAIRS.SAMPLES
             passes = len(tiles(shape, node.TILE, node.OVERLAP)) * node.SAMPLER_STEPS * images
             passes *= 1 if node.GUIDANCE == 1 else 2
-            found.append(Estimate("pairs", flops * passes / speed, memory))
+            found.append(Estimate("pairs", painting * passes, _bytes_of_pass(denoiser, _denoiser_inputs, node.TILE)))
     segmenter = build_segmenter(cfg.MODEL.ARCHITECTURE, **networks.segmenter_options(cfg))
-    flops, memory = _cost_of_pass(segmenter, lambda device: _segmenter_inputs(cfg.MODEL.INPUT_SIZE, device))
     name = f"{cfg.MODEL.ARCHITECTURE}: {_parameters(segmenter):,} parameters"
     arms = 1 if arm else len(arms_of(cfg))
-    batch = cfg.SOLVER.SAMPLES_PER_BATCH
+    batch, size = cfg.SOLVER.SAMPLES_PER_BATCH, cfg.MODEL.INPUT_SIZE
     steps = cfg.SOLVER.ITERATION_TOTAL * cfg.SOLVER.ITERATION_STEP * batch * arms
-    seconds = TRAINING_FACTOR * flops * steps / speed
-    return [*found, Estimate("segmenter", seconds, TRAINING_FACTOR * memory * batch, name)]
+    seconds = steps * seconds_of_pass(cfg, segmenter, _segmenter_inputs, size, training=True)
+    memory = TRAINING_FACTOR * _bytes_of_pass(segmenter, _segmenter_inputs, size) * batch
+    return [*found, Estimate("segmenter", seconds, memory, name)]
 
 
 def artefact_bytes(cfg: CfgNode, stages: Sequence[str], voxels: Mapping[str, int], arm: str = "") -> int:
@@ -175,10 +178,53 @@ def _denoiser_inputs(size: Sequence[int], device: str) -> tuple[Any, ...]:
     )
 
 
-def _cost_of_pass(network: torch.nn.Module, inputs: Callable[[str], tuple[Any, ...]]) -> tuple[float, float]:
-    """Floating-point operations of one forward pass, and bytes of all its activations, without computing anything."""
+def seconds_of_pass(
+    cfg: CfgNode, network: torch.nn.Module, inputs: Inputs, size: Sequence[int], *, training: bool
+) -> float:
+    """What a network takes for one sample on the run's device: measured on a piece of it.
+
+    Parameters
+    ----------
+    cfg : yacs.config.CfgNode
+        Device and precision.
+    network : torch.nn.Module
+        Moved to the device, in place.
+    inputs : callable
+        Its arguments for a size and a device.
+    size : sequence of 3 ints
+        (z, y, x) voxels of the sample.
+    training : bool
+        Forward and backward, or forward alone.
+    """
     import torch
-    from torch.utils.flop_counter import FlopCounterMode
+
+    from ..convolution import use_sound_convolutions
+    from ..memory import kept_memory
+
+    device, precision = networks.device_and_precision(cfg)
+    piece = [min(n, most) for n, most in zip(size, TIMED_PIECE, strict=True)]
+    network.to(device).to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
+    if device.type == "cpu":
+        use_sound_convolutions(network)
+    arguments = inputs(piece, str(device))
+
+    def run() -> float:
+        start = time.perf_counter()
+        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+            value = network(*arguments).float().mean()
+        if training:
+            value.backward()
+        float(value.detach())  # waits for the device
+        return time.perf_counter() - start
+
+    with kept_memory(math.prod(piece)), torch.set_grad_enabled(training):
+        run()  # makes oneDNN's kernels
+        return run() * math.prod(size) / math.prod(piece)
+
+
+def _bytes_of_pass(network: torch.nn.Module, inputs: Inputs, size: Sequence[int]) -> float:
+    """Bytes of all activations of one forward pass, without computing anything; leaves the network without numbers."""
+    import torch
 
     network = network.to("meta")
     sizes: list[int] = []
@@ -188,30 +234,8 @@ def _cost_of_pass(network: torch.nn.Module, inputs: Callable[[str], tuple[Any, .
             sizes.append(output.numel() * output.element_size())
 
     hooks = [m.register_forward_hook(remember) for m in network.modules() if not list(m.children())]
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        network(*inputs("meta"))
+    with torch.no_grad():
+        network(*inputs(size, "meta"))
     for hook in hooks:
         hook.remove()
-    return float(counter.get_total_flops()), float(sum(sizes))
-
-
-def _operations_per_second(cfg: CfgNode) -> float:
-    """Speed of a typical convolution on the run's device."""
-    device, precision = networks.device_and_precision(cfg)
-    return _measured_speed(device, precision)
-
-
-@cache
-def _measured_speed(device: torch.device, precision: str) -> float:
-    import torch
-
-    convolution = torch.nn.Conv3d(32, 32, 3, padding=1).to(device)
-    image = torch.zeros(1, 32, 16, 64, 64, device=device).contiguous(memory_format=torch.channels_last_3d)
-    repeats = 4
-    with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-        convolution(image)
-        start = time.perf_counter()
-        for _ in range(repeats):
-            value = convolution(image)
-        float(value[0, 0, 0, 0, 0])
-    return repeats * 2 * 27 * 32 * 32 * image[0, 0].numel() / (time.perf_counter() - start)
+    return float(sum(sizes))
