@@ -48,15 +48,24 @@ def inputs(size: Sequence[int], device: str) -> tuple[Tensor]:
 @pytest.mark.parametrize("size", [(3, 40, 50), (32, 32, 256)])
 def test_a_large_pass_is_measured_on_a_piece(size: tuple[int, int, int], training: bool, per_voxel: float) -> None:
     network = SlowNetwork()
-    found = seconds_of_pass(load_config(), network, inputs, size, training=training)
+    found = seconds_of_pass(network, inputs, size, torch.device("cpu"), "fp32", training=training)
     voxels = size[0] * size[1] * size[2]
     assert per_voxel * voxels <= found < 1.5 * per_voxel * voxels
     assert network.seen == {tuple(min(pair) for pair in zip(size, TIMED_PIECE, strict=True))}
 
 
 def test_time_is_that_of_all_samples_steps_and_arms(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plan, "seconds_of_pass", lambda *_, **__: 0.5)
+    built = []
+
+    def one_pass(network: nn.Module, *_: object, **__: object) -> float:
+        built.append(network)
+        return 0.5
+
+    plan._measured_cost.cache_clear()
+    monkeypatch.setattr(plan, "seconds_of_pass", one_pass)
     settings = ["SOLVER.SAMPLES_PER_BATCH", 3, "SOLVER.ITERATION_TOTAL", 7, "AUGMENTOR.SYNTHETIC.ENABLED", True]
     one, both = (plan.estimates(load_config(overrides=settings), ["segmenter"], None, arm)[-1] for arm in ("real", ""))
     assert (one.seconds, both.seconds) == (0.5 * 3 * 7, 2 * 0.5 * 3 * 7)
     assert one.memory == both.memory, "one arm after the other"
+    assert len(built) == 1, "the same network is timed once"
+    plan._measured_cost.cache_clear()

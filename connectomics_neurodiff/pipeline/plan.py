@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -104,32 +106,26 @@ class Estimate:
 
 def estimates(cfg: CfgNode, stages: Sequence[str], shape: tuple[int, int, int] | None, arm: str = "") -> list[Estimate]:
     """Time and memory of the stages with networks; `shape` of the train part, None if it is not there."""
-    from ..segmenters import build_segmenter
-    from ..synthesis import build_denoiser
-
     node = cfg.NEURODIFF.DIFFUSION
     found = []
-    if "diffusion" in stages or "pairs" in stages:
-        denoiser = build_denoiser(node.ARCHITECTURE, **networks.denoiser_options(cfg))
-        name = f"{node.ARCHITECTURE} ({node.PRESET}): {_parameters(denoiser):,} parameters"
+    name = f"{node.ARCHITECTURE} ({node.PRESET})"
+    if "diffusion" in stages:
+        cost = _cost_of_pass(cfg, "denoiser", node.PATCH, training=True)
         steps = node.ITERATIONS * node.ACCUMULATE * node.BATCH
-        seconds = steps * seconds_of_pass(cfg, denoiser, _denoiser_inputs, node.PATCH, training=True)
-        painting = seconds_of_pass(cfg, denoiser, _denoiser_inputs, node.TILE, training=False) if shape else 0.0
-        memory = TRAINING_FACTOR * _bytes_of_pass(denoiser, _denoiser_inputs, node.PATCH) * node.BATCH
-        found.append(Estimate("diffusion", seconds, memory, name))
-        if shape:
-            images = cfg.NEURODIFF.REMODEL.COPIES * cfg.NEURODIFF.PAIRS.SAMPLES
-            passes = len(tiles(shape, node.TILE, node.OVERLAP)) * node.SAMPLER_STEPS * images
-            passes *= 1 if node.GUIDANCE == 1 else 2
-            found.append(Estimate("pairs", painting * passes, _bytes_of_pass(denoiser, _denoiser_inputs, node.TILE)))
-    segmenter = build_segmenter(cfg.MODEL.ARCHITECTURE, **networks.segmenter_options(cfg))
-    name = f"{cfg.MODEL.ARCHITECTURE}: {_parameters(segmenter):,} parameters"
-    arms = 1 if arm else len(arms_of(cfg))
-    batch, size = cfg.SOLVER.SAMPLES_PER_BATCH, cfg.MODEL.INPUT_SIZE
-    steps = cfg.SOLVER.ITERATION_TOTAL * cfg.SOLVER.ITERATION_STEP * batch * arms
-    seconds = steps * seconds_of_pass(cfg, segmenter, _segmenter_inputs, size, training=True)
-    memory = TRAINING_FACTOR * _bytes_of_pass(segmenter, _segmenter_inputs, size) * batch
-    return [*found, Estimate("segmenter", seconds, memory, name)]
+        found.append(Estimate("diffusion", steps * cost.seconds, node.BATCH * cost.memory, cost.title(name)))
+    if "pairs" in stages and shape:
+        cost = _cost_of_pass(cfg, "denoiser", node.TILE, training=False)
+        images = cfg.NEURODIFF.REMODEL.COPIES * cfg.NEURODIFF.PAIRS.SAMPLES
+        passes = len(tiles(shape, node.TILE, node.OVERLAP)) * node.SAMPLER_STEPS * images
+        passes *= 1 if node.GUIDANCE == 1 else 2
+        found.append(Estimate("pairs", passes * cost.seconds, cost.memory, "" if found else cost.title(name)))
+    if "segmenter" in stages:
+        cost = _cost_of_pass(cfg, "segmenter", cfg.MODEL.INPUT_SIZE, training=True)
+        batch, arms = cfg.SOLVER.SAMPLES_PER_BATCH, 1 if arm else len(arms_of(cfg))
+        steps = cfg.SOLVER.ITERATION_TOTAL * cfg.SOLVER.ITERATION_STEP * batch * arms
+        title = cost.title(cfg.MODEL.ARCHITECTURE)
+        found.append(Estimate("segmenter", steps * cost.seconds, batch * cost.memory, title))
+    return found
 
 
 def artefact_bytes(cfg: CfgNode, stages: Sequence[str], voxels: Mapping[str, int], arm: str = "") -> int:
@@ -178,21 +174,80 @@ def _denoiser_inputs(size: Sequence[int], device: str) -> tuple[Any, ...]:
     )
 
 
+@dataclass(frozen=True)
+class Cost:
+    """Of one sample: seconds, bytes; and how many parameters the network has."""
+
+    seconds: float
+    memory: float
+    parameters: int
+
+    def title(self, name: str) -> str:
+        """The network as a dry run names it."""
+        return f"{name}: {self.parameters:,} parameters"
+
+
+def _cost_of_pass(cfg: CfgNode, kind: str, size: Sequence[int], *, training: bool) -> Cost:
+    """Of the denoiser or the segmenter of a configuration."""
+    import torch
+
+    name, options = {
+        "denoiser": (cfg.NEURODIFF.DIFFUSION.ARCHITECTURE, networks.denoiser_options),
+        "segmenter": (cfg.MODEL.ARCHITECTURE, networks.segmenter_options),
+    }[kind]
+    machine = (*networks.device_and_precision(cfg), torch.get_num_threads())
+    return _measured_cost(kind, name, json.dumps(options(cfg)), tuple(size), training, *machine)
+
+
+@cache
+def _measured_cost(
+    kind: str,
+    name: str,
+    options: str,
+    size: tuple[int, ...],
+    training: bool,
+    device: torch.device,
+    precision: str,
+    _threads: int,
+) -> Cost:
+    """A study asks for the same network again and again."""
+    from ..segmenters import build_segmenter
+    from ..synthesis import build_denoiser
+
+    kinds: dict[str, tuple[Callable[..., torch.nn.Module], Inputs]] = {
+        "denoiser": (build_denoiser, _denoiser_inputs),
+        "segmenter": (build_segmenter, _segmenter_inputs),
+    }
+    build, inputs = kinds[kind]
+    network = build(name, **json.loads(options))
+    seconds = seconds_of_pass(network, inputs, size, device, precision, training=training)
+    memory = _bytes_of_pass(network, inputs, size) * (TRAINING_FACTOR if training else 1)
+    return Cost(seconds, memory, _parameters(network))
+
+
 def seconds_of_pass(
-    cfg: CfgNode, network: torch.nn.Module, inputs: Inputs, size: Sequence[int], *, training: bool
+    network: torch.nn.Module,
+    inputs: Inputs,
+    size: Sequence[int],
+    device: torch.device,
+    precision: str,
+    *,
+    training: bool,
 ) -> float:
-    """What a network takes for one sample on the run's device: measured on a piece of it.
+    """What a network takes for one sample: measured on a piece of it.
 
     Parameters
     ----------
-    cfg : yacs.config.CfgNode
-        Device and precision.
     network : torch.nn.Module
         Moved to the device, in place.
     inputs : callable
         Its arguments for a size and a device.
     size : sequence of 3 ints
         (z, y, x) voxels of the sample.
+    device : torch.device
+        Where to compute.
+    precision : str
+        ``"fp32"`` or ``"bf16"``.
     training : bool
         Forward and backward, or forward alone.
     """
@@ -201,7 +256,6 @@ def seconds_of_pass(
     from ..convolution import use_sound_convolutions
     from ..memory import kept_memory
 
-    device, precision = networks.device_and_precision(cfg)
     piece = [min(n, most) for n, most in zip(size, TIMED_PIECE, strict=True)]
     network.to(device).to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
     if device.type == "cpu":
