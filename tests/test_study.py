@@ -329,6 +329,14 @@ def test_what_is_missing_is_told(finished: Path) -> None:
     assert "mixed, seed 1: no scores (no pair passed)" in (study.output / "study.html").read_text()
 
 
+def test_what_is_yet_to_be_done_anew_has_no_score(finished: Path) -> None:
+    study = read_study(finished)
+    half = [trial.folder.relative_to(study.output).as_posix() for trial in study.row("half", "")]
+    content = write_results(study, {}, half[1:])
+    assert content["missing"] == {"half": {"1": "not trained yet", "2": "not trained yet"}}
+    assert content["arms"]["half"]["waterz"]["voi"]["values"] == [1.25]
+
+
 def test_arms_scored_by_other_methods_are_compared_by_those_they_share(finished: Path) -> None:
     study = read_study(finished)
     for trial in study.row("mixed", ""):

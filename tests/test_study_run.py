@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -168,6 +168,31 @@ def test_other_data_another_engine_and_lost_files_make_it_anew(tmp_path: Path, m
     assert runs("host", "b") == 1, "painted again"
     pair.write_text("painted otherwise")
     assert runs("host", "b") == 1, "what it is trained on has changed"
+
+
+def test_whoever_waits_hears_of_every_scored_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    study = read_study(write_study(tmp_path, SEEDS=[3, 4], SETTINGS=SETTINGS))
+    jobs = jobs_of(study, lambda *_: 1.0)
+
+    def start(arguments: list[str], log: Path) -> int:
+        if "seed4" in log.stem and "mixed" in log.stem:
+            log.write_text("neurodiff: error: odd")
+            return 1
+        time.sleep(0.2)
+        leave(study, jobs, log)
+        return 0
+
+    fake_runs(monkeypatch, start)
+    heard: list[tuple[set[str], set[str]]] = []
+
+    def hear(failed: Mapping[str, str], waiting: Collection[str]) -> None:
+        heard.append((set(failed), set(waiting)))
+        done = [job for name, job in jobs.items() if name not in {*failed, *waiting}]
+        assert all((study.output / job.name / leaf).exists() for job in done for leaf in job.leaves)
+
+    assert len(execute(study, jobs, 1, "native", lambda _: "", on_scores=hear)) == 1
+    trainings = {name for name in jobs if name.startswith("trainings/")}
+    assert [len(trainings - failed - waiting) for failed, waiting in heard] == [1, 2, 3], "of four one failed"
 
 
 def test_a_broken_disk_is_the_reason_of_one_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

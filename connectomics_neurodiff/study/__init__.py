@@ -12,6 +12,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -79,7 +80,7 @@ def run_study(
         print(describe(study, planned, shapes, workers))
         return {}
     with _claimed(study, Path(path)):
-        failed = execute(study, planned, workers, engine, _Contents())
+        failed = execute(study, planned, workers, engine, _Contents(), on_scores=partial(write_results, study))
         content = write_results(study, failed)
     if failed:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in sorted(failed.items()))

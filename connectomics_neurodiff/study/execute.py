@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -180,7 +180,13 @@ def _with_pairs(trial: Trial) -> Callable[[], CfgNode]:
 
 
 def execute(
-    study: Study, jobs: Mapping[str, Job], workers: int, engine: str, data_of: Callable[[CfgNode], str]
+    study: Study,
+    jobs: Mapping[str, Job],
+    workers: int,
+    engine: str,
+    data_of: Callable[[CfgNode], str],
+    *,
+    on_scores: Callable[[Mapping[str, str], Collection[str]], object] = lambda _failed, _waiting: None,
 ) -> dict[str, str]:
     """Run what is not done yet, or was done with other data; a job whose input failed is not begun.
 
@@ -196,6 +202,9 @@ def execute(
         Of all trainings, ``"native"`` or ``"host"``.
     data_of : callable
         Hash of the content of all files that a configuration names.
+    on_scores : callable
+        Called with the runs that have failed and those that are not done yet when a training has been scored; once for
+        several that end together.
 
     Returns
     -------
@@ -206,22 +215,28 @@ def execute(
     order.prepare()
     failed: dict[str, str] = {}
     running: dict[Future[str], str] = {}
+    waiting = set(jobs)
     with _Progress(study, jobs) as progress, ThreadPoolExecutor(workers) as pool, _children(pool) as start:
         while order.is_active():
             for name in order.get_ready():
                 lacking = [need for need in jobs[name].needs if need in failed]
                 if lacking:
                     failed[name] = f"its {lacking[0]} failed"
+                    waiting.discard(name)
                     order.done(name)
                 else:
                     running[pool.submit(_reason_of, study, jobs[name], start, engine, data_of)] = name
             done, _ = wait(running, timeout=_LOOK, return_when=FIRST_COMPLETED)
-            for future in done:
-                name = running.pop(future)
+            finished = [running.pop(future) for future in done]
+            for name, future in zip(finished, done, strict=True):
                 if reason := future.result():
                     failed[name] = reason
                 progress.finished(name)
+                waiting.discard(name)
                 order.done(name)
+            have_scores = any(jobs[name].leaves == SCORES and name not in failed for name in finished)
+            if have_scores and not any(future.done() for future in running):
+                on_scores(failed, waiting)
             progress.look(running.values())
     return failed
 

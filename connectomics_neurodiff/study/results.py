@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -38,9 +38,14 @@ class Scored:
     scores: dict[str, dict[str, np.ndarray]]
 
 
-def is_scored(trial: Trial) -> bool:
-    """Whether a trial has been trained and scored."""
-    return all((trial.folder / name).exists() for name in SCORES)
+def is_scored(trial: Trial, waiting: Collection[str]) -> bool:
+    """Whether a trial has been trained and scored; what is yet to be done anew has not."""
+    return name_of(trial) not in waiting and all((trial.folder / name).exists() for name in SCORES)
+
+
+def name_of(trial: Trial) -> str:
+    """The run of a trial: its folder, relative to the study's."""
+    return "/".join(trial.folder.parts[-2:])
 
 
 def read_scores(trial: Trial) -> Scored:
@@ -61,7 +66,9 @@ def read_scores(trial: Trial) -> Scored:
     return Scored(trial, scores)
 
 
-def summarise(study: Study, failed: Mapping[str, str] = MappingProxyType({})) -> dict[str, Any]:
+def summarise(
+    study: Study, failed: Mapping[str, str] = MappingProxyType({}), waiting: Collection[str] = ()
+) -> dict[str, Any]:
     """Content of study.json: what is there of the trainings, and what is not.
 
     Parameters
@@ -70,9 +77,11 @@ def summarise(study: Study, failed: Mapping[str, str] = MappingProxyType({})) ->
         Whose folder is looked into.
     failed : mapping
         Folder of a training, relative to the study's -> why it failed.
+    waiting : collection of str
+        Folders of the trainings that are yet to be done.
     """
     rows = {
-        (arm, condition): [read_scores(trial) for trial in study.row(arm, condition) if is_scored(trial)]
+        (arm, condition): [read_scores(trial) for trial in study.row(arm, condition) if is_scored(trial, waiting)]
         for condition in study.conditions
         for arm in study.arms
     }
@@ -83,7 +92,7 @@ def summarise(study: Study, failed: Mapping[str, str] = MappingProxyType({})) ->
         # JSON files are written with sorted keys; tables keep the order of the study file.
         "rows": [scored[0].trial.name for scored in rows.values()],
         "references": [scored[0].trial.name for (arm, _), scored in rows.items() if arm == study.reference],
-        "missing": _missing(study, failed),
+        "missing": _missing(study, failed, waiting),
         "arms": {scored[0].trial.name: _means(scored) for scored in rows.values()},
         "differences": {},
         "verdict": {},
@@ -140,13 +149,12 @@ def _differences(reference: Sequence[Scored], arm: Sequence[Scored]) -> dict[str
     return found
 
 
-def _missing(study: Study, failed: Mapping[str, str]) -> dict[str, dict[str, str]]:
+def _missing(study: Study, failed: Mapping[str, str], waiting: Collection[str]) -> dict[str, dict[str, str]]:
     """Row -> seed -> why there is no score of it."""
     found: dict[str, dict[str, str]] = {}
     for trial in study.trials:
-        if not is_scored(trial):
-            name = trial.folder.relative_to(study.output).as_posix()
-            found.setdefault(trial.name, {})[str(trial.seed)] = failed.get(name, "not trained yet")
+        if not is_scored(trial, waiting):
+            found.setdefault(trial.name, {})[str(trial.seed)] = failed.get(name_of(trial), "not trained yet")
     return found
 
 
@@ -192,13 +200,18 @@ def _clause(method: str, score: str, difference: Difference) -> str:
     return f"{label} {difference.mean:+.3f}{interval}{unit} with {method}".replace("-", "\N{MINUS SIGN}")
 
 
-def write_results(study: Study, failed: Mapping[str, str] = MappingProxyType({})) -> dict[str, Any]:
-    """Write study.json, table.md, table.csv, table.tex and study.html: the same bytes for the same scores."""
+def write_results(
+    study: Study, failed: Mapping[str, str] = MappingProxyType({}), waiting: Collection[str] = ()
+) -> dict[str, Any]:
+    """Write study.json, table.md, table.csv, table.tex and study.html: the same bytes for the same scores.
+
+    Parameters are those of :func:`summarise`.
+    """
     from ..provenance import atomic_write, write_json
     from .page import write_page
     from .tables import csv_of, latex_of, markdown_of
 
-    content = summarise(study, failed)
+    content = summarise(study, failed, waiting)
     write_json(study.output / "study.json", content)
     for suffix, make in (("md", markdown_of), ("csv", csv_of), ("tex", latex_of)):
         target: Path = study.output / f"table.{suffix}"
