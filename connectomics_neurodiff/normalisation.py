@@ -89,7 +89,8 @@ class BatchNormELU(nn.BatchNorm3d):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalised by the batch in training, which moves the running statistics; by these in evaluation."""
-        if x.device.type != "cpu" or not self.training:
+        lone = x.numel() == x.shape[1]  # which torch refuses
+        if x.device.type != "cpu" or not self.training or lone:
             return F.elu(super().forward(x), inplace=True)
         self._check_input_dim(x)
         assert self.num_batches_tracked is not None
@@ -101,6 +102,18 @@ class BatchNormELU(nn.BatchNorm3d):
         running = self.running_mean, self.running_var
         y, mean, rstd = torch.native_batch_norm(x, weight, bias, *running, True, self.weight_of_batch, self.eps)
         return y, mean[None], rstd[None]
+
+
+class InstanceNormELU(nn.InstanceNorm3d):
+    """Instance normalisation and an ELU: (b, c, z, y, x) to the same shape.
+
+    By torch: as group normalisation with a channel per group, torch 2.13 takes the variance from the mean of squares
+    where channels are last in memory, and loses three digits.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalised by the sample and channel."""
+        return F.elu(super().forward(x), inplace=True)
 
 
 class GroupNormELU(nn.GroupNorm):
@@ -137,29 +150,28 @@ class _NormalisedActivation(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        """With y = scale x + shift per channel: dL/dx = scale dL/dy + slope x + offset, the last two per group."""
+        """y = scale (x - mean) + bias, so dL/dx = scale dL/dy + slope (x - mean) + offset, the last two per group."""
         x, weight, bias, mean, rstd, *result = ctx.saved_tensors
         samples, groups = mean.shape
         wide = torch.promote_types(x.dtype, torch.float32)
         mean, rstd = (value.to(wide).repeat_interleave(x.shape[1] // groups, dim=1)[:, None] for value in (mean, rstd))
         scale = rstd * weight
-        shift = bias - mean * scale
         image, of_output, *result = (_voxels_first(image, samples) for image in (x, gradient, *result))
 
         def of_normed_pieces() -> Iterator[tuple[Tensor, Tensor]]:
             for piece, above, *after in zip(*map(_pieces, (image, of_output, *result)), strict=True):
-                piece = piece.to(wide)
-                known = after[0].to(wide) if after else torch.addcmul(shift, piece, scale)
+                piece = piece - mean  # first of all: sums of what is far from 0 lose their digits
+                known = after[0].to(wide) if after else torch.addcmul(bias, piece, scale)
                 yield piece, ctx.activation.backward(above.to(wide), known)
 
         total, with_x = torch.zeros_like(scale), torch.zeros_like(scale)
         for piece, of_y in of_normed_pieces():
             total += of_y.sum(1, keepdim=True)
             with_x += of_y.mul_(piece).sum(1, keepdim=True)
-        of_weight = (with_x - mean * total) * rstd  # sum over the voxels of dL/dy (x - mean) / deviation
+        of_weight = with_x * rstd  # sum over the voxels of dL/dy (x - mean) / deviation
         count = image.shape[1] * image.shape[2] // groups
         slope = -_over_groups(of_weight * weight, groups) * rstd.square() / count
-        offset = -mean * slope - _over_groups(total * weight, groups) * rstd / count
+        offset = -_over_groups(total * weight, groups) * rstd / count
         of_x = torch.empty_like(x, memory_format=torch.channels_last_3d)
         for (piece, of_y), part in zip(of_normed_pieces(), _pieces(_voxels_first(of_x, samples)), strict=True):
             part.copy_(of_y.mul_(scale).add_(offset).addcmul_(piece, slope))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from connectomics_neurodiff import normalisation
-from connectomics_neurodiff.normalisation import BatchNormELU, GroupNormELU
+from connectomics_neurodiff.normalisation import BatchNormELU, GroupNormELU, InstanceNormELU
 from connectomics_neurodiff.synthesis.nets.norm import NormSiLU
 
 WAYS: dict[str, tuple[Callable[[int], nn.Module], Callable[[int], nn.Module]]] = {
@@ -18,7 +18,7 @@ WAYS: dict[str, tuple[Callable[[int], nn.Module], Callable[[int], nn.Module]]] =
     "one group, ELU": (lambda c: GroupNormELU(1, c), lambda c: nn.Sequential(nn.GroupNorm(1, c), nn.ELU())),
     "groups, ELU": (lambda c: GroupNormELU(4, c), lambda c: nn.Sequential(nn.GroupNorm(4, c), nn.ELU())),
     "instance, ELU": (
-        lambda c: GroupNormELU(c, c),
+        lambda c: InstanceNormELU(c, affine=True),
         lambda c: nn.Sequential(nn.InstanceNorm3d(c, affine=True), nn.ELU()),
     ),
     "one group, SiLU": (lambda c: NormSiLU(c, 1), lambda c: nn.Sequential(nn.GroupNorm(1, c), nn.SiLU())),
@@ -84,3 +84,19 @@ def test_other_devices_compute_by_torch() -> None:
     x = torch.empty(1, 8, 2, 4, 6, device="meta")
     for module in (BatchNormELU(8), GroupNormELU(4, 8), NormSiLU(8, 4)):
         assert module.to("meta")(x).shape == x.shape
+
+
+def test_an_image_far_from_zero_loses_no_more_digits_than_torch() -> None:
+    generator = torch.Generator().manual_seed(0)
+    ours, theirs = (module.float() for module in pair("batch, ELU", 8, generator))
+    x = 1000 + torch.randn(2, 8, 8, 24, 24, generator=generator).contiguous(memory_format=torch.channels_last_3d)
+    direction = torch.randn(x.shape, generator=generator)
+    for one, other in zip(
+        value_and_gradients(ours, x, direction), value_and_gradients(theirs, x, direction), strict=True
+    ):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4 * float(other.abs().max()))
+
+
+def test_a_lone_value_per_channel_has_no_deviation() -> None:
+    with pytest.raises(ValueError, match="more than 1 value per channel"):
+        BatchNormELU(4)(torch.randn(1, 4, 1, 1, 1))

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..errors import UnknownName, did_you_mean
-from ..normalisation import BatchNormELU, GroupNormELU
+from ..normalisation import BatchNormELU, GroupNormELU, InstanceNormELU
 from .build import SEGMENTERS
 from .levels import check_image, level_factors, pad_to_multiple
 
@@ -30,7 +30,7 @@ _BATCH_NORM_MOMENTUM = 0.05
 _NORMS: dict[str, Callable[[int], nn.Module]] = {
     "batch": lambda channels: BatchNormELU(channels, momentum=_BATCH_NORM_MOMENTUM),
     "group": lambda channels: GroupNormELU(math.gcd(4, channels), channels),
-    "instance": lambda channels: GroupNormELU(channels, channels),
+    "instance": lambda channels: InstanceNormELU(channels, affine=True),
     "none": lambda channels: nn.ELU(),
 }
 _UPSAMPLERS = ("transposed", "trilinear")
