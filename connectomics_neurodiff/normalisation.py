@@ -62,7 +62,9 @@ def group_norm_and(activation: Activation, x: Tensor, groups: int, weight: Tenso
         As `x`; on the CPU with the channels last in memory.
     """
     if x.device.type != "cpu":
-        return activation.forward(F.group_norm(x, groups, weight, bias, eps), inplace=not torch.is_grad_enabled())
+        return activation.forward(
+            F.group_norm(x, groups, weight, bias, eps), inplace=activation.of_result or not torch.is_grad_enabled()
+        )
 
     def normalise(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         b, c = x.shape[:2]

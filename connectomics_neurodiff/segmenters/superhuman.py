@@ -31,7 +31,7 @@ _NORMS: dict[str, Callable[[int], nn.Module]] = {
     "batch": lambda channels: BatchNormELU(channels, momentum=_BATCH_NORM_MOMENTUM),
     "group": lambda channels: GroupNormELU(math.gcd(4, channels), channels),
     "instance": lambda channels: InstanceNormELU(channels, affine=True),
-    "none": lambda channels: nn.ELU(),
+    "none": lambda channels: nn.ELU(inplace=True),
 }
 _UPSAMPLERS = ("transposed", "trilinear")
 _SKIPS = ("concat", "sum")

@@ -216,6 +216,7 @@ def execute(
     failed: dict[str, str] = {}
     running: dict[Future[str], str] = {}
     waiting = set(jobs)
+    untold = False
     with _Progress(study, jobs) as progress, ThreadPoolExecutor(workers) as pool, _children(pool) as start:
         while order.is_active():
             for name in order.get_ready():
@@ -234,9 +235,10 @@ def execute(
                 progress.finished(name)
                 waiting.discard(name)
                 order.done(name)
-            have_scores = any(jobs[name].leaves == SCORES and name not in failed for name in finished)
-            if have_scores and not any(future.done() for future in running):
+            untold |= any(jobs[name].leaves == SCORES and name not in failed for name in finished)
+            if untold and not any(future.done() for future in running):
                 on_scores(failed, waiting)
+                untold = False
             progress.look(running.values())
     return failed
 
