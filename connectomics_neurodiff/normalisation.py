@@ -75,19 +75,7 @@ def group_norm_and(activation: Activation, x: Tensor, groups: int, weight: Tenso
 
 
 class BatchNormELU(nn.BatchNorm3d):
-    """Batch normalisation and an ELU: (b, c, z, y, x) to the same shape.
-
-    Parameters
-    ----------
-    channels : int
-        Channels.
-    momentum : float
-        Weight of a batch in the running statistics.
-    """
-
-    def __init__(self, channels: int, momentum: float = 0.1) -> None:
-        super().__init__(channels, momentum=momentum)
-        self.weight_of_batch = momentum
+    """Batch normalisation and an ELU: (b, c, z, y, x) to the same shape."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalised by the batch in training, which moves the running statistics; by these in evaluation."""
@@ -101,8 +89,9 @@ class BatchNormELU(nn.BatchNorm3d):
         return result
 
     def _normalise(self, x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        assert self.momentum is not None
         running = self.running_mean, self.running_var
-        y, mean, rstd = torch.native_batch_norm(x, weight, bias, *running, True, self.weight_of_batch, self.eps)
+        y, mean, rstd = torch.native_batch_norm(x, weight, bias, *running, True, self.momentum, self.eps)
         return y, mean[None], rstd[None]
 
 

@@ -50,7 +50,7 @@ def test_a_large_pass_is_measured_on_a_piece(size: tuple[int, int, int], trainin
     network = SlowNetwork()
     found = seconds_of_pass(network, inputs, size, torch.device("cpu"), "fp32", training=training)
     voxels = size[0] * size[1] * size[2]
-    assert per_voxel * voxels <= found < 1.5 * per_voxel * voxels
+    assert per_voxel * voxels <= found < 3 * per_voxel * voxels, "a busy machine wakes late"
     assert network.seen == {tuple(min(pair) for pair in zip(size, TIMED_PIECE, strict=True))}
 
 
