@@ -14,6 +14,7 @@ oneDNN 3.12 (torch 2.13) goes wrong twice in bfloat16 on processors with AMX:
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -175,4 +176,4 @@ def use_sound_convolutions(network: nn.Module) -> None:
     """
     for module in network.modules():
         if isinstance(module, nn.Conv3d):
-            module._conv_forward = _forward.__get__(module)  # type: ignore[method-assign]
+            module._conv_forward = partial(_forward, module)  # type: ignore[method-assign]

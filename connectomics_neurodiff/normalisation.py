@@ -1,7 +1,7 @@
 """Normalisation and an activation in one, with a backward pass of its own on the CPU.
 
-Torch's keeps the normalised image too. Its backward pass of group normalisation takes 20 to 70 times as long with fewer
-than 16 channels per group, that of batch normalisation in float32 twice as long as here.
+Torch's backward pass of group normalisation takes 20 to 70 times as long with fewer than 16 channels per group, that of
+batch normalisation in float32 twice as long as here; before a SiLU it keeps the normalised image too.
 
 Glossary: b batch, v voxels, c channels, g groups.
 """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from typing import Any
 
 import pytest
@@ -114,6 +115,18 @@ def test_a_network_made_sound_keeps_its_names_and_numbers() -> None:
     assert list(plain.state_dict()) == list(guarded.state_dict())
     x = x.double()
     assert torch.equal(plain.double()(x), guarded.double()(x))
+
+
+def test_a_network_made_sound_can_be_pickled_and_copied() -> None:
+    guarded = nn.Sequential(nn.Conv3d(2, 3, 3, padding=1))
+    use_sound_convolutions(guarded)
+    x = torch.linspace(-1, 1, 2 * 2 * 4 * 6 * 8).reshape(2, 2, 4, 6, 8)
+    expected = guarded(x)
+    copies = pickle.loads(pickle.dumps(guarded)), copy.deepcopy(guarded)
+    with torch.no_grad():
+        guarded[0].weight.zero_()
+    for one in copies:
+        assert torch.equal(one(x), expected), "with weights of its own"
 
 
 @given(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import pytest
 import torch
@@ -40,6 +40,14 @@ class SlowNetwork(nn.Module):
         return result
 
 
+@pytest.fixture
+def _nothing_measured() -> Iterator[None]:
+    """Costs that were measured before, or under a test's patches, are forgotten."""
+    plan._measured_cost.cache_clear()
+    yield
+    plan._measured_cost.cache_clear()
+
+
 def inputs(size: Sequence[int], device: str) -> tuple[Tensor]:
     return (torch.zeros(1, 1, *size, device=device),)
 
@@ -52,8 +60,31 @@ def test_a_large_pass_is_measured_on_a_piece(size: tuple[int, int, int], trainin
     voxels = size[0] * size[1] * size[2]
     assert per_voxel * voxels <= found < 3 * per_voxel * voxels, "a busy machine wakes late"
     assert network.seen == {tuple(min(pair) for pair in zip(size, TIMED_PIECE, strict=True))}
+    assert network.training == training
 
 
+@pytest.mark.parametrize(("seconds", "passes"), [(plan.LONG_PASS / 2, 2), (plan.LONG_PASS * 2, 1)])
+def test_a_long_first_pass_is_enough(seconds: float, passes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter(seconds * tick for tick in range(100))
+    monkeypatch.setattr(plan.time, "perf_counter", lambda: next(clock))
+    size = (2, 3, 4)
+    assert seconds_of_pass(nn.Identity(), inputs, size, torch.device("cpu"), "fp32", training=False) == seconds
+    assert next(clock) == seconds * 2 * passes
+
+
+@pytest.mark.usefixtures("_nothing_measured")
+def test_an_estimate_leaves_the_random_numbers_alone() -> None:
+    torch.manual_seed(3)
+    wanted = torch.rand(4)
+    torch.manual_seed(3)
+    cfg = load_config(
+        overrides=["MODEL.FILTERS", "[4, 6]", "MODEL.ISOTROPY", "[False]", "MODEL.INPUT_SIZE", "[2, 8, 8]"]
+    )
+    assert plan.estimates(cfg, ["segmenter"], None)[0].seconds > 0
+    assert torch.equal(torch.rand(4), wanted)
+
+
+@pytest.mark.usefixtures("_nothing_measured")
 def test_time_is_that_of_all_samples_steps_and_arms(monkeypatch: pytest.MonkeyPatch) -> None:
     built = []
 
@@ -61,11 +92,9 @@ def test_time_is_that_of_all_samples_steps_and_arms(monkeypatch: pytest.MonkeyPa
         built.append(network)
         return 0.5
 
-    plan._measured_cost.cache_clear()
     monkeypatch.setattr(plan, "seconds_of_pass", one_pass)
     settings = ["SOLVER.SAMPLES_PER_BATCH", 3, "SOLVER.ITERATION_TOTAL", 7, "AUGMENTOR.SYNTHETIC.ENABLED", True]
     one, both = (plan.estimates(load_config(overrides=settings), ["segmenter"], None, arm)[-1] for arm in ("real", ""))
     assert (one.seconds, both.seconds) == (0.5 * 3 * 7, 2 * 0.5 * 3 * 7)
     assert one.memory == both.memory, "one arm after the other"
     assert len(built) == 1, "the same network is timed once"
-    plan._measured_cost.cache_clear()

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -17,7 +18,9 @@ from conftest import REPOSITORY
 from test_study import write_study
 from tiny import TINY, neurodiff
 
-from connectomics_neurodiff.study.execute import Job, execute, jobs_of
+from connectomics_neurodiff.errors import UserError
+from connectomics_neurodiff.study import results, run_study
+from connectomics_neurodiff.study.execute import SCORES, Job, execute, jobs_of
 from connectomics_neurodiff.study.plan import Study, read_study
 
 SETTINGS = {key: value for key, value in TINY.items() if key != "AUGMENTOR.SYNTHETIC"} | {
@@ -208,3 +211,30 @@ def test_a_broken_disk_is_the_reason_of_one_run(tmp_path: Path, monkeypatch: pyt
     fake_runs(monkeypatch, start)
     failed = execute(study, jobs, 1, "native", lambda _: "")
     assert list(failed.values()) == ["[Errno 28] No space left on device"]
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), UserError("No such score.")])
+def test_a_page_that_cannot_be_written_now_ends_no_training(
+    error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = write_study(tmp_path, SEEDS=[3], SETTINGS=SETTINGS)
+    study = read_study(path)
+    jobs = jobs_of(study, lambda *_: 1.0)
+    written: list[int] = []
+
+    def start(_arguments: list[str], log: Path) -> int:
+        leave(study, jobs, log)
+        return 0
+
+    def write(_study: Study, _failed: Mapping[str, str], waiting: Collection[str] = ()) -> dict[str, Any]:
+        written.append(len(waiting))
+        if waiting:
+            raise error
+        return {"arms": []}
+
+    monkeypatch.setattr(results, "write_results", write)
+    fake_runs(monkeypatch, start)
+    assert run_study(path, jobs=1) == {"arms": []}
+    trainings = sum(job.leaves == SCORES for job in jobs.values())
+    assert len(written) == trainings + 1, "after each of them, and at the end"
+    assert "The results so far could not be written, the study goes on: " + str(error) in caplog.text

@@ -25,8 +25,10 @@ if TYPE_CHECKING:
 
 #: A training step holds about three times what a forward pass does: activations, gradients, weights.
 TRAINING_FACTOR = 3
-#: Most voxels (z, y, x) of what a network is timed on: a second or two for the networks of the recipes.
+#: Most voxels (z, y, x) of what a network is timed on without a GPU: a second or two for most networks of the recipes.
 TIMED_PIECE = (16, 64, 64)
+#: Seconds of a first pass that tell enough: the kernels that oneDNN makes in it hardly count.
+LONG_PASS = 2.0
 #: Arguments of a network for images of a size, on a device.
 Inputs = Callable[[Sequence[int], str], tuple[Any, ...]]
 
@@ -211,6 +213,8 @@ def _measured_cost(
     _threads: int,
 ) -> Cost:
     """A study asks for the same network again and again."""
+    import torch
+
     from ..segmenters import build_segmenter
     from ..synthesis import build_denoiser
 
@@ -219,8 +223,9 @@ def _measured_cost(
         "segmenter": (build_segmenter, _segmenter_inputs),
     }
     build, inputs = kinds[kind]
-    network = build(name, **json.loads(options))
-    seconds = seconds_of_pass(network, inputs, size, device, precision, training=training)
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        network = build(name, **json.loads(options))
+        seconds = seconds_of_pass(network, inputs, size, device, precision, training=training)
     memory = _bytes_of_pass(network, inputs, size) * (TRAINING_FACTOR if training else 1)
     return Cost(seconds, memory, _parameters(network))
 
@@ -234,12 +239,12 @@ def seconds_of_pass(
     *,
     training: bool,
 ) -> float:
-    """What a network takes for one sample: measured on a piece of it.
+    """What a network takes for one sample: measured on a piece of it, on a GPU on all of it.
 
     Parameters
     ----------
     network : torch.nn.Module
-        Moved to the device, in place.
+        Moved to the device and set to train or not, in place.
     inputs : callable
         Its arguments for a size and a device.
     size : sequence of 3 ints
@@ -256,9 +261,11 @@ def seconds_of_pass(
     from ..convolution import use_sound_convolutions
     from ..memory import kept_memory
 
-    piece = [min(n, most) for n, most in zip(size, TIMED_PIECE, strict=True)]
     network.to(device).to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
+    network.train(training)
+    piece = list(size)
     if device.type == "cpu":
+        piece = [min(n, most) for n, most in zip(size, TIMED_PIECE, strict=True)]
         use_sound_convolutions(network)
     arguments = inputs(piece, str(device))
 
@@ -272,8 +279,9 @@ def seconds_of_pass(
         return time.perf_counter() - start
 
     with kept_memory(math.prod(piece)), torch.set_grad_enabled(training):
-        run()  # makes oneDNN's kernels
-        return run() * math.prod(size) / math.prod(piece)
+        first = run()  # makes oneDNN's kernels
+        seconds = first if first > LONG_PASS else run()
+    return seconds * math.prod(size) / math.prod(piece)
 
 
 def _bytes_of_pass(network: torch.nn.Module, inputs: Inputs, size: Sequence[int]) -> float:

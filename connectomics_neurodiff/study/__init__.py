@@ -7,10 +7,11 @@
 from __future__ import annotations
 
 import fcntl
+import logging
 import math
 import os
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -25,6 +26,8 @@ from ..provenance import atomic_write, hash_of
 if TYPE_CHECKING:
     from .execute import Job
     from .plan import Study
+
+logger = logging.getLogger(__name__)
 
 #: Shape of each part of the data, (z, y, x) voxels.
 Shapes = dict[str, tuple[int, int, int]]
@@ -80,12 +83,22 @@ def run_study(
         print(describe(study, planned, shapes, workers))
         return {}
     with _claimed(study, Path(path)):
-        failed = execute(study, planned, workers, engine, _Contents(), on_scores=partial(write_results, study))
+        failed = execute(study, planned, workers, engine, _Contents(), on_scores=partial(_write_so_far, study))
         content = write_results(study, failed)
     if failed:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in sorted(failed.items()))
         raise UserError(f"{len(failed)} of the study's runs failed (logs in {study.output / 'jobs'}): {reasons}")
     return content
+
+
+def _write_so_far(study: Study, failed: Mapping[str, str], waiting: Collection[str]) -> None:
+    """The results of the trainings that have been scored; a page that cannot be written now ends none of the others."""
+    from .results import write_results
+
+    try:
+        write_results(study, failed, waiting)
+    except (UserError, OSError) as error:
+        logger.warning("The results so far could not be written, the study goes on: %s", error)
 
 
 def _check_data(study: Study) -> dict[str, Shapes]:
