@@ -94,6 +94,24 @@ class Box:
         """Whether the box lies inside an array of that shape."""
         return all(a >= 0 and b <= n for a, b, n in zip(self.start, self.stop, shape, strict=True))
 
+    def without(self, other: Box) -> list[Box]:
+        """Disjoint boxes that cover what another does not: whole sections first, then rows, then columns.
+
+        >>> Box((0, 0, 0), (4, 9, 9)).without(Box((1, 0, 0), (9, 9, 3)))
+        [Box(start=(0, 0, 0), stop=(1, 9, 9)), Box(start=(1, 0, 3), stop=(4, 9, 9))]
+        """
+        if not self.overlaps(other):
+            return [self]
+        left, start, stop = [], list(self.start), list(self.stop)
+        for axis in range(3):
+            for first, last in ((start[axis], other.start[axis]), (other.stop[axis], stop[axis])):
+                if first < last:
+                    a, b = start.copy(), stop.copy()
+                    a[axis], b[axis] = first, last
+                    left.append(Box((a[0], a[1], a[2]), (b[0], b[1], b[2])))
+            start[axis], stop[axis] = max(start[axis], other.start[axis]), min(stop[axis], other.stop[axis])
+        return left
+
 
 def tile_starts(size: int, tile: int, overlap: int) -> list[int]:
     """First voxels of the tiles that cover one axis.

@@ -13,6 +13,23 @@ from connectomics_neurodiff.errors import ValueRangeError
 from connectomics_neurodiff.geometry import Box, blend_window, is_anisotropic, tile_starts, tiles, voxel_size
 
 
+@given(st.data())
+def test_what_a_box_has_beside_another_is_covered_once(data: st.DataObject) -> None:
+    def box() -> Box:
+        start = data.draw(st.tuples(*[st.integers(0, 5)] * 3))
+        a, b, c = (n + data.draw(st.integers(1, 4)) for n in start)
+        return Box(start, (a, b, c))
+
+    one, other = box(), box()
+    found = np.zeros((10, 10, 10), int)
+    wanted = found.copy()
+    for left in one.without(other):
+        found[left.slices] += 1
+    wanted[one.slices] = 1
+    wanted[other.slices] = 0
+    assert np.array_equal(found, wanted)
+
+
 @given(size=st.integers(1, 200), tile=st.integers(1, 50), data=st.data())
 def test_tiles_cover_an_axis_and_overlap_enough(size: int, tile: int, data: st.DataObject) -> None:
     overlap = data.draw(st.integers(0, tile - 1))

@@ -226,6 +226,9 @@ CHARTS: dict[str, Callable[[Path], None]] = {
     "scores": lambda p: scores_figure(p, {"real": {"waterz": SCORES}, "mixed": {"waterz": SCORES, "multicut": SCORES}}),
     "scores of one arm": lambda p: scores_figure(p, {"real": {"waterz": SCORES}, "mixed": {}}),
     "mask quality": lambda p: mask_quality_figure(p, {"copy_000": QUALITY, "copy_001": QUALITY}),
+    "mask quality of two sources": lambda p: mask_quality_figure(
+        p, {"copy_000": QUALITY, "unlabeled_000_copy_000": QUALITY | {"source_membrane_fraction": 0.0}}
+    ),
     "grey values": lambda p: grey_value_figure(p, np.linspace(0, 1, 99), {"a": np.full(9, 0.5), "b": np.zeros(9)}),
     "grey values of one": lambda p: grey_value_figure(p, np.linspace(0, 1, 99), [np.full((3, 4, 5), 0.5)]),
 }

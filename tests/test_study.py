@@ -14,6 +14,7 @@ from conftest import REPOSITORY
 from tiny import TINY, neurodiff
 
 from connectomics_neurodiff.errors import ConfigError, MissingInput, ShapeMismatch, UserError
+from connectomics_neurodiff.study.execute import jobs_of
 from connectomics_neurodiff.study.plan import read_study
 from connectomics_neurodiff.study.results import summarise, write_results
 from connectomics_neurodiff.study.statistics import paired_interval, verdict_on
@@ -59,6 +60,60 @@ def test_what_arms_share_is_made_once(tmp_path: Path) -> None:
     assert study.denoiser_of(of_seed["mixed"].pairs) == study.denoiser_of(of_seed["two copies"].pairs)
     assert len(study.denoisers) == 2 * 2
     assert {cfg.NEURODIFF.SEED for cfg in study.denoisers.values()} == {0, 3}
+
+
+UNLABELED = {
+    "DATASET.UNLABELED": "rest",
+    "NEURODIFF.SPLIT.TRAIN.BOX": "[0, 0, 0, 8, 72, 44]",
+}
+SOURCES: dict[str, Any] = {
+    "real": {"AUGMENTOR.SYNTHETIC.ENABLED": False},
+    "painted": {},
+    "pseudo": {"AUGMENTOR.SYNTHETIC.SOURCE": "pseudo"},
+    "repainted": {"AUGMENTOR.SYNTHETIC.SOURCE": "repainted"},
+    "both": {"AUGMENTOR.SYNTHETIC.SOURCE": ["repainted", "pseudo"]},
+}
+
+
+def test_unannotated_tissue_is_labelled_once_by_the_real_arms_network(tmp_path: Path) -> None:
+    settings = {key: value for key, value in TINY.items() if key != "AUGMENTOR.SYNTHETIC"} | UNLABELED
+    study = read_study(write_study(tmp_path, ARMS=SOURCES, SETTINGS=settings, SEEDS=[3]))
+    jobs = jobs_of(study, lambda *_: 2.0)
+    of_arm = {trial.arm: jobs[trial.folder.relative_to(study.output).as_posix()] for trial in study.trials}
+    (labels,) = [job for job in jobs.values() if job.stages == ("pseudo_labels",)]
+    assert labels.needs == (of_arm["real"].name,)
+    assert labels.leaves == ("pseudo_labels/tissue_000.h5",)
+    denoisers = [job for job in jobs.values() if job.stages == ("diffusion",)]
+    assert [job.needs for job in denoisers] == [(), (labels.name,)], "of images without masks, and of labelled ones"
+    painted = {arm: [jobs[name] for name in of_arm[arm].needs if name.startswith("pairs/")] for arm in of_arm}
+    assert [len(found) for found in painted.values()] == [0, 1, 0, 1, 1]
+    assert painted["repainted"] == painted["both"]
+    assert set(painted["both"][0].needs) == {denoisers[1].name, labels.name}
+    assert painted["repainted"][0].leaves == (
+        "pairs/unlabeled_000_copy_000.h5",
+        "pairs/unlabeled_000_copy_000.gate.json",
+    )
+    assert [labels.name in of_arm[arm].needs for arm in of_arm] == [False, False, True, True, True]
+
+
+def test_without_a_real_arm_of_the_same_settings_the_labels_have_a_training_of_their_own(tmp_path: Path) -> None:
+    settings = {key: value for key, value in TINY.items() if key != "AUGMENTOR.SYNTHETIC"} | UNLABELED
+    arms = {"real": SOURCES["real"] | {"SOLVER.ITERATION_TOTAL": 7}, "pseudo": SOURCES["pseudo"]}
+    jobs = jobs_of(read_study(write_study(tmp_path, ARMS=arms, SETTINGS=settings, SEEDS=[3])), lambda *_: 2.0)
+    (labels,) = [job for job in jobs.values() if job.stages == ("pseudo_labels",)]
+    assert (labels.needs, labels.seconds) == ((), 2.0)
+
+
+def test_the_real_arm_knows_nothing_of_unannotated_tissue(tmp_path: Path) -> None:
+    settings = {key: value for key, value in TINY.items() if key != "AUGMENTOR.SYNTHETIC"}
+    settings["NEURODIFF.SPLIT.TRAIN.BOX"] = UNLABELED["NEURODIFF.SPLIT.TRAIN.BOX"]
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    plain = read_study(write_study(tmp_path / "a", SETTINGS=settings))
+    with_tissue = read_study(write_study(tmp_path / "b", SETTINGS=settings | UNLABELED))
+    names = [[trial.folder.name for trial in study.trials] for study in (plain, with_tissue)]
+    assert names[0][:2] == names[1][:2], "of the arm 'real'"
+    assert not set(names[0][2:]) & set(names[1][2:]), "the denoiser of the other sees it"
 
 
 def test_settings_of_arms_go_before_shared_ones_and_the_command_line_before_all(tmp_path: Path) -> None:

@@ -57,6 +57,26 @@ def test_what_is_done_is_not_done_again(finished: Path) -> None:
     assert {path: path.stat().st_mtime_ns for path in (finished / "study" / "trainings").rglob("*")} == stamps
 
 
+def test_unannotated_tissue_is_labelled_and_trained_on(tmp_path: Path) -> None:
+    settings = SETTINGS | {"DATASET.UNLABELED": "rest", "NEURODIFF.SPLIT.TRAIN.BOX": "[0, 0, 0, 8, 72, 44]"}
+    arms = {
+        "real": {"AUGMENTOR.SYNTHETIC.ENABLED": False},
+        "all": {"AUGMENTOR.SYNTHETIC.SOURCE": ["repainted", "pseudo"]},
+    }
+    found = neurodiff("study", str(write_study(tmp_path, SEEDS=[3], SETTINGS=settings, ARMS=arms)), "--jobs", "1")
+    assert found.returncode == 0, found.stderr
+    trainings = list((tmp_path / "study" / "trainings").iterdir())
+    assert sorted(path.name.split("-")[0] for path in trainings) == ["mixed", "real"], "the labels took the real arm's"
+    (mixed,) = [path for path in trainings if path.name.startswith("mixed")]
+    config = (mixed / "config.yaml").read_text()
+    assert "pairs/unlabeled_000_copy_000.h5" in config.replace(str(tmp_path), "")
+    assert "pseudo_labels/tissue_000.h5" in config.replace(str(tmp_path), "").replace("\n", "")
+    before = tables(tmp_path)
+    again = neurodiff("study", str(tmp_path / "study.yaml"))
+    assert again.returncode == 0, again.stderr
+    assert tables(tmp_path) == before
+
+
 def test_the_real_training_never_sees_the_synthesis_and_the_mixed_one_its_pairs(finished: Path) -> None:
     trainings = {path.name.split("-")[0]: path for path in (finished / "study" / "trainings").iterdir()}
     assert set(trainings) == {"real", "mixed"}

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from connectomics_neurodiff.conditions import DARK_LEVEL, membrane_from_labels
+from connectomics_neurodiff.conditions import DARK_LEVEL, NULL_CONDITION, membrane_from_labels
 from connectomics_neurodiff.errors import MissingInput, UnknownName, ValueRangeError
 from connectomics_neurodiff.geometry import ZYX
 from connectomics_neurodiff.synthesis import DiffusionCrops, DiffusionProcess, cosine_betas
@@ -201,6 +201,16 @@ def test_volumes_that_cannot_be_trained_on() -> None:
     for lacking in (Volume(None, whole.label, None, VOXEL), Volume(whole.image, None, None, VOXEL)):
         with pytest.raises(MissingInput):
             crops(lacking)
+
+
+def test_a_volume_without_labels_is_learnt_without_masks() -> None:
+    labelled, image = volume(), replace(volume((5, 20, 24)), label=None, mito=None)
+    dataset = crops(labelled, image, share="equal")
+    null = [bool((dataset[i]["condition"] == NULL_CONDITION).all()) for i in range(200)]
+    assert 70 < sum(null) < 130, "half of them"
+    assert len(dataset.scales) == 2
+    with pytest.raises(MissingInput, match="image and label"):
+        crops(image)
 
 
 def test_equal_shares_do_not_starve_a_small_volume() -> None:

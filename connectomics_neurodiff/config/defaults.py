@@ -85,6 +85,10 @@ def _add_dataset(cfg: CfgNode) -> None:
     cfg.DATASET.IMAGE_NAME = "phantom"
     # File with the neuron labels. Empty: the same file as the image.
     cfg.DATASET.LABEL_NAME = ""
+    # Tissue that nobody has annotated, of the same voxel size: names of files, or {IMAGE_NAME: .., BOX: ..}; without a
+    # name of the training volume's file. "rest": all of that file outside of train, tune and test. The denoiser learns
+    # from it, and AUGMENTOR.SYNTHETIC.SOURCE says what else it is for (docs/unlabeled.md). [ours]
+    cfg.DATASET.UNLABELED = []
     # The run's folder: all that is made goes there and nowhere else.
     cfg.DATASET.OUTPUT_PATH = "outputs/neurodiff"
 
@@ -143,6 +147,10 @@ def _add_augmentor(cfg: CfgNode) -> None:
     cfg.AUGMENTOR.SYNTHETIC.ENABLED = False
     # Pair files made before (a path or a list of them). Empty: the run makes its own.
     cfg.AUGMENTOR.SYNTHETIC.PAIRS = []
+    # What pairs the run makes, one or more of: "remodelled": painted onto the train part's masks [paper]; and of
+    # DATASET.UNLABELED, segmented by the real arm's network, "repainted": painted onto these masks; "pseudo": the
+    # tissue itself with these labels, as a control. [ours]
+    cfg.AUGMENTOR.SYNTHETIC.SOURCE = ["remodelled"]
     # Synthetic : real patches, >= 0. [paper] 1.0.
     cfg.AUGMENTOR.SYNTHETIC.RATIO = 1.0
     # Part of the training in which synthetic patches are drawn, (0, 1]; the rest sees real ones only. [paper] 1.0.

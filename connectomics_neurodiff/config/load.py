@@ -16,7 +16,7 @@ from yacs.config import CfgNode
 
 from ..errors import ConfigError, MissingInput, did_you_mean
 from .defaults import default_config
-from .validate import validate
+from .validate import REST, validate
 
 BASE_KEY = "_BASE_"
 
@@ -106,13 +106,13 @@ def nested(key: str, value: Any) -> dict[str, Any]:
 
 
 def written_out(key: str, value: Any) -> Any:
-    """Short forms in full: ``True`` for AUGMENTOR.SYNTHETIC, one path for its pairs, a name for an extra volume."""
+    """Short forms in full: ``True`` for AUGMENTOR.SYNTHETIC, one path for its pairs, a name for a volume."""
     if key == "AUGMENTOR.SYNTHETIC" and isinstance(value, bool):
         return {"ENABLED": value}
-    extra = key == "NEURODIFF.DIFFUSION.EXTRA_VOLUMES"
-    if (extra or key == "AUGMENTOR.SYNTHETIC.PAIRS") and isinstance(value, str):
+    volumes = key in ("NEURODIFF.DIFFUSION.EXTRA_VOLUMES", "DATASET.UNLABELED")
+    if (volumes or key in ("AUGMENTOR.SYNTHETIC.PAIRS", "AUGMENTOR.SYNTHETIC.SOURCE")) and isinstance(value, str):
         value = [value] if value else []
-    if extra and isinstance(value, list | tuple):
+    if volumes and isinstance(value, list | tuple) and list(value) != [REST]:
         return [{"IMAGE_NAME": volume} if isinstance(volume, str) else volume for volume in value]
     return value
 

@@ -42,6 +42,7 @@ def validate(cfg: CfgNode) -> None:
     _validate_names(cfg)
     _validate_remodelling(cfg)
     _validate_diffusion(cfg)
+    _validate_unlabeled(cfg)
     _validate_segmenter(cfg)
     _validate_sources(cfg)
 
@@ -105,8 +106,13 @@ def _validate_numbers(cfg: CfgNode) -> None:
     )
 
 
-#: What an entry of EXTRA_VOLUMES may say, and of which type.
+#: What an entry of EXTRA_VOLUMES, and one of UNLABELED, may say, and of which type.
 EXTRA_KEYS: dict[str, type] = {"IMAGE_NAME": str, "LABEL_NAME": str, "MITO_NAME": str, "VOXEL_NM": list, "BOX": list}
+UNLABELED_KEYS: dict[str, type] = {"IMAGE_NAME": str, "BOX": list}
+#: In place of a list of them: the rest of the training volume's file.
+REST = "rest"
+#: Kinds of pairs that a run makes.
+SOURCES = ("remodelled", "repainted", "pseudo")
 
 
 def _validate_remodelling(cfg: CfgNode) -> None:
@@ -149,13 +155,50 @@ def _validate_diffusion(cfg: CfgNode) -> None:
 def _validate_extra_volume(key: str, entry: object) -> None:
     if not isinstance(entry, dict) or not isinstance(entry.get("IMAGE_NAME"), str) or not entry["IMAGE_NAME"]:
         raise ConfigError(f"{key} must be the name of a volume, or have it as IMAGE_NAME. Got {entry!r}.")
-    for name, value in entry.items():
-        if name not in EXTRA_KEYS:
-            hint = did_you_mean(str(name), EXTRA_KEYS)
-            raise ConfigError(f"{key} has no key '{name}'.{hint} Known: {', '.join(EXTRA_KEYS)}.")
-        _require(isinstance(value, EXTRA_KEYS[name]), f"{key}.{name}", f"a {EXTRA_KEYS[name].__name__}", value)
+    _validate_entry(key, entry, EXTRA_KEYS)
     _require_voxel_size(f"{key}.VOXEL_NM", entry.get("VOXEL_NM", []))
-    _require_box(f"{key}.BOX", entry.get("BOX", []))
+
+
+def _validate_entry(key: str, entry: dict[str, object], known: dict[str, type]) -> None:
+    for name, value in entry.items():
+        if name not in known:
+            hint = did_you_mean(str(name), known)
+            raise ConfigError(f"{key} has no key '{name}'.{hint} Known: {', '.join(known)}.")
+        _require(isinstance(value, known[name]), f"{key}.{name}", f"a {known[name].__name__}", value)
+    box = entry.get("BOX", [])
+    assert isinstance(box, list)  # found above
+    _require_box(f"{key}.BOX", box)
+
+
+def _validate_unlabeled(cfg: CfgNode) -> None:
+    """Tissue without annotation, and the pairs that are made of it."""
+    for number, entry in enumerate(cfg.DATASET.UNLABELED):
+        if entry == REST and len(cfg.DATASET.UNLABELED) == 1:
+            continue
+        key = f"DATASET.UNLABELED[{number}]"
+        if not isinstance(entry, dict):
+            raise ConfigError(
+                f"{key} must be the name of a volume, or a mapping with {' and '.join(UNLABELED_KEYS)}; or all of "
+                f"DATASET.UNLABELED be '{REST}'. Got {entry!r}."
+            )
+        _validate_entry(key, entry, UNLABELED_KEYS)
+        named = entry.get("IMAGE_NAME") or entry.get("BOX")
+        _require(bool(named), key, "the name of a volume or a BOX of the training volume's file", entry)
+        phantom = cfg.DATASET.IMAGE_NAME == "phantom" and bool(entry.get("IMAGE_NAME"))
+        _require(not phantom, f"{key}.IMAGE_NAME", "empty while DATASET.IMAGE_NAME is 'phantom'", entry)
+    key, sources = "AUGMENTOR.SYNTHETIC.SOURCE", cfg.AUGMENTOR.SYNTHETIC.SOURCE
+    _require(bool(sources) and len(set(sources)) == len(sources), key, "one or more kinds of pairs, each once", sources)
+    for source in sources:
+        _require_choice(key, source, SOURCES)
+    lacking = [source for source in sources if source != SOURCES[0] and not cfg.DATASET.UNLABELED]
+    _require(not lacking, key, "['remodelled'] without DATASET.UNLABELED, which the others are made of", sources)
+    queries = cfg.MODEL.ARCHITECTURE == "agq" and not {"waterz", "mean", "multicut"} & set(
+        cfg.NEURODIFF.SEGMENT.METHODS
+    )
+    told = set(sources) == {SOURCES[0]} or not queries
+    _require(told, "NEURODIFF.SEGMENT.METHODS", f"one that agglomerates affinities, for {key} {sources}", "agq alone")
+    weighted = cfg.NEURODIFF.SEGMENTER.RELIABILITY_WEIGHTS and "pseudo" in sources
+    _require(not weighted, "NEURODIFF.SEGMENTER.RELIABILITY_WEIGHTS", f"false with {key} pseudo, which has none", True)
 
 
 def _require_voxel_size(key: str, voxel: Sequence[float]) -> None:

@@ -13,11 +13,12 @@ from ..errors import ConfigError, UnknownName, did_you_mean
 if TYPE_CHECKING:
     from ..checkpoints import Checkpoint
 
-#: Stages in order. The first three need AUGMENTOR.SYNTHETIC and no pairs made before.
-STAGES = ("diffusion", "masks", "pairs", "segmenter", "predictions", "segmentations", "metrics", "report")
 SYNTHESIS_STAGES = ("diffusion", "masks", "pairs")
-NETWORK_STAGES = frozenset({"diffusion", "pairs", "segmenter", "predictions"})
 INFERENCE_STAGES = ("predictions", "segmentations", "metrics", "report")
+#: Stages in order. Those before the segmenter's need AUGMENTOR.SYNTHETIC and no pairs made before; the first is for
+#: pairs that are made of unannotated tissue.
+STAGES = ("pseudo_labels", *SYNTHESIS_STAGES, "segmenter", *INFERENCE_STAGES)
+NETWORK_STAGES = frozenset({"pseudo_labels", "diffusion", "pairs", "segmenter", "predictions"})
 
 
 def choose_stages(cfg: CfgNode, names: Sequence[str] = (), *, inference: bool = False, arm: str = "") -> list[str]:
@@ -30,7 +31,7 @@ def choose_stages(cfg: CfgNode, names: Sequence[str] = (), *, inference: bool = 
     ConfigError
         If a stage was asked for by name that this configuration does not have.
     """
-    from .parts import makes_pairs
+    from .parts import makes_pairs, makes_pseudo_labels
 
     for name in names:
         if name not in STAGES:
@@ -40,17 +41,28 @@ def choose_stages(cfg: CfgNode, names: Sequence[str] = (), *, inference: bool = 
     synthesises = makes_pairs(cfg)
     idle = [name for name in names if name in SYNTHESIS_STAGES and not synthesises]
     if idle:
-        why = "AUGMENTOR.SYNTHETIC.PAIRS names pairs made before" if synthetic.ENABLED else "AUGMENTOR.SYNTHETIC is off"
-        raise ConfigError(f"The stage '{idle[0]}' makes synthetic pairs, but {why}.")
+        raise ConfigError(f"The stage '{idle[0]}' makes synthetic pairs, but {_why_none(synthetic)}.")
+    if "pseudo_labels" in names and not makes_pseudo_labels(cfg):
+        raise ConfigError(f"The stage 'pseudo_labels' labels unannotated tissue, but {_why_none(synthetic)}.")
     scored = cfg.NEURODIFF.SPLIT.SCORED
     unscored = [name for name in (INFERENCE_STAGES if inference else names) if name in INFERENCE_STAGES and not scored]
     if unscored:
         raise ConfigError(f"The stage '{unscored[0]}' needs a tune and a test part, but NEURODIFF.SPLIT.SCORED is off.")
     left_out = {
         *(() if synthesises and (arm != "real" or names) else SYNTHESIS_STAGES),
+        *(() if makes_pseudo_labels(cfg) and (arm != "real" or names) else ("pseudo_labels",)),
         *(() if scored else INFERENCE_STAGES),
     }
     return [name for name in STAGES if name in wanted and name not in left_out]
+
+
+def _why_none(synthetic: CfgNode) -> str:
+    """Why a stage before the segmenter's has nothing to do."""
+    if not synthetic.ENABLED:
+        return "AUGMENTOR.SYNTHETIC is off"
+    if synthetic.PAIRS:
+        return "AUGMENTOR.SYNTHETIC.PAIRS names pairs made before"
+    return f"AUGMENTOR.SYNTHETIC.SOURCE is {list(synthetic.SOURCE)}"
 
 
 def run_pipeline(
@@ -97,6 +109,7 @@ def run_pipeline(
     from .engines import choose_engine, load_engine
     from .report_stage import make_report
     from .run import Run, arms_of, logger, run_folder, timed
+    from .unlabeled import open_unlabeled
 
     chosen = choose_stages(cfg, stages, inference=inference, arm=arm)
     if arm and checkpoint:
@@ -119,16 +132,19 @@ def run_pipeline(
     _use_threads(cfg.SYSTEM.NUM_THREADS)
     parts = parts_of.open_parts(cfg)
     extra = parts_of.open_extra_volumes(cfg, parts)
+    unlabeled = open_unlabeled(cfg, parts)
     parts_of.check_pairs(cfg, parts["train"].volume)
     from . import stages as made_by
     from .masks_stage import make_masks
     from .pairs_stage import make_pairs
+    from .pseudo_labels_stage import make_pseudo_labels
     from .segmentations_stage import check_blocks, make_segmentations
 
     if "segmentations" in chosen:
         check_blocks(cfg, parts)
 
     makers: dict[str, Callable[[Run], None]] = {
+        "pseudo_labels": make_pseudo_labels,
         "diffusion": made_by.make_diffusion,
         "masks": make_masks,
         "pairs": make_pairs,
@@ -139,7 +155,7 @@ def run_pipeline(
         "report": make_report,
     }
     with run_folder(cfg) as folder:
-        run = Run(cfg, folder, parts, force, checkpoint, stands_for, engine, extra, only=arm)
+        run = Run(cfg, folder, parts, force, checkpoint, stands_for, engine, extra, unlabeled, only=arm)
         if given and (told := networks.other_voxels(given, parts["test"].volume.voxel_nm)):
             logger.warning("The test part %s.", told)
         for name in chosen:

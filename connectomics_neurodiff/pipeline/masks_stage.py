@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from functools import partial
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -29,57 +31,69 @@ from ..volume import Volume, write_volume
 from . import networks
 from .parts import library_paths
 from .run import Run
+from .unlabeled import MaskCopy, hash_of_pseudo_labels, load_pseudo_labelled, mask_copies
 
 logger = logging.getLogger("connectomics_neurodiff")
 
 
 def make_masks(run: Run) -> None:
-    """Remodel the train part's masks -> masks/copy_000.h5, copy_000.quality.json, ..."""
+    """Remodel the masks of the train part, or of unannotated tissue -> masks/copy_000.h5, copy_000.quality.json, ..."""
     node = run.cfg.NEURODIFF.REMODEL
     settings = networks.training_keys(node, ("COPIES", "LIBRARY")) | {
         "MEMBRANE_NM": run.cfg.NEURODIFF.MEMBRANE_NM,
         **networks.dark_settings(run.cfg),
     }
-    parents = {"train": run.parts["train"].identity}
     libraries = library_paths(run.cfg)
-    if libraries:
-        parents["library"] = hash_of_file(libraries[0])
-    missing: dict[int, tuple[Path, Provenance]] = {}
-    for copy in range(node.COPIES):
-        provenance = run.provenance("masks", settings | {"COPY": copy}, **parents)
-        target = run.folder / "masks" / f"copy_{copy:03d}.h5"
+    library = {"library": hash_of_file(libraries[0])} if libraries else {}
+    missing: dict[MaskCopy, tuple[Path, Provenance]] = {}
+    for copy in mask_copies(run.cfg):
+        provenance = run.provenance("masks", settings | copy.settings, **_parents(run, copy), **library)
+        target = run.folder / "masks" / f"{copy.name}.h5"
         if not run.is_done(target, provenance):
             missing[copy] = target, provenance
-    if not missing:
-        return
-    train = run.parts["train"].load()
-    workers = workers_that_fit(train.array("label").size, len(missing), run.cfg.SYSTEM.NUM_CPUS or 1)
-    job = partial(_make_copy, run.cfg, run.folder, train, _library(run, train))
+    for tissue, copies in groupby(missing, key=lambda copy: copy.tissue):
+        _make_copies(run, tissue, {copy: missing[copy] for copy in copies})
+
+
+def _parents(run: Run, copy: MaskCopy) -> dict[str, str]:
+    """What a mask is made from, as its provenance names it."""
+    if copy.tissue < 0:
+        return {"train": run.parts["train"].identity}
+    return {"tissue": hash_of_pseudo_labels(run, copy.tissue)}
+
+
+def _make_copies(run: Run, tissue: int, missing: Mapping[MaskCopy, tuple[Path, Provenance]]) -> None:
+    """All masks of one piece of tissue."""
+    source = run.parts["train"].load() if tissue < 0 else load_pseudo_labelled(run, tissue)
+    workers = workers_that_fit(source.array("label").size, len(missing), run.cfg.SYSTEM.NUM_CPUS or 1)
+    job = partial(_make_copy, run.cfg, run.folder, source, _library(run, source))
     for copy, rejections in in_processes(job, list(missing), workers):
         for attempt, reason in enumerate(rejections, start=1):
-            logger.warning("Remodelled mask %d, attempt %d, is rejected: %s", copy, attempt, reason)
+            logger.warning("Remodelled mask %s, attempt %d, is rejected: %s", copy.name, attempt, reason)
         run.finish(*missing[copy])
 
 
-def _make_copy(cfg: CfgNode, folder: Path, train: Volume, library: SignatureLibrary | None, copy: int) -> list[str]:
+def _make_copy(
+    cfg: CfgNode, folder: Path, source: Volume, library: SignatureLibrary | None, copy: MaskCopy
+) -> list[str]:
     """Write one mask and its report; returns why those before it were rejected."""
-    mask, report, rejections = _passing_mask(cfg, train, library, copy)
-    target = folder / "masks" / f"copy_{copy:03d}.h5"
+    mask, report, rejections = _passing_mask(cfg, source, library, copy)
+    target = folder / "masks" / f"{copy.name}.h5"
     arrays = mask_arrays(mask)
-    write_volume(target, arrays, train.voxel_nm, {"seed": cfg.NEURODIFF.SEED, "copy": copy})
+    write_volume(target, arrays, source.voxel_nm, {"seed": cfg.NEURODIFF.SEED, "copy": copy.number})
     write_json(target.with_suffix(".quality.json"), report)
     return rejections
 
 
-def _library(run: Run, train: Volume) -> SignatureLibrary | None:
-    """Shapes of mitochondria of the train part and of the file that the configuration names; None without either."""
+def _library(run: Run, source: Volume) -> SignatureLibrary | None:
+    """Shapes of mitochondria of the tissue and of the file that the configuration names; None without either."""
     if not run.cfg.NEURODIFF.REMODEL.MITOCHONDRIA:
         return None
-    return gather_libraries(train.array("label"), train.mito_array, train.voxel_nm, library_paths(run.cfg))
+    return gather_libraries(source.array("label"), source.mito_array, source.voxel_nm, library_paths(run.cfg))
 
 
 def _passing_mask(
-    cfg: CfgNode, train: Volume, library: SignatureLibrary | None, copy: int
+    cfg: CfgNode, source: Volume, library: SignatureLibrary | None, copy: MaskCopy
 ) -> tuple[RemodelledMask, dict[str, Any], list[str]]:
     """First mask that passes the gate, its report, and why those before it did not.
 
@@ -93,11 +107,11 @@ def _passing_mask(
     rejections: list[str] = []
     for attempt in range(node.ATTEMPTS):
         mask = remodel(
-            train.array("label"),
-            train.mito_array,
-            train.voxel_nm,
-            rng_for(cfg.NEURODIFF.SEED, "remodel", copy, *([attempt] if attempt else [])),
-            dark=train.dark_array,
+            source.array("label"),
+            source.mito_array,
+            source.voxel_nm,
+            rng_for(cfg.NEURODIFF.SEED, "remodel", *copy.stream, *([attempt] if attempt else [])),
+            dark=source.dark_array,
             elastic=node.ELASTIC,
             place_mitochondria=node.MITOCHONDRIA,
             library=library,
@@ -116,9 +130,9 @@ def _passing_mask(
             section_drift_nm=node.SECTION_DRIFT_NM,
         )
         # Mitochondria that only move along are the source's own, less what is clipped; without shapes none are placed.
-        source_mito = train.mito_array if library is not None else None
+        source_mito = source.mito_array if library is not None else None
         report = quality_report(
-            train.array("label"), source_mito, mask, train.voxel_nm, membrane_nm, source_dark=train.dark_array
+            source.array("label"), source_mito, mask, source.voxel_nm, membrane_nm, source_dark=source.dark_array
         )
         reason = mask_gate(report, limits, mito_fraction)
         if not reason:

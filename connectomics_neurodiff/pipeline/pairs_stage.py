@@ -35,11 +35,12 @@ from ..volume import Volume, open_array, open_volume
 from . import networks
 from .judging import judge_of
 from .run import Run
+from .unlabeled import MaskCopy, mask_copies, pseudo_labelled
 
 logger = logging.getLogger("connectomics_neurodiff")
 
-#: (masks, membrane, scratch folder, its key, number of the copy, and of the sample) -> image in [0, 1].
-Painter = Callable[[Volume, np.ndarray, Path, str, int, int], np.ndarray]
+#: (masks, membrane, scratch folder, its key, the copy, number of the sample) -> image in [0, 1].
+Painter = Callable[[Volume, np.ndarray, Path, str, MaskCopy, int], np.ndarray]
 
 
 def make_pairs(run: Run) -> None:
@@ -55,12 +56,12 @@ def make_pairs(run: Run) -> None:
     paint: Painter | None = None
     gate = _Gate(run, judge_of(run))  # one that cannot judge is told before anything is painted
     verdicts = []
-    for copy in range(cfg.NEURODIFF.REMODEL.COPIES):
-        masks = run.folder / "masks" / f"copy_{copy:03d}.h5"
+    for copy in mask_copies(cfg):
+        masks = run.folder / "masks" / f"{copy.name}.h5"
         provenance = run.provenance(
-            "pairs", settings | {"COPY": copy}, denoiser=denoiser_hash, masks=run.hash_of(f"masks/copy_{copy:03d}.h5")
+            "pairs", settings | copy.settings, denoiser=denoiser_hash, masks=run.hash_of(f"masks/{copy.name}.h5")
         )
-        target = run.folder / "pairs" / f"copy_{copy:03d}.h5"
+        target = run.folder / "pairs" / f"{copy.name}.h5"
         if not run.is_done(target, provenance):
             paint = paint or _make_painter(run)
             _paint_pair(run, paint, masks, target, provenance, copy)
@@ -86,23 +87,25 @@ def _make_painter(run: Run) -> Painter:
     network = guided(network, node.GUIDANCE, checkpoint, process.step_at(node.GUIDANCE_ABOVE))
     grey = grey_scale_for(checkpoint, run.parts["train"].volume.voxel_nm)
     arguments = networks.sampling_arguments(run.cfg)
-    samples = run.cfg.NEURODIFF.PAIRS.SAMPLES
+    copies, samples = mask_copies(run.cfg), run.cfg.NEURODIFF.PAIRS.SAMPLES
     require_fitting_tile(checkpoint, node.TILE, node.MARGIN, run.parts["train"].box.shape, arguments["device"])
 
-    def paint(masks: Volume, membrane: np.ndarray, scratch: Path, key: str, copy: int, sample: int) -> np.ndarray:
+    def paint(masks: Volume, membrane: np.ndarray, scratch: Path, key: str, copy: MaskCopy, sample: int) -> np.ndarray:
         image = synthesise(
             network,
             process,
             with_background(membrane, masks.array("label")),
             organelles(masks.mito_array, masks.dark_array),
             masks.voxel_nm,
-            seed=int(rng_for(run.cfg.NEURODIFF.SEED, "pairs", copy, *([sample] if sample else [])).integers(2**31)),
+            seed=int(
+                rng_for(run.cfg.NEURODIFF.SEED, "pairs", *copy.stream, *([sample] if sample else [])).integers(2**31)
+            ),
             grey=grey,
             tile=tuple(node.TILE),
             overlap=tuple(node.OVERLAP),
             scratch=scratch,
             scratch_key=key,
-            label=f"synthesis {copy * samples + sample + 1}/{run.cfg.NEURODIFF.REMODEL.COPIES * samples}",
+            label=f"synthesis {copies.index(copy) * samples + sample + 1}/{len(copies) * samples}",
             **arguments,
         )
         return np.asarray(image)
@@ -110,7 +113,9 @@ def _make_painter(run: Run) -> Painter:
     return paint
 
 
-def _paint_pair(run: Run, paint: Painter, masks_path: Path, target: Path, provenance: Provenance, copy: int) -> None:
+def _paint_pair(
+    run: Run, paint: Painter, masks_path: Path, target: Path, provenance: Provenance, copy: MaskCopy
+) -> None:
     masks = open_volume(masks_path).load()
     membrane = np.asarray(open_array(masks_path, ("membrane",)))
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -124,7 +129,7 @@ def _paint_pair(run: Run, paint: Painter, masks_path: Path, target: Path, proven
     if raw.passed and run.cfg.NEURODIFF.PAIRS.MATCH_GREY:
         image = match_grey_values(image, real)
     arrays = MaskArrays(masks.array("label"), membrane, masks.mito_array)
-    attributes = {"copy": copy, "grey_value_distance_before_matching": raw.distance}
+    attributes = {"copy": copy.number, "grey_value_distance_before_matching": raw.distance}
     reliability = ReliabilityMap(images, masks.voxel_nm) if len(images) > 1 else None
     write_pair(target, np.clip(image, 0, 1), arrays, masks.voxel_nm, attributes, reliability)
     run.finish(target, provenance)
@@ -180,14 +185,20 @@ class _Gate:
 
 
 def pair_paths(run: Run) -> list[Path]:
-    """Pair files that the mixed arm trains on: the user's, or those of this run that passed the gate."""
+    """Pair files that the mixed arm trains on: the user's, or those of this run, as far as they passed the gate."""
     given = list(run.cfg.AUGMENTOR.SYNTHETIC.PAIRS)
-    return [Path(path) for path in given] if given else passed_pairs(run.cfg)
+    return [Path(path) for path in given] if given else own_pairs(run.cfg)
+
+
+def own_pairs(cfg: CfgNode) -> list[Path]:
+    """What the mixed arm of the run with this configuration trains on, if it names no pairs made before."""
+    pseudo = pseudo_labelled(cfg) if "pseudo" in cfg.AUGMENTOR.SYNTHETIC.SOURCE else []
+    return [*passed_pairs(cfg), *pseudo]
 
 
 def passed_pairs(cfg: CfgNode) -> list[Path]:
     """Pair files of the run with this configuration that passed the gate."""
     folder = Path(cfg.DATASET.OUTPUT_PATH) / "pairs"
-    pairs = [folder / f"copy_{copy:03d}.h5" for copy in range(cfg.NEURODIFF.REMODEL.COPIES)]
+    pairs = [folder / f"{copy.name}.h5" for copy in mask_copies(cfg)]
     reports = {pair: pair.with_suffix(".gate.json") for pair in pairs}
     return [p for p, report in reports.items() if report.exists() and json.loads(report.read_text())["passed"]]

@@ -12,6 +12,7 @@ import numpy as np
 from yacs.config import CfgNode
 
 from ..conditions import with_dark_bodies
+from ..config.validate import REST
 from ..errors import ConfigError, MissingInput, ValueRangeError
 from ..geometry import Box, is_anisotropic
 from ..pairs import open_pairs
@@ -28,7 +29,8 @@ class Part:
     Attributes
     ----------
     name : str
-        ``"train"``, ``"tune"`` or ``"test"``; of an extra volume, its place in the list: ``"EXTRA_VOLUMES[0]"``.
+        ``"train"``, ``"tune"`` or ``"test"``; of an extra volume or a piece of unannotated tissue, its place in the
+        list: ``"EXTRA_VOLUMES[0]"``.
     source : str
         The file it comes from, or ``"phantom"``.
     volume : Volume
@@ -83,7 +85,29 @@ def part_names(cfg: CfgNode) -> tuple[str, ...]:
 
 def makes_pairs(cfg: CfgNode) -> bool:
     """Whether this configuration trains a denoiser and paints pairs of its own."""
-    return bool(cfg.AUGMENTOR.SYNTHETIC.ENABLED and not cfg.AUGMENTOR.SYNTHETIC.PAIRS)
+    return bool(_own_sources(cfg) & {"remodelled", "repainted"})
+
+
+def makes_pseudo_labels(cfg: CfgNode) -> bool:
+    """Whether the real arm's network segments the unannotated tissue."""
+    return bool(_own_sources(cfg) & {"repainted", "pseudo"})
+
+
+def _own_sources(cfg: CfgNode) -> set[str]:
+    """Kinds of pairs that the run makes itself."""
+    synthetic = cfg.AUGMENTOR.SYNTHETIC
+    return set(synthetic.SOURCE) if synthetic.ENABLED and not synthetic.PAIRS else set()
+
+
+def uses_unlabeled(cfg: CfgNode) -> bool:
+    """Whether the run learns from tissue that nobody has annotated."""
+    return bool(cfg.DATASET.UNLABELED) and (makes_pairs(cfg) or makes_pseudo_labels(cfg))
+
+
+def unlabeled_paths(cfg: CfgNode) -> list[str]:
+    """Files of unannotated tissue that the run uses, but for the training volume's."""
+    entries = [entry for entry in cfg.DATASET.UNLABELED if entry != REST] if uses_unlabeled(cfg) else []
+    return [str(Path(cfg.DATASET.INPUT_PATH) / entry["IMAGE_NAME"]) for entry in entries if entry.get("IMAGE_NAME")]
 
 
 def extra_paths(cfg: CfgNode) -> list[list[str]]:
@@ -116,7 +140,8 @@ def library_paths(cfg: CfgNode) -> list[str]:
 
 def input_paths(cfg: CfgNode) -> list[str]:
     """All input files, including those of synthetic pairs made before."""
-    groups = [*source_paths(cfg).values(), *extra_paths(cfg), library_paths(cfg), list(cfg.AUGMENTOR.SYNTHETIC.PAIRS)]
+    made = list(cfg.AUGMENTOR.SYNTHETIC.PAIRS)
+    groups = [*source_paths(cfg).values(), *extra_paths(cfg), unlabeled_paths(cfg), library_paths(cfg), made]
     return [path for group in groups for path in group]
 
 
@@ -143,18 +168,28 @@ def open_parts(cfg: CfgNode) -> dict[str, Part]:
     parts = {}
     for name in part_names(cfg):
         source, volume, identity, image = _open_source(cfg, name, opened)
-        box = _box_of(cfg.NEURODIFF.SPLIT[name.upper()].BOX, volume, name)
+        box = box_of(cfg.NEURODIFF.SPLIT[name.upper()].BOX, volume, name)
         found = dark_bodies_nm(cfg) if name == "train" else 0.0
         parts[name] = Part(name, source, volume, box, hash_of([identity, box.start, box.stop]), image, found)
     for part in parts.values():
         _require_labels(part)
     _require_neurons_left(parts["train"], cfg.NEURODIFF.SEGMENTER.LABEL_EROSION)
     for second, first in combinations(reversed(parts), 2):
-        _require_disjoint(parts[first], parts[second])
+        require_disjoint(parts[first], parts[second])
     voxel = {tuple(part.volume.voxel_nm) for part in parts.values()}
     if len(voxel) > 1:
         raise ConfigError(f"Train, tune and test must share one voxel size. Got {sorted(voxel)} nm.")
     return parts
+
+
+def shape_of_training_volume(cfg: CfgNode) -> tuple[int, int, int]:
+    """Voxels (z, y, x) of the file that the train part is cut from; nothing of it is read."""
+    if cfg.DATASET.IMAGE_NAME == PHANTOM:
+        z, y, x = cfg.NEURODIFF.PHANTOM.SHAPE
+    else:
+        path = source_paths(cfg)["train"][0]
+        z, y, x = open_volume(path, voxel_nm=tuple(cfg.NEURODIFF.VOXEL_NM) or None).shape
+    return z, y, x
 
 
 def open_extra_volumes(cfg: CfgNode, parts: Mapping[str, Part]) -> list[Part]:
@@ -172,13 +207,13 @@ def open_extra_volumes(cfg: CfgNode, parts: Mapping[str, Part]) -> list[Part]:
         entry = cfg.NEURODIFF.DIFFUSION.EXTRA_VOLUMES[number]
         name = f"EXTRA_VOLUMES[{number}]"
         volume, identity, image = _read_source(paths, entry.get("VOXEL_NM", []), with_mito=bool(entry.get("MITO_NAME")))
-        box = _box_of(entry.get("BOX", []), volume, name)
+        box = box_of(entry.get("BOX", []), volume, name)
         identity = hash_of([identity, box.start, box.stop])
-        extra.append(Part(name, _file_of(paths), volume, box, identity, image, dark_bodies_nm(cfg)))
+        extra.append(Part(name, file_of(paths), volume, box, identity, image, dark_bodies_nm(cfg)))
         _require_labels(extra[-1])
         for part in parts.values():
             if part.name != "train":
-                _require_disjoint(extra[-1], part)
+                require_disjoint(extra[-1], part)
     return extra
 
 
@@ -212,7 +247,8 @@ def _require_neurons_left(part: Part, erosion: int) -> None:
             )
 
 
-def _require_disjoint(first: Part, second: Part) -> None:
+def require_disjoint(first: Part, second: Part) -> None:
+    """Refuse two parts that share voxels, whatever their files are called."""
     same = first.source == second.source or first.image == second.image
     if same and first.box.overlaps(second.box):
         where = first.source if first.source == second.source else f"{first.source} and its copy {second.source}"
@@ -236,10 +272,10 @@ def _open_source(cfg: CfgNode, name: str, opened: dict[str, tuple[Volume, str, s
     if key not in opened:
         with_mito = bool(cfg.NEURODIFF.MITO_NAME) and name == "train"
         opened[key] = _read_source(paths, cfg.NEURODIFF.VOXEL_NM, with_mito=with_mito)
-    return _file_of(paths), *opened[key]
+    return file_of(paths), *opened[key]
 
 
-def _file_of(paths: list[str]) -> str:
+def file_of(paths: list[str]) -> str:
     """The image's file, by which two volumes are found to be one."""
     return str(Path(paths[0].split("::")[0]).resolve())
 
@@ -268,10 +304,12 @@ def _open_volume(paths: list[str], voxel_nm: tuple[float, ...], *, with_mito: bo
 
 def _box_key(name: str) -> str:
     """Configuration key of a part's box."""
-    return f"NEURODIFF.DIFFUSION.{name}.BOX" if name.startswith("EXTRA") else f"NEURODIFF.SPLIT.{name.upper()}.BOX"
+    group = {"EXTRA_VOLUMES": "NEURODIFF.DIFFUSION.", "UNLABELED": "DATASET."}.get(name.split("[")[0])
+    return f"{group}{name}.BOX" if group else f"NEURODIFF.SPLIT.{name.upper()}.BOX"
 
 
-def _box_of(values: list[int], volume: Volume, name: str) -> Box:
+def box_of(values: list[int], volume: Volume, name: str) -> Box:
+    """A part's box, checked; without values all of the volume."""
     shape = volume.shape
     box = Box((values[0], values[1], values[2]), (values[3], values[4], values[5])) if values else Box((0, 0, 0), shape)
     if not box.within(shape):

@@ -19,6 +19,7 @@ from ..provenance import sidecar_of
 from . import networks
 from .parts import PHANTOM, missing_inputs, open_extra_volumes, open_parts
 from .run import arms_of
+from .unlabeled import mask_copies, open_unlabeled, pseudo_labelled, shapes_of_masks, unlabeled_shapes
 
 if TYPE_CHECKING:
     import torch
@@ -29,6 +30,8 @@ TRAINING_FACTOR = 3
 TIMED_PIECE = (16, 64, 64)
 #: Seconds of a first pass that tell enough: the kernels that oneDNN makes in it hardly count.
 LONG_PASS = 2.0
+#: (z, y, x) voxels.
+Shape = tuple[int, int, int]
 #: Arguments of a network for images of a size, on a device.
 Inputs = Callable[[Sequence[int], str], tuple[Any, ...]]
 
@@ -37,8 +40,9 @@ def artefacts_of(cfg: CfgNode, stage: str, arm: str = "") -> list[Path]:
     """Files that a stage leaves, of all arms or of one."""
     folder = Path(cfg.DATASET.OUTPUT_PATH)
     arms = [arm] if arm else arms_of(cfg)
-    copies = [f"copy_{copy:03d}.h5" for copy in range(cfg.NEURODIFF.REMODEL.COPIES)]
+    copies = [f"{copy.name}.h5" for copy in mask_copies(cfg)]
     names = {
+        "pseudo_labels": [path.relative_to(folder).as_posix() for path in pseudo_labelled(cfg)],
         "diffusion": ["diffusion/checkpoint.pt"],
         "masks": [f"masks/{name}" for name in copies],
         "pairs": [f"pairs/{name}" for name in copies],
@@ -61,7 +65,7 @@ def describe_plan(cfg: CfgNode, stages: Sequence[str], arm: str = "") -> str:
     if missing:
         lines += [f"  missing: {path}" for path in missing]
     else:
-        for part in [*parts.values(), *open_extra_volumes(cfg, parts)]:
+        for part in [*parts.values(), *open_extra_volumes(cfg, parts), *open_unlabeled(cfg, parts)]:
             where = "embedded phantom" if part.source == PHANTOM else part.source
             lines.append(f"  {part.name}: {where} {part.box.start}-{part.box.stop}, {tuple(part.volume.voxel_nm)} nm")
     lines += ["", "stages"]
@@ -106,10 +110,12 @@ class Estimate:
         return [f"  {self.network}", line] if self.network else [line]
 
 
-def estimates(cfg: CfgNode, stages: Sequence[str], shape: tuple[int, int, int] | None, arm: str = "") -> list[Estimate]:
+def estimates(cfg: CfgNode, stages: Sequence[str], shape: Shape | None, arm: str = "") -> list[Estimate]:
     """Time and memory of the stages with networks; `shape` of the train part, None if it is not there."""
     node = cfg.NEURODIFF.DIFFUSION
     found = []
+    if "pseudo_labels" in stages:
+        found.append(_segmenter_estimate(cfg, "pseudo_labels", 1))
     name = f"{node.ARCHITECTURE} ({node.PRESET})"
     if "diffusion" in stages:
         cost = _cost_of_pass(cfg, "denoiser", node.PATCH, training=True)
@@ -117,21 +123,27 @@ def estimates(cfg: CfgNode, stages: Sequence[str], shape: tuple[int, int, int] |
         found.append(Estimate("diffusion", steps * cost.seconds, node.BATCH * cost.memory, cost.title(name)))
     if "pairs" in stages and shape:
         cost = _cost_of_pass(cfg, "denoiser", node.TILE, training=False)
-        images = cfg.NEURODIFF.REMODEL.COPIES * cfg.NEURODIFF.PAIRS.SAMPLES
-        passes = len(tiles(shape, node.TILE, node.OVERLAP)) * node.SAMPLER_STEPS * images
-        passes *= 1 if node.GUIDANCE == 1 else 2
-        found.append(Estimate("pairs", passes * cost.seconds, cost.memory, "" if found else cost.title(name)))
+        passes = sum(len(tiles(one, node.TILE, node.OVERLAP)) for one in shapes_of_masks(cfg, shape))
+        passes *= node.SAMPLER_STEPS * cfg.NEURODIFF.PAIRS.SAMPLES * (1 if node.GUIDANCE == 1 else 2)
+        told = any(one.stage == "diffusion" for one in found)
+        found.append(Estimate("pairs", passes * cost.seconds, cost.memory, "" if told else cost.title(name)))
     if "segmenter" in stages:
-        cost = _cost_of_pass(cfg, "segmenter", cfg.MODEL.INPUT_SIZE, training=True)
-        batch, arms = cfg.SOLVER.SAMPLES_PER_BATCH, 1 if arm else len(arms_of(cfg))
-        steps = cfg.SOLVER.ITERATION_TOTAL * cfg.SOLVER.ITERATION_STEP * batch * arms
-        title = cost.title(cfg.MODEL.ARCHITECTURE)
-        found.append(Estimate("segmenter", steps * cost.seconds, batch * cost.memory, title))
+        trained = "pseudo_labels" in stages  # the real arm's
+        arms = [one for one in ([arm] if arm else arms_of(cfg)) if not (trained and one == "real")]
+        found.append(_segmenter_estimate(cfg, "segmenter", len(arms)))
     return found
 
 
-def artefact_bytes(cfg: CfgNode, stages: Sequence[str], voxels: Mapping[str, int], arm: str = "") -> int:
-    """Bytes that stages leave on the disk, roughly; arrays are compressed where they can be. `voxels` of each part."""
+def _segmenter_estimate(cfg: CfgNode, stage: str, arms: int) -> Estimate:
+    """Of training the affinity network that many times."""
+    cost = _cost_of_pass(cfg, "segmenter", cfg.MODEL.INPUT_SIZE, training=True)
+    batch = cfg.SOLVER.SAMPLES_PER_BATCH
+    steps = cfg.SOLVER.ITERATION_TOTAL * cfg.SOLVER.ITERATION_STEP * batch * arms
+    return Estimate(stage, steps * cost.seconds, batch * cost.memory, cost.title(cfg.MODEL.ARCHITECTURE))
+
+
+def artefact_bytes(cfg: CfgNode, stages: Sequence[str], shapes: Mapping[str, Shape], arm: str = "") -> int:
+    """Bytes that stages leave on the disk, roughly; arrays are compressed where they can be. `shapes` of each part."""
     from ..segmenters import build_segmenter
     from ..synthesis import build_denoiser
 
@@ -143,15 +155,18 @@ def artefact_bytes(cfg: CfgNode, stages: Sequence[str], voxels: Mapping[str, int
     if "diffusion" in stages:
         denoiser = build_denoiser(node.DIFFUSION.ARCHITECTURE, **networks.denoiser_options(cfg))
         size += of_training * _parameters(denoiser)
-    copies = sum(stage in stages for stage in ("masks", "pairs")) * node.REMODEL.COPIES
-    size += copies * voxels["train"] * (8 + 3)  # label; membrane, mitochondria, and image or what is dark
+    if "pseudo_labels" in stages:
+        size += sum(map(math.prod, unlabeled_shapes(cfg))) * (8 + 4)  # label, image
+    painted = sum(math.prod(one) for one in shapes_of_masks(cfg, shapes["train"]))
+    # Label; membrane, mitochondria, and image or what is dark.
+    size += sum(stage in stages for stage in ("masks", "pairs")) * painted * (8 + 3)
     if "segmenter" in stages:
         segmenter = build_segmenter(cfg.MODEL.ARCHITECTURE, **networks.segmenter_options(cfg))
         size += of_training * _parameters(segmenter) * arms
     if "predictions" in stages:
-        size += arms * 4 * 3 * (voxels["tune"] + voxels["test"])
+        size += arms * 4 * 3 * (math.prod(shapes["tune"]) + math.prod(shapes["test"]))
     if "segmentations" in stages:
-        size += arms * 8 * voxels["test"] * len(node.SEGMENT.METHODS)
+        size += arms * 8 * math.prod(shapes["test"]) * len(node.SEGMENT.METHODS)
     return size
 
 

@@ -40,6 +40,8 @@ class Run:
         train, tune, test.
     extra : list of Part
         What the denoiser is trained on beside the train part.
+    unlabeled : list of Part
+        Tissue that nobody has annotated.
     force : bool
         Make again what was made with other settings, where otherwise the run would stop.
     checkpoint : str
@@ -60,6 +62,7 @@ class Run:
     checkpoint_arm: str = ""
     engine_name: str = "native"
     extra: list[Part] = field(default_factory=list)
+    unlabeled: list[Part] = field(default_factory=list)
     only: str = ""
     seconds: dict[str, float] = field(default_factory=dict)
 

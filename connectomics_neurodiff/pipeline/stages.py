@@ -7,6 +7,7 @@ import logging
 import math
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -28,6 +29,7 @@ from .run import Run, forget_other_training
 from .segmentations_stage import QUERIES
 from .selection import SelectionWatch
 from .synthesis_metrics import synthesis_metrics
+from .unlabeled import hash_of_pseudo_labels, load_pseudo_labelled, mask_copies, pseudo_labelled
 
 if TYPE_CHECKING:
     import torch
@@ -43,7 +45,10 @@ SCORE_NAMES = ("voi_split", "voi_merge", "voi", "arand")
 
 
 def make_diffusion(run: Run) -> None:
-    """Train the denoiser on the train part and the extra volumes -> diffusion/checkpoint.pt."""
+    """Train the denoiser on the train part, extra volumes, and unannotated tissue -> diffusion/checkpoint.pt.
+
+    That tissue has the masks of the real arm's network if the pairs are painted onto them, or else none.
+    """
     from ..checkpoints import save_checkpoint
     from ..synthesis import DiffusionCrops, DiffusionProcess, build_denoiser, cosine_betas, recorded_scales
 
@@ -52,12 +57,22 @@ def make_diffusion(run: Run) -> None:
     parents = {"train": run.parts["train"].identity}
     if run.extra:
         parents["extra"] = hash_of([part.identity for part in run.extra])
+    labelled = "repainted" in cfg.AUGMENTOR.SYNTHETIC.SOURCE
+    numbers = range(len(run.unlabeled))
+    if labelled:
+        parents["pseudo_labels"] = hash_of([hash_of_pseudo_labels(run, number) for number in numbers])
+    elif run.unlabeled:
+        parents["unlabeled"] = hash_of([part.identity for part in run.unlabeled])
     provenance = run.provenance("diffusion", settings, **parents)
     target = run.folder / "diffusion" / "checkpoint.pt"
     if run.is_done(target, provenance):
         return
     forget_other_training(run, target.parent, provenance.key)
     volumes = [part.load() for part in (run.parts["train"], *run.extra)]
+    if labelled:
+        volumes += [load_pseudo_labelled(run, number) for number in numbers]
+    else:
+        volumes += [part.load() for part in run.unlabeled]
     options = networks.denoiser_options(cfg)
     network = _built_with_seed(run, "denoiser", lambda: build_denoiser(node.ARCHITECTURE, **options))
     process = DiffusionProcess(cosine_betas(node.STEPS, node.COSINE_OFFSET), node.PREDICTION)
@@ -116,19 +131,22 @@ def make_segmenter(run: Run) -> None:
     if "mixed" in run.arms:
         _require_pairs(run)
     for arm in run.arms:
-        _train_arm(run, arm)
+        train_arm(run, arm)
 
 
 def _require_pairs(run: Run) -> None:
     """All pairs of the run must be there before the first arm is trained, not only the second."""
     if not run.cfg.AUGMENTOR.SYNTHETIC.PAIRS:
-        for copy in range(run.cfg.NEURODIFF.REMODEL.COPIES):
-            run.hash_of(f"pairs/copy_{copy:03d}.h5")
+        for copy in mask_copies(run.cfg):
+            run.hash_of(f"pairs/{copy.name}.h5")
+        for path in pseudo_labelled(run.cfg):
+            run.hash_of(path.relative_to(run.folder).as_posix())
     if run.cfg.AUGMENTOR.SYNTHETIC.RATIO > 0 and not pair_paths(run):
         raise UserError("No synthetic volume passed the gate: there is nothing to mix in. See pairs/*.gate.json.")
 
 
-def _train_arm(run: Run, arm: str) -> None:
+def train_arm(run: Run, arm: str) -> None:
+    """Train the affinity network of one arm -> segmenter/{arm}/checkpoint.pt."""
     from ..checkpoints import save_checkpoint
     from ..segmenters import build_segmenter
 
@@ -240,30 +258,33 @@ def _samples_and_loss(
 
 def make_predictions(run: Run) -> None:
     """Affinities of the tune and test parts, per arm -> predictions/{arm}_{part}.h5."""
+    for arm in run.arms:
+        for name in ("tune", "test"):
+            predict_part(run, arm, name)
+
+
+def predict_part(run: Run, arm: str, name: str) -> Path:
+    """Affinities of one part by an arm's network -> predictions/{arm}_{part}.h5."""
     from ..predict import predict_affinities
 
-    node = run.cfg.INFERENCE
+    node, part = run.cfg.INFERENCE, run.parts[name]
     settings = as_dict(node) | {"PRECISION": networks.device_and_precision(run.cfg)[1]}
-    for arm in run.arms:
-        weights, weights_hash = run.segmenter_of(arm)
-        network = None
-        for name in ("tune", "test"):
-            part = run.parts[name]
-            provenance = run.provenance("predictions", settings, segmenter=weights_hash, image=part.identity)
-            target = run.folder / "predictions" / f"{arm}_{name}.h5"
-            if run.is_done(target, provenance):
-                continue
-            network = network or networks.load_segmenter(weights)
-            volume = part.load()
-            affinities = predict_affinities(
-                network,
-                volume.array("image"),
-                flip_augmentation=node.FLIP_AUGMENTATION,
-                label=f"affinities, {arm}, {name}",
-                **networks.prediction_arguments(run.cfg),
-            )
-            write_volume(target, {"affinity": np.asarray(affinities)}, volume.voxel_nm, {"convention": CONVENTION})
-            run.finish(target, provenance)
+    weights, weights_hash = run.segmenter_of(arm)
+    provenance = run.provenance("predictions", settings, segmenter=weights_hash, image=part.identity)
+    target = run.folder / "predictions" / f"{arm}_{name}.h5"
+    if run.is_done(target, provenance):
+        return target
+    volume = part.load()
+    affinities = predict_affinities(
+        networks.load_segmenter(weights),
+        volume.array("image"),
+        flip_augmentation=node.FLIP_AUGMENTATION,
+        label=f"affinities, {arm}, {name}",
+        **networks.prediction_arguments(run.cfg),
+    )
+    write_volume(target, {"affinity": np.asarray(affinities)}, volume.voxel_nm, {"convention": CONVENTION})
+    run.finish(target, provenance)
+    return target
 
 
 def make_metrics(run: Run) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
@@ -199,7 +200,7 @@ def mask_quality_figure(path: str | os.PathLike[str], reports: Mapping[str, Mapp
     path : path
         PNG file to write.
     reports : mapping
-        Name of mask -> its quality report. Rows in which the source is 0 are left out.
+        Name of mask -> its quality report. Sources may differ; where one is 0 there is no point.
 
     Raises
     ------
@@ -208,19 +209,25 @@ def mask_quality_figure(path: str | os.PathLike[str], reports: Mapping[str, Mapp
     """
     if not reports:
         raise ValueRangeError("A figure of mask quality needs at least one report. Got none.")
-    first = next(iter(reports.values()))
-    rows = [name for name in _QUALITIES if first[f"source_{name}"]]
+    rows = [name for name in _QUALITIES if any(report[f"source_{name}"] for report in reports.values())]
     with figure_file(path, (_WIDTH, 0.9 + 0.34 * len(rows))) as figure:
         axes = figure.subplots()
         axes.axvline(1, color=MUTED, lw=1)
         for i, (mask, report) in enumerate(reports.items()):
-            ratios = [report[name] / report[f"source_{name}"] for name in rows]
+            sources = [report[f"source_{name}"] for name in rows]
+            ratios = [report[name] / of if of else math.nan for name, of in zip(rows, sources, strict=True)]
             axes.plot(ratios, range(len(rows)), "o", ms=6, alpha=0.7, color=PALETTE[i % len(PALETTE)], label=mask)
-        axes.set_yticks(range(len(rows)), [f"{_QUALITIES[n]}: {first[f'source_{n}']:.4g}" for n in rows])
+        axes.set_yticks(range(len(rows)), [f"{_QUALITIES[name]}: {_range_of(reports, name)}" for name in rows])
         axes.set(xlabel="Remodelled mask / source", ylim=(len(rows) - 0.5, -0.5))
         # A few masks have names; of many only the scatter matters.
         if len(reports) <= len(PALETTE):
             axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+
+
+def _range_of(reports: Mapping[str, Mapping[str, float]], name: str) -> str:
+    """What the sources have of it: a number, or the least and the most."""
+    ends = [f(report[f"source_{name}"] for report in reports.values()) for f in (min, max)]
+    return " to ".join(dict.fromkeys(f"{end:.4g}" for end in ends))
 
 
 def threshold_figure(

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import fcntl
 import logging
-import math
 import os
 import threading
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -112,6 +111,7 @@ def _check_data(study: Study) -> dict[str, Shapes]:
     from ..pipeline import networks
     from ..pipeline.parts import check_pairs, missing_inputs, open_extra_volumes, open_parts
     from ..pipeline.segmentations_stage import check_blocks
+    from ..pipeline.unlabeled import open_unlabeled
 
     scored: dict[str, tuple[str, tuple[str, str]]] = {}
     shapes: dict[str, Shapes] = {}
@@ -130,6 +130,7 @@ def _check_data(study: Study) -> dict[str, Shapes]:
                     parts = open_parts(trial.cfg)
                     check_blocks(trial.cfg, parts)
                     open_extra_volumes(trial.cfg, parts)
+                    open_unlabeled(trial.cfg, parts)
                     shapes[data] = {name: part.box.shape for name, part in parts.items()}
                     identities[data] = parts["tune"].identity, parts["test"].identity
                     check_pairs(trial.cfg, parts["train"].volume)
@@ -148,7 +149,7 @@ def _data_of(cfg: CfgNode) -> str:
     node = cfg.NEURODIFF
     return hash_of(
         [
-            {name: value for name, value in cfg.DATASET.items() if name != "OUTPUT_PATH"},
+            {name: value for name, value in as_dict(cfg.DATASET).items() if name != "OUTPUT_PATH"},
             as_dict(cfg.AUGMENTOR.SYNTHETIC),
             *(as_dict(node[name]) for name in ("VOXEL_NM", "MITO_NAME", "DARK_BODIES", "SPLIT", "PHANTOM")),
             [as_dict(volume) for volume in node.DIFFUSION.EXTRA_VOLUMES],
@@ -245,14 +246,15 @@ def describe(study: Study, planned: Mapping[str, Job], shapes: Mapping[str, Shap
     from ..pipeline.plan import artefact_bytes
 
     trainings = len({str(trial.folder) for trial in study.trials})
+    labelled = f", {len(study.pseudo_labels)} sets of pseudo-labels" if study.pseudo_labels else ""
     hours = sum(job.seconds for job in planned.values()) / 3600
     size = 0
     for job in planned.values():
-        voxels = {name: math.prod(shape) for name, shape in shapes[_data_of(job.cfg)].items()}
-        size += artefact_bytes(job.cfg, job.stages, voxels, job.arm)
+        size += artefact_bytes(job.cfg, job.stages, shapes[_data_of(job.cfg)], job.arm)
     lines = [
         f"arms: {len(study.arms)}, conditions: {len(study.conditions)}, seeds: {len(study.seeds)}",
-        f"{len(study.denoisers)} denoisers, {len(study.synthesis)} sets of pairs, {trainings} segmenters to train",
+        f"{len(study.denoisers)} denoisers, {len(study.synthesis)} sets of pairs, {trainings} segmenters to train"
+        + labelled,
         f"about {hours:.1f} core hours of training and painting, {hours / workers:.1f} h with {workers} side by side",
         f"about {size / 2**30:.1f} GiB on the disk",
         "",

@@ -22,12 +22,20 @@ from yacs.config import CfgNode
 from ..config import dump_config
 from ..errors import UserError
 from ..progress import progress_bar
-from ..provenance import atomic_write, hash_of, hash_of_file, write_json
+from ..provenance import atomic_write, hash_of, hash_of_file, sidecar_of, write_json
 from .plan import Study, Trial, with_values
 from .results import SCORES
 
 SYNTHESIS = ("masks", "pairs")
+LABELLING = ("pseudo_labels",)
 SCORING = ("segmenter", "predictions", "segmentations", "metrics", "report")
+#: Files that a job takes from the folders of others.
+Taken = Mapping[str, Sequence[str]]
+#: What is taken of a denoiser's training, with the judge trained beside it, and of the real arm's.
+_DENOISER = (
+    "diffusion/loss.csv", "diffusion/following.csv", "diffusion/checkpoint.pt", "judge/loss.csv", "judge/checkpoint.pt",
+)  # fmt: skip
+_REAL_ARM = ("segmenter/real/loss.csv", "segmenter/real/checkpoint.pt")
 #: (arguments of a run, file for what it prints) -> its exit code.
 Start = Callable[[list[str], Path], int]
 #: Seconds between two looks at how far the trainings are.
@@ -87,26 +95,43 @@ def jobs_of(study: Study, seconds_of: Callable[[CfgNode, Sequence[str], str], fl
     def name_of(folder: str | Path) -> str:
         return Path(folder).relative_to(study.output).as_posix()
 
-    for folder, cfg in study.denoisers.items():
-        iterations = cfg.NEURODIFF.DIFFUSION.ITERATIONS
+    def needs_of(taken: Taken) -> tuple[str, ...]:
+        return tuple(name_of(folder) for folder in taken)
+
+    for folder, cfg in study.pseudo_labels.items():
+        trained = study.real_training_of(folder)
+        taken: Taken = {trained: _REAL_ARM} if trained else {}
         add(
             Job(
-                name_of(folder), ("diffusion",), ("diffusion/checkpoint.pt",), (), cfg, _given(cfg), _nothing,
-                seconds=seconds_of(cfg, ("diffusion",), ""), curve="diffusion/loss.csv", iterations=iterations,
+                name_of(folder), LABELLING, _pseudo_label_files(cfg), needs_of(taken),
+                cfg, _with_files(cfg, taken), _artefacts_of(taken),
+                seconds=1.0 if trained else seconds_of(cfg, LABELLING, ""),
+            )
+        )  # fmt: skip
+    for folder, cfg in study.denoisers.items():
+        labels = study.pseudo_labels_of(cfg)
+        taken = {labels: _pseudo_label_files(cfg)} if labels else {}
+        add(
+            Job(
+                name_of(folder), ("diffusion",), ("diffusion/checkpoint.pt",), needs_of(taken),
+                cfg, _with_files(cfg, taken), _artefacts_of(taken),
+                seconds=seconds_of(cfg, ("diffusion",), ""), curve="diffusion/loss.csv",
+                iterations=cfg.NEURODIFF.DIFFUSION.ITERATIONS,
             )
         )  # fmt: skip
     for folder, cfg in study.synthesis.items():
-        denoiser = Path(study.denoiser_of(folder))
+        labels = study.pseudo_labels_of(cfg)
+        taken = {study.denoiser_of(folder): _DENOISER} | ({labels: _pseudo_label_files(cfg)} if labels else {})
         add(
             Job(
-                name_of(folder), SYNTHESIS, _pair_files(cfg), (name_of(denoiser),),
-                cfg, _with_denoiser(cfg, denoiser), _checkpoint_of(denoiser),
+                name_of(folder), SYNTHESIS, _pair_files(cfg), needs_of(taken),
+                cfg, _with_files(cfg, taken), _artefacts_of(taken),
                 seconds=seconds_of(cfg, ("pairs",), ""),
             )
         )  # fmt: skip
     for trial in study.trials:
         arm = "mixed" if trial.is_mixed else "real"
-        needs = (name_of(trial.pairs),) if trial.pairs else ()
+        needs = tuple(name_of(folder) for folder in (trial.pairs, trial.pseudo_labels) if folder)
         add(
             Job(
                 name_of(trial.folder), SCORING, SCORES, needs, trial.cfg,
@@ -119,60 +144,79 @@ def jobs_of(study: Study, seconds_of: Callable[[CfgNode, Sequence[str], str], fl
 
 
 def _pair_files(cfg: CfgNode) -> tuple[str, ...]:
-    names = [f"pairs/copy_{copy:03d}" for copy in range(cfg.NEURODIFF.REMODEL.COPIES)]
-    return tuple(f"{name}.{suffix}" for name in names for suffix in ("h5", "gate.json"))
+    from ..pipeline.unlabeled import mask_copies
+
+    return tuple(f"pairs/{copy.name}.{suffix}" for copy in mask_copies(cfg) for suffix in ("h5", "gate.json"))
 
 
-def _given(cfg: CfgNode) -> Callable[[], CfgNode]:
-    return lambda: cfg
+def _pseudo_label_files(cfg: CfgNode) -> tuple[str, ...]:
+    from ..pipeline.unlabeled import pseudo_labelled
+
+    return tuple(path.relative_to(cfg.DATASET.OUTPUT_PATH).as_posix() for path in pseudo_labelled(cfg))
 
 
 def _nothing() -> list[Path]:
     return []
 
 
-def _checkpoint_of(denoiser: Path) -> Callable[[], list[Path]]:
-    return lambda: [denoiser / "diffusion" / "checkpoint.pt"]
+def _artefacts_of(taken: Taken) -> Callable[[], list[Path]]:
+    """Networks and volumes that a job takes from others, once they are there."""
+
+    def artefacts() -> list[Path]:
+        paths = [Path(folder) / name for folder, names in taken.items() for name in names]
+        return [path for path in paths if path.suffix in (".pt", ".h5") and path.exists()]
+
+    return artefacts
 
 
-def _with_denoiser(cfg: CfgNode, denoiser: Path) -> Callable[[], CfgNode]:
-    """Bring the denoiser, and the judge trained beside it, into the folder of the pairs."""
+def _with_files(cfg: CfgNode, taken: Taken) -> Callable[[], CfgNode]:
+    """The configuration, once the files are in its folder."""
 
     def configure() -> CfgNode:
         folder = Path(cfg.DATASET.OUTPUT_PATH)
-        for part in ("diffusion", "judge"):
-            if (denoiser / part).is_dir():
-                _copy_finished(denoiser / part, folder / part)
+        for source, names in taken.items():
+            for name in names:
+                _copy_finished(Path(source) / name, folder / name)
+        # A folder counts as a run's by its log, which a run opens first.
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "run.log").touch()
         return cfg
 
     return configure
 
 
 def _copy_finished(source: Path, target: Path) -> None:
-    """Copy checkpoint, log and, last, provenance, without which an artefact counts as unfinished."""
-    target.mkdir(parents=True, exist_ok=True)
-    # A folder counts as a run's by its log, which a run opens first.
-    (target.parent / "run.log").touch()
-    for name in ("loss.csv", "following.csv", "checkpoint.pt", "checkpoint.pt.provenance.json"):
-        if (source / name).exists():
-            with atomic_write(target / name) as temporary:
-                shutil.copyfile(source / name, temporary)
+    """Copy a file, if it is there, and, last, its provenance, without which an artefact counts as unfinished."""
+    for one, copy in ((source, target), (sidecar_of(source), sidecar_of(target))):
+        if one.exists():
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            with atomic_write(copy) as temporary:
+                shutil.copyfile(one, temporary)
 
 
 def _pairs_of(trial: Trial) -> Callable[[], list[Path]]:
+    """What a training sees beside real patches, once it is there: painted pairs that passed, pseudo-labelled tissue."""
     from ..pipeline.pairs_stage import passed_pairs
+    from ..pipeline.unlabeled import pseudo_labelled
 
-    if not trial.pairs:
+    if not trial.pairs and not trial.pseudo_labels:
         return _nothing
-    return lambda: passed_pairs(with_values(trial.cfg, {"DATASET.OUTPUT_PATH": trial.pairs}))
+
+    def pairs() -> list[Path]:
+        painted = passed_pairs(with_values(trial.cfg, {"DATASET.OUTPUT_PATH": trial.pairs})) if trial.pairs else []
+        pseudo = "pseudo" in trial.cfg.AUGMENTOR.SYNTHETIC.SOURCE
+        labelled = with_values(trial.cfg, {"DATASET.OUTPUT_PATH": trial.pseudo_labels})
+        return [*painted, *(pseudo_labelled(labelled) if pseudo else [])]
+
+    return pairs
 
 
 def _with_pairs(trial: Trial) -> Callable[[], CfgNode]:
-    """The trial's configuration, with the pairs that passed the gate as pairs made before."""
+    """The trial's configuration, with what other jobs have made as pairs made before."""
     pairs = _pairs_of(trial)
 
     def configure() -> CfgNode:
-        if not trial.pairs:
+        if not trial.pairs and not trial.pseudo_labels:
             return trial.cfg
         return with_values(trial.cfg, {"AUGMENTOR.SYNTHETIC.PAIRS": [str(path) for path in pairs()]})
 

@@ -24,7 +24,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,7 @@ from ..config import as_dict, load_config
 from ..config.load import in_pairs, value_of
 from ..errors import ConfigError, MissingInput, UserError, did_you_mean
 from ..pipeline.networks import SAMPLING_KEYS
+from ..pipeline.parts import makes_pairs, makes_pseudo_labels
 from ..provenance import hash_of
 
 KEYS = ("RECIPE", "OUTPUT", "SEEDS", "SETTINGS", "REFERENCE", "ARMS", "CONDITIONS")
@@ -62,7 +63,9 @@ class Trial:
     cfg : CfgNode
         Frozen; DATASET.OUTPUT_PATH is the folder of the training.
     pairs : str
-        Folder of the run that makes its pairs; empty if it trains on real data, or on pairs made before.
+        Folder of the run that paints its pairs; empty if it trains on real data, or on pairs made before.
+    pseudo_labels : str
+        Folder of the run that labels the unannotated tissue for it; empty if it needs none.
     """
 
     arm: str
@@ -70,6 +73,7 @@ class Trial:
     seed: int
     cfg: CfgNode
     pairs: str = ""
+    pseudo_labels: str = ""
 
     @property
     def name(self) -> str:
@@ -107,6 +111,8 @@ class Study:
         Runs that make pairs, by their folder.
     denoisers : dict of str to CfgNode
         Runs that train the denoisers of these, by their folder.
+    pseudo_labels : dict of str to CfgNode
+        Runs that label unannotated tissue, by their folder.
     recipe : str
         File name of the recipe.
     """
@@ -119,6 +125,7 @@ class Study:
     trials: list[Trial]
     synthesis: dict[str, CfgNode]
     denoisers: dict[str, CfgNode]
+    pseudo_labels: dict[str, CfgNode]
     recipe: str
 
     def row(self, arm: str, condition: str) -> list[Trial]:
@@ -128,6 +135,17 @@ class Study:
     def denoiser_of(self, synthesis: str) -> str:
         """Folder of the run that trains the denoiser of a run that makes pairs."""
         return str(self.output / "denoisers" / _denoiser_name(self.synthesis[synthesis]))
+
+    def pseudo_labels_of(self, cfg: CfgNode) -> str:
+        """Folder of the run whose pseudo-labels a run that paints onto them, or its denoiser, needs; else empty."""
+        needed = "repainted" in cfg.AUGMENTOR.SYNTHETIC.SOURCE
+        return str(self.output / "pseudo_labels" / _pseudo_labels_name(cfg)) if needed else ""
+
+    def real_training_of(self, pseudo_labels: str) -> str:
+        """Folder of the real arm's training, as a run that makes pseudo-labels needs it, if the study has one."""
+        cfg = with_values(self.pseudo_labels[pseudo_labels], {"AUGMENTOR.SYNTHETIC.ENABLED": False})
+        folder = self.output / "trainings" / _training_name(Trial("", "", cfg.NEURODIFF.SEED, cfg))
+        return str(folder) if any(trial.folder == folder for trial in self.trials) else ""
 
 
 def read_study(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Study:
@@ -164,7 +182,7 @@ def read_study(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> S
         raise MissingInput(f"The recipe of {path} does not exist: {recipe}.")
     output = Path(str(content["OUTPUT"]))
     shared = content.get("SETTINGS") or {}
-    trials, synthesis = [], {}
+    trials, synthesis, pseudo_labels = [], {}, {}
     for condition, arm, seed in product(conditions, arms, seeds):
         settings = [*_pairs_of(shared), *_pairs_of(conditions[condition]), *_pairs_of(arms[arm]), *overrides]
         _require_free(settings, path)
@@ -173,12 +191,16 @@ def read_study(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> S
         trials.append(trial)
         if trial.pairs:
             synthesis[trial.pairs] = with_values(cfg, {"DATASET.OUTPUT_PATH": trial.pairs})
+        if trial.pseudo_labels:
+            pseudo_labels[trial.pseudo_labels] = with_values(cfg, {"DATASET.OUTPUT_PATH": trial.pseudo_labels})
     _require_different(trials, reference)
     denoisers = {}
     for cfg in synthesis.values():
         folder = str(output / "denoisers" / _denoiser_name(cfg))
         denoisers[folder] = with_values(cfg, {"DATASET.OUTPUT_PATH": folder})
-    return Study(output, reference, [*arms], [*conditions], seeds, trials, synthesis, denoisers, recipe.name)
+    return Study(
+        output, reference, [*arms], [*conditions], seeds, trials, synthesis, denoisers, pseudo_labels, recipe.name
+    )
 
 
 def _read(path: Path, own: Mapping[str, Any]) -> dict[str, Any]:
@@ -300,24 +322,25 @@ def with_values(cfg: CfgNode, values: Mapping[str, Any]) -> CfgNode:
 
 def _place(trial: Trial, output: Path) -> Trial:
     """The trial with the folders of its training and of its pairs, each named by what is in it depends on."""
-    synthetic = trial.cfg.AUGMENTOR.SYNTHETIC
-    pairs = ""
-    if trial.is_mixed and not synthetic.PAIRS:
-        pairs = str(output / "pairs" / _pairs_name(trial.cfg))
-    folder = output / "trainings" / _training_name(trial, pairs)
-    cfg = with_values(trial.cfg, {"DATASET.OUTPUT_PATH": str(folder)})
-    return Trial(trial.arm, trial.condition, trial.seed, cfg, pairs)
+    if makes_pairs(trial.cfg):
+        trial = replace(trial, pairs=str(output / "pairs" / _pairs_name(trial.cfg)))
+    if makes_pseudo_labels(trial.cfg):
+        trial = replace(trial, pseudo_labels=str(output / "pseudo_labels" / _pseudo_labels_name(trial.cfg)))
+    folder = output / "trainings" / _training_name(trial)
+    return replace(trial, cfg=with_values(trial.cfg, {"DATASET.OUTPUT_PATH": str(folder)}))
 
 
-def _training_name(trial: Trial, pairs: str) -> str:
+def _training_name(trial: Trial) -> str:
     """Readable, and the same for arms that ask for the same training."""
     content = _shared_settings(trial.cfg)
     content["SOLVER"] = _without(content["SOLVER"], ("ITERATION_SAVE",))
     content["NEURODIFF"] = _without(content["NEURODIFF"], _SCORING)
     if not trial.is_mixed:  # nothing of the synthesis matters
         content["AUGMENTOR"]["SYNTHETIC"] = {}
+        content["DATASET"] = _without(content["DATASET"], ("UNLABELED",))
         content["NEURODIFF"] = _without(content["NEURODIFF"], ("DIFFUSION", *_AFTER_DIFFUSION))
-    return f"{'mixed' if trial.is_mixed else 'real'}-seed{trial.seed}-{hash_of([content, Path(pairs).name])[:8]}"
+    made = [Path(folder).name for folder in (trial.pairs, trial.pseudo_labels)]
+    return f"{'mixed' if trial.is_mixed else 'real'}-seed{trial.seed}-{hash_of([content, made])[:8]}"
 
 
 def _pairs_name(cfg: CfgNode) -> str:
@@ -327,10 +350,20 @@ def _pairs_name(cfg: CfgNode) -> str:
 def _denoiser_name(cfg: CfgNode) -> str:
     content = _synthesis_settings(cfg, (*_AFTER_PAIRS, *_AFTER_DIFFUSION))
     content["NEURODIFF"]["DIFFUSION"] = _without(content["NEURODIFF"]["DIFFUSION"], SAMPLING_KEYS)
+    del content["SOURCE"]  # all that matters of it are the pseudo-labels
     # The judge is trained beside it, and goes with it to the pairs.
     pairs = cfg.NEURODIFF.PAIRS
     judge = pairs.JUDGE_ITERATIONS if pairs.LEAST_FOLLOWING or pairs.MOST_MISSING else 0
     return f"seed{cfg.NEURODIFF.SEED}-{hash_of([content, judge])[:8]}"
+
+
+def _pseudo_labels_name(cfg: CfgNode) -> str:
+    """By what the real arm's training depends on, and how its network segments."""
+    content = _shared_settings(cfg)
+    content["AUGMENTOR"] = _without(content["AUGMENTOR"], ("SYNTHETIC",))
+    content["SOLVER"] = _without(content["SOLVER"], ("ITERATION_SAVE",))
+    content["NEURODIFF"] = _without(content["NEURODIFF"], ("DIFFUSION", *_AFTER_DIFFUSION, "FID"))
+    return f"seed{cfg.NEURODIFF.SEED}-{hash_of(content)[:8]}"
 
 
 def _synthesis_settings(cfg: CfgNode, without: Sequence[str]) -> dict[str, Any]:
@@ -338,7 +371,10 @@ def _synthesis_settings(cfg: CfgNode, without: Sequence[str]) -> dict[str, Any]:
     content = _without(_shared_settings(cfg), _AFTER_SYNTHESIS)
     content["NEURODIFF"] = _without(content["NEURODIFF"], without)
     content["NEURODIFF"]["DIFFUSION"] = _without(content["NEURODIFF"]["DIFFUSION"], ("SAVE_EVERY",))
-    return content
+    painted = sorted(set(cfg.AUGMENTOR.SYNTHETIC.SOURCE) - {"pseudo"})
+    if "repainted" in painted:
+        content["PSEUDO_LABELS"] = _pseudo_labels_name(cfg)
+    return content | {"SOURCE": painted}
 
 
 def _shared_settings(cfg: CfgNode) -> dict[str, Any]:

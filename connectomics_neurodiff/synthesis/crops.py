@@ -25,6 +25,7 @@ class DiffusionCrops:
     ----------
     volumes : sequence of Volume
         In memory, with image and label; of mitochondria and what else is dark, what is there. Voxel sizes may differ.
+        One without a label, which nobody has annotated, is learnt without masks: :data:`.NULL_CONDITION` everywhere.
     patch : sequence of 3 ints
         Crop in voxels (z, y, x). An axis that is shorter in the volume is reflected up to it.
     seed : int
@@ -56,7 +57,7 @@ class DiffusionCrops:
     Raises
     ------
     MissingInput
-        If there is no volume, or one lacks image or label.
+        If there is no volume, one lacks its image, or all their labels.
     ValueRangeError
         If the patch is not three sizes >= 1, a probability not in [0, 1), or an image constant.
     UnknownName
@@ -82,7 +83,7 @@ class DiffusionCrops:
     ) -> None:
         if len(patch) != 3 or min(patch) < 1:
             raise ValueRangeError(f"A crop has three sizes >= 1, (z, y, x). Got {tuple(patch)}.")
-        if not volumes or any(v.image is None or v.label is None for v in volumes):
+        if any(v.image is None for v in volumes) or all(v.label is None for v in volumes):
             raise MissingInput("Diffusion training needs volumes with image and label.")
         if share not in SHARES:
             raise UnknownName(f"No share '{share}'.{did_you_mean(share, SHARES)} Known: {', '.join(SHARES)}.")
@@ -110,6 +111,8 @@ class DiffusionCrops:
         return np.pad(array, [(0, 0)] * (array.ndim - 3) + [(0, n) for n in lacking], mode="symmetric")
 
     def _condition_of(self, volume: Volume, thickness_nm: float) -> np.ndarray:
+        if volume.label is None:
+            return np.full((2, *self._at_least_patch(volume.array("image")).shape), NULL_CONDITION, np.float16)
         label = np.asarray(volume.label)
         membrane = with_background(membrane_from_labels(label, volume.voxel_nm, thickness_nm), label)
         inside = organelles(volume.mito_array, volume.dark_array)

@@ -1,0 +1,94 @@
+"""The stage before synthesis, where there is unannotated tissue: the real arm's network segments it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..agglomerate import fragments_from_affinities, segment_sweep
+from ..config import as_dict
+from ..errors import UserError
+from ..metrics import columns_of, tune_threshold
+from ..predict import predict_affinities
+from ..provenance import Provenance
+from ..volume import Volume, open_array, write_volume
+from . import networks
+from .run import Run
+from .segmentations_stage import QUERIES
+from .stages import predict_part, train_arm
+from .unlabeled import pseudo_labelled
+
+#: Voxels whose mean affinity is below belong to no neuron where the train part's labels have gaps between neurons.
+GAP = 0.5
+
+
+def make_pseudo_labels(run: Run) -> None:
+    """Train the arm "real" on the train part, let it label the unannotated tissue -> pseudo_labels/tissue_000.h5, ...
+
+    Thresholds are tuned on the tune part, or on the train part where nothing is scored.
+    """
+    train_arm(run, "real")
+    cfg, node = run.cfg, run.cfg.NEURODIFF.SEGMENT
+    method = next(name for name in node.METHODS if name != QUERIES)
+    judged = "tune" if "tune" in run.parts else "train"
+    settings = {
+        "METHOD": method,
+        "CRITERION": node.CRITERION,
+        "THRESHOLDS": node[f"{method.upper()}_THRESHOLDS"],
+        "INFERENCE": as_dict(cfg.INFERENCE),
+        "PRECISION": networks.device_and_precision(cfg)[1],
+        "GAP": 0.0 if cfg.NEURODIFF.SEGMENTER.LABEL_EROSION else GAP,
+    }
+    weights, weights_hash = run.segmenter_of("real")
+    missing = {}
+    for part, target in zip(run.unlabeled, pseudo_labelled(cfg), strict=True):
+        parents = {"segmenter": weights_hash, "tissue": part.identity, "truth": run.parts[judged].identity}
+        provenance = run.provenance("pseudo_labels", settings, **parents)
+        if not run.is_done(target, provenance):
+            missing[target] = part, provenance
+    if not missing:
+        return
+    threshold = _best_threshold(run, judged, settings)
+    network = networks.load_segmenter(weights)
+    for number, (target, (part, provenance)) in enumerate(missing.items(), start=1):
+        volume = part.load()
+        affinities = np.asarray(
+            predict_affinities(
+                network,
+                volume.array("image"),
+                flip_augmentation=cfg.INFERENCE.FLIP_AUGMENTATION,
+                label=f"affinities, unannotated {number}/{len(missing)}",
+                **networks.prediction_arguments(cfg),
+            )
+        )
+        _write_labels(run, target, volume, affinities, threshold, provenance)
+
+
+def _best_threshold(run: Run, judged: str, settings: dict[str, Any]) -> float:
+    """Where the method does best on annotated tissue."""
+    part = run.parts[judged]
+    affinities = np.asarray(open_array(predict_part(run, "real", judged), ("affinity",)))
+    fragments = fragments_from_affinities(affinities, part.volume.voxel_nm)
+    sweep = segment_sweep(affinities, fragments, settings["METHOD"], settings["THRESHOLDS"])
+    truth = part.load().array("label")
+    columns = columns_of(part.box.shape)
+    return tune_threshold(sweep, truth, criterion=settings["CRITERION"], columns=columns).threshold
+
+
+def _write_labels(
+    run: Run, target: Path, volume: Volume, affinities: np.ndarray, threshold: float, provenance: Provenance
+) -> None:
+    fragments = fragments_from_affinities(affinities, volume.voxel_nm)
+    method = provenance.settings["METHOD"]
+    ((_, label),) = segment_sweep(affinities, fragments, method, [threshold])
+    label = np.where(affinities.mean(axis=0) < provenance.settings["GAP"], 0, label)
+    if not label.any():
+        raise UserError(
+            f"The real arm's network finds no neuron in {target.stem}: every edge looks like a boundary. Train it "
+            "longer (SOLVER.ITERATION_TOTAL)."
+        )
+    arrays = {"image": volume.array("image"), "label": label}
+    write_volume(target, arrays, volume.voxel_nm, {"method": method, "threshold": threshold})
+    run.finish(target, provenance)

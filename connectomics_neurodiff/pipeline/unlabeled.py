@@ -1,0 +1,195 @@
+"""Tissue that nobody has annotated: its boxes and files, and the masks that are made of it and of the train part."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from yacs.config import CfgNode
+
+from ..conditions import with_dark_bodies
+from ..config.validate import REST
+from ..errors import ConfigError, MissingInput
+from ..geometry import Box, same_voxel_size
+from ..provenance import hash_of
+from ..volume import Volume, check_training_volume, open_volume
+from .parts import (
+    Part,
+    box_of,
+    dark_bodies_nm,
+    file_of,
+    hash_of_source,
+    makes_pseudo_labels,
+    require_disjoint,
+    shape_of_training_volume,
+    uses_unlabeled,
+)
+
+if TYPE_CHECKING:
+    from .run import Run
+
+#: Most voxels of a "rest" that nobody has looked at: it is held in memory, with its affinities.
+MOST_REST = 1 << 29
+
+
+@dataclass(frozen=True)
+class MaskCopy:
+    """A mask that a run makes, and the pair that is painted onto it.
+
+    Attributes
+    ----------
+    number : int
+        Of the copies of one piece of tissue.
+    tissue : int
+        Place in DATASET.UNLABELED; -1: the train part.
+    """
+
+    number: int
+    tissue: int = -1
+
+    @property
+    def name(self) -> str:
+        """Of its files, without suffix."""
+        where = "" if self.tissue < 0 else f"unlabeled_{self.tissue:03d}_"
+        return f"{where}copy_{self.number:03d}"
+
+    @property
+    def stream(self) -> tuple[str | int, ...]:
+        """What its random numbers are drawn for."""
+        return (self.number,) if self.tissue < 0 else ("unlabeled", self.tissue, self.number)
+
+    @property
+    def settings(self) -> dict[str, int]:
+        """As its provenance records it."""
+        return {"COPY": self.number} | ({"UNLABELED": self.tissue} if self.tissue >= 0 else {})
+
+
+def mask_copies(cfg: CfgNode) -> list[MaskCopy]:
+    """All masks that a configuration makes."""
+    sources = cfg.AUGMENTOR.SYNTHETIC.SOURCE
+    tissues = [-1] if "remodelled" in sources else []
+    tissues += range(len(unlabeled_entries(cfg))) if "repainted" in sources else []
+    return [MaskCopy(number, tissue) for tissue in tissues for number in range(cfg.NEURODIFF.REMODEL.COPIES)]
+
+
+def pseudo_labelled(cfg: CfgNode) -> list[Path]:
+    """Files of the unannotated tissue with the labels of the real arm's network; none if the run makes none."""
+    if not makes_pseudo_labels(cfg):
+        return []
+    folder = Path(cfg.DATASET.OUTPUT_PATH) / "pseudo_labels"
+    return [folder / f"tissue_{number:03d}.h5" for number in range(len(unlabeled_entries(cfg)))]
+
+
+def unlabeled_entries(cfg: CfgNode) -> list[Mapping[str, Any]]:
+    """DATASET.UNLABELED as mappings with IMAGE_NAME and BOX, "rest" as the boxes that it stands for.
+
+    Raises
+    ------
+    ConfigError
+        If nothing is left of the file in which a training patch has room, or too much to hold in memory.
+    """
+    if list(cfg.DATASET.UNLABELED) != [REST]:
+        return list(cfg.DATASET.UNLABELED)
+    shape = shape_of_training_volume(cfg)
+    boxes = [Box((0, 0, 0), shape)]
+    for name, node in cfg.NEURODIFF.SPLIT.items():
+        if name == "SCORED" or (name != "TRAIN" and not cfg.NEURODIFF.SPLIT.SCORED):
+            continue
+        if node.get("IMAGE_NAME", "") in ("", cfg.DATASET.IMAGE_NAME):
+            taken = Box(tuple(node.BOX[:3]), tuple(node.BOX[3:])) if node.BOX else Box((0, 0, 0), shape)
+            boxes = [left for box in boxes for left in box.without(taken)]
+    patch = cfg.MODEL.INPUT_SIZE
+    boxes = [box for box in boxes if all(n >= p for n, p in zip(box.shape, patch, strict=True))]
+    voxels = sum(z * y * x for z, y, x in (box.shape for box in boxes))
+    if not 0 < voxels <= MOST_REST:
+        raise ConfigError(
+            f"DATASET.UNLABELED '{REST}' must be from one training patch, {list(patch)}, to {MOST_REST:,} voxels "
+            f"outside of train, tune and test. Got {voxels:,} of the volume's {tuple(shape)}; name boxes instead."
+        )
+    return [{"BOX": [*box.start, *box.stop]} for box in boxes]
+
+
+def unlabeled_shapes(cfg: CfgNode) -> list[tuple[int, int, int]]:
+    """Voxels (z, y, x) of each piece of unannotated tissue, whose files must be there; nothing of them is read."""
+    shapes = []
+    for entry in unlabeled_entries(cfg):
+        if box := entry.get("BOX"):
+            shapes.append(Box(tuple(box[:3]), tuple(box[3:])).shape)
+        else:
+            z, y, x = _open(cfg, entry["IMAGE_NAME"]).shape
+            shapes.append((z, y, x))
+    return shapes
+
+
+def shapes_of_masks(cfg: CfgNode, train: tuple[int, int, int]) -> list[tuple[int, int, int]]:
+    """Voxels (z, y, x) of each mask that a configuration makes; `train` of the train part."""
+    copies = mask_copies(cfg)
+    tissues = unlabeled_shapes(cfg) if any(copy.tissue >= 0 for copy in copies) else []
+    return [tissues[copy.tissue] if copy.tissue >= 0 else train for copy in copies]
+
+
+def open_unlabeled(cfg: CfgNode, parts: Mapping[str, Part]) -> list[Part]:
+    """Open and check the unannotated tissue, none if the run makes neither a denoiser nor pseudo-labels.
+
+    Labels that a file has are not looked at.
+
+    Raises
+    ------
+    MissingInput, ShapeMismatch, ValueRangeError, VoxelSizeMissing
+        If a volume cannot be used.
+    ConfigError
+        If one has other voxels than the train part, or shares some with another part.
+    """
+    if not uses_unlabeled(cfg):
+        return []
+    train = parts["train"]
+    opened: list[Part] = []
+    for number, entry in enumerate(unlabeled_entries(cfg)):
+        name = f"UNLABELED[{number}]"
+        if file := entry.get("IMAGE_NAME"):
+            path = _path_of(cfg, file)
+            source, image = file_of([path]), hash_of_source(path.split("::")[0])
+            volume = _image_of(_open(cfg, file))
+            check_training_volume(volume, needs=["image"])
+        else:
+            source, volume, image = train.source, _image_of(train.volume), train.image
+        if not same_voxel_size(volume.voxel_nm, train.volume.voxel_nm):
+            raise ConfigError(
+                f"DATASET.{name} must have the train part's voxels, {tuple(train.volume.voxel_nm)} nm. "
+                f"Got {tuple(volume.voxel_nm)} nm."
+            )
+        box = box_of(entry.get("BOX", []), volume, name)
+        part = Part(name, source, volume, box, hash_of([image, box.start, box.stop]), image)
+        for other in [*parts.values(), *opened]:
+            require_disjoint(part, other)
+        opened.append(part)
+    return opened
+
+
+def hash_of_pseudo_labels(run: Run, tissue: int) -> str:
+    """Content hash of a piece of tissue with the labels that the run has made for it."""
+    return run.hash_of(f"pseudo_labels/tissue_{tissue:03d}.h5")
+
+
+def load_pseudo_labelled(run: Run, tissue: int) -> Volume:
+    """A piece of tissue with its pseudo-labels, and what is dark inside these neurons, in memory."""
+    volume = open_volume(run.folder / "pseudo_labels" / f"tissue_{tissue:03d}.h5").load()
+    thickness_nm = dark_bodies_nm(run.cfg)
+    return with_dark_bodies(volume, thickness_nm) if thickness_nm else volume
+
+
+def _path_of(cfg: CfgNode, name: str) -> str:
+    return str(Path(cfg.DATASET.INPUT_PATH) / name)
+
+
+def _open(cfg: CfgNode, name: str) -> Volume:
+    return open_volume(_path_of(cfg, name), voxel_nm=tuple(cfg.NEURODIFF.VOXEL_NM) or None)
+
+
+def _image_of(volume: Volume) -> Volume:
+    """Without its masks, if it has any."""
+    if volume.image is None:
+        raise MissingInput(f"{volume.path} has no image. DATASET.UNLABELED names tissue.")
+    return replace(volume, label=None, mito=None, dark=None)
