@@ -12,8 +12,7 @@ from ..config import as_dict
 from ..errors import UserError
 from ..metrics import columns_of, tune_threshold
 from ..predict import predict_affinities
-from ..provenance import Provenance
-from ..volume import Volume, open_array, write_volume
+from ..volume import open_array, write_volume
 from . import networks
 from .run import Run
 from .segmentations_stage import QUERIES
@@ -27,16 +26,14 @@ GAP = 0.5
 def make_pseudo_labels(run: Run) -> None:
     """Train the arm "real" on the train part, let it label the unannotated tissue -> pseudo_labels/tissue_000.h5, ...
 
-    Thresholds are tuned on the tune part, or on the train part where nothing is scored.
+    It is the method and the threshold that are best on the tune part, or on the train part where nothing is scored.
     """
     train_arm(run, "real")
     cfg, node = run.cfg, run.cfg.NEURODIFF.SEGMENT
-    method = next(name for name in node.METHODS if name != QUERIES)
     judged = "tune" if "tune" in run.parts else "train"
     settings = {
-        "METHOD": method,
+        "THRESHOLDS": {name: node[f"{name.upper()}_THRESHOLDS"] for name in node.METHODS if name != QUERIES},
         "CRITERION": node.CRITERION,
-        "THRESHOLDS": node[f"{method.upper()}_THRESHOLDS"],
         "INFERENCE": as_dict(cfg.INFERENCE),
         "PRECISION": networks.device_and_precision(cfg)[1],
         "GAP": 0.0 if cfg.NEURODIFF.SEGMENTER.LABEL_EROSION else GAP,
@@ -50,7 +47,7 @@ def make_pseudo_labels(run: Run) -> None:
             missing[target] = part, provenance
     if not missing:
         return
-    threshold = _best_threshold(run, judged, settings)
+    method, threshold = _best_on(run, judged, settings)
     network = networks.load_segmenter(weights)
     for number, (target, (part, provenance)) in enumerate(missing.items(), start=1):
         volume = part.load()
@@ -63,32 +60,32 @@ def make_pseudo_labels(run: Run) -> None:
                 **networks.prediction_arguments(cfg),
             )
         )
-        _write_labels(run, target, volume, affinities, threshold, provenance)
+        fragments = fragments_from_affinities(affinities, volume.voxel_nm)
+        ((_, label),) = segment_sweep(affinities, fragments, method, [threshold])
+        label = np.where(affinities.mean(axis=0) < settings["GAP"], 0, label)
+        _require_neurons(label, target)
+        arrays = {"image": volume.array("image"), "label": label}
+        write_volume(target, arrays, volume.voxel_nm, {"method": method, "threshold": threshold})
+        run.finish(target, provenance)
 
 
-def _best_threshold(run: Run, judged: str, settings: dict[str, Any]) -> float:
-    """Where the method does best on annotated tissue."""
+def _best_on(run: Run, judged: str, settings: dict[str, Any]) -> tuple[str, float]:
+    """Method and threshold that do best on annotated tissue."""
     part = run.parts[judged]
     affinities = np.asarray(open_array(predict_part(run, "real", judged), ("affinity",)))
     fragments = fragments_from_affinities(affinities, part.volume.voxel_nm)
-    sweep = segment_sweep(affinities, fragments, settings["METHOD"], settings["THRESHOLDS"])
-    truth = part.load().array("label")
-    columns = columns_of(part.box.shape)
-    return tune_threshold(sweep, truth, criterion=settings["CRITERION"], columns=columns).threshold
+    truth, columns = part.load().array("label"), columns_of(part.box.shape)
+    found = []
+    for method, thresholds in settings["THRESHOLDS"].items():
+        sweep = segment_sweep(affinities, fragments, method, thresholds)
+        tuning = tune_threshold(sweep, truth, criterion=settings["CRITERION"], columns=columns)
+        found.append((tuning.judged[tuning.threshold], method, tuning.threshold))
+    return min(found)[1:]
 
 
-def _write_labels(
-    run: Run, target: Path, volume: Volume, affinities: np.ndarray, threshold: float, provenance: Provenance
-) -> None:
-    fragments = fragments_from_affinities(affinities, volume.voxel_nm)
-    method = provenance.settings["METHOD"]
-    ((_, label),) = segment_sweep(affinities, fragments, method, [threshold])
-    label = np.where(affinities.mean(axis=0) < provenance.settings["GAP"], 0, label)
+def _require_neurons(label: np.ndarray, target: Path) -> None:
     if not label.any():
         raise UserError(
             f"The real arm's network finds no neuron in {target.stem}: every edge looks like a boundary. Train it "
             "longer (SOLVER.ITERATION_TOTAL)."
         )
-    arrays = {"image": volume.array("image"), "label": label}
-    write_volume(target, arrays, volume.voxel_nm, {"method": method, "threshold": threshold})
-    run.finish(target, provenance)
