@@ -86,7 +86,12 @@ def _add_run(commands: Any) -> None:
     run.add_argument("--inference", action="store_true", help="only the stages after training")
     run.add_argument("--checkpoint", metavar="FILE", help="segmenter to use in place of the run's own")
     run.add_argument("--engine", choices=("auto", "native", "host"), default="auto", help="who trains (default: auto)")
-    run.add_argument("--arm", choices=("real", "mixed"), default="", help="train and score this one alone")
+    run.add_argument(
+        "--arm",
+        choices=("real", "mixed"),
+        default="",
+        help="score this one alone, and train no other unless its pairs need it",
+    )
     run.add_argument("--dry-run", action="store_true", help="print config, stages, sizes, missing inputs; do nothing")
     run.add_argument("--force", action="store_true", help="make again what was made with other settings")
     run.add_argument("settings", nargs="*", metavar="KEY VALUE", help=CONFIG_HELP)

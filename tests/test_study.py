@@ -96,6 +96,37 @@ def test_unannotated_tissue_is_labelled_once_by_the_real_arms_network(tmp_path: 
     assert [labels.name in of_arm[arm].needs for arm in of_arm] == [False, False, True, True, True]
 
 
+def test_the_boxes_of_the_rest_tell_denoisers_apart(tmp_path: Path) -> None:
+    settings = {key: value for key, value in TINY.items() if key != "AUGMENTOR.SYNTHETIC"} | UNLABELED
+    arms = {"real": SOURCES["real"], "a": {}, "b": {"MODEL.INPUT_SIZE": [9, 32, 40]}}
+    study = read_study(write_study(tmp_path, ARMS=arms, SETTINGS=settings, SEEDS=[3]))
+    of_arm = {trial.arm: trial for trial in study.trials}
+    assert study.denoiser_of(of_arm["a"].pairs) != study.denoiser_of(of_arm["b"].pairs)
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (
+            {"AUGMENTOR.SYNTHETIC.SOURCE": ["repainted", "pseudo"]},
+            {"AUGMENTOR.SYNTHETIC.SOURCE": ["pseudo", "repainted"]},
+        ),
+        (SOURCES["pseudo"], {**SOURCES["pseudo"], "NEURODIFF.DIFFUSION.ITERATIONS": 5}),
+    ],
+)
+def test_what_no_training_on_unannotated_tissue_depends_on(
+    tmp_path: Path, one: dict[str, Any], other: dict[str, Any]
+) -> None:
+    settings = {key: value for key, value in TINY.items() if key != "AUGMENTOR.SYNTHETIC"} | UNLABELED
+    names = []
+    for arm in (one, other):
+        study = read_study(
+            write_study(tmp_path, ARMS={"real": SOURCES["real"], "a": arm}, SETTINGS=settings, SEEDS=[3])
+        )
+        names.append([trial.folder.name for trial in study.trials])
+    assert names[0] == names[1]
+
+
 def test_without_a_real_arm_of_the_same_settings_the_labels_have_a_training_of_their_own(tmp_path: Path) -> None:
     settings = {key: value for key, value in TINY.items() if key != "AUGMENTOR.SYNTHETIC"} | UNLABELED
     arms = {"real": SOURCES["real"] | {"SOLVER.ITERATION_TOTAL": 7}, "pseudo": SOURCES["pseudo"]}

@@ -213,6 +213,12 @@ def test_a_volume_without_labels_is_learnt_without_masks() -> None:
         crops(image)
 
 
+@pytest.mark.parametrize(("annotated", "share"), [(0, 1 / 11), (1, 1 / 2), (2, 1 / 11)])
+def test_annotated_volumes_are_half_of_the_samples_at_least(annotated: int, share: float) -> None:
+    dataset = crops(volume((6, 20, 28)), volume((6, 20, 280), ZYX(8.0, 8.0, 8.0)), annotated=annotated)
+    assert np.mean([dataset[i]["voxel_nm"][0] == 29 for i in range(600)]) == pytest.approx(share, abs=0.06)
+
+
 def test_equal_shares_do_not_starve_a_small_volume() -> None:
     dataset = crops(volume((6, 20, 28)), volume((6, 20, 280), ZYX(8.0, 8.0, 8.0)), share="equal")
     share = np.mean([dataset[i]["voxel_nm"][0] == 8 for i in range(400)])

@@ -176,6 +176,8 @@ def _validate_unlabeled(cfg: CfgNode) -> None:
         if entry == REST and len(cfg.DATASET.UNLABELED) == 1:
             continue
         key = f"DATASET.UNLABELED[{number}]"
+        alone = entry != REST and entry != {"IMAGE_NAME": REST}
+        _require(alone, key, f"'{REST}' only without other entries, or a name or mapping", cfg.DATASET.UNLABELED)
         if not isinstance(entry, dict):
             raise ConfigError(
                 f"{key} must be the name of a volume, or a mapping with {' and '.join(UNLABELED_KEYS)}; or all of "
@@ -187,7 +189,10 @@ def _validate_unlabeled(cfg: CfgNode) -> None:
         phantom = cfg.DATASET.IMAGE_NAME == "phantom" and bool(entry.get("IMAGE_NAME"))
         _require(not phantom, f"{key}.IMAGE_NAME", "empty while DATASET.IMAGE_NAME is 'phantom'", entry)
     key, sources = "AUGMENTOR.SYNTHETIC.SOURCE", cfg.AUGMENTOR.SYNTHETIC.SOURCE
-    _require(bool(sources) and len(set(sources)) == len(sources), key, "one or more kinds of pairs, each once", sources)
+    named = bool(sources) and all(isinstance(source, str) for source in sources)
+    _require(
+        named and len(set(sources)) == len(sources), key, "a list of one or more kinds of pairs, each once", sources
+    )
     for source in sources:
         _require_choice(key, source, SOURCES)
     lacking = [source for source in sources if source != SOURCES[0] and not cfg.DATASET.UNLABELED]
@@ -197,7 +202,8 @@ def _validate_unlabeled(cfg: CfgNode) -> None:
     )
     told = set(sources) == {SOURCES[0]} or not queries
     _require(told, "NEURODIFF.SEGMENT.METHODS", f"one that agglomerates affinities, for {key} {sources}", "agq alone")
-    weighted = cfg.NEURODIFF.SEGMENTER.RELIABILITY_WEIGHTS and "pseudo" in sources
+    own = not cfg.AUGMENTOR.SYNTHETIC.PAIRS
+    weighted = cfg.NEURODIFF.SEGMENTER.RELIABILITY_WEIGHTS and "pseudo" in sources and own
     _require(not weighted, "NEURODIFF.SEGMENTER.RELIABILITY_WEIGHTS", f"false with {key} pseudo, which has none", True)
 
 

@@ -6,7 +6,6 @@ import json
 import logging
 from collections.abc import Callable
 from dataclasses import asdict
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -29,13 +28,13 @@ from ..pairs import (
     measure_real,
     write_pair,
 )
-from ..provenance import Provenance, hash_of_file, write_json
+from ..provenance import Provenance, hash_of_file, read_provenance, sidecar_of, write_json
 from ..seeding import rng_for
 from ..volume import Volume, open_array, open_volume
 from . import networks
 from .judging import judge_of
 from .run import Run
-from .unlabeled import MaskCopy, mask_copies, pseudo_labelled
+from .unlabeled import PSEUDO_LABELS, MaskCopy, mask_copies, pseudo_labelled
 
 logger = logging.getLogger("connectomics_neurodiff")
 
@@ -68,7 +67,7 @@ def make_pairs(run: Run) -> None:
         # Also what a run left that was killed between the last two lines.
         for scratch in target.parent.glob(f".{target.stem}.*.unfinished"):
             discard_scratch(scratch)
-        verdicts.append(gate.verdict_on(target))
+        verdicts.append(gate.verdict_on(target, copy))
     if not any(verdict["passed"] for verdict in verdicts):
         raise UserError(
             f"No synthetic volume passed the gate. {verdicts[-1]['reason']} If a number missed its limit, train the "
@@ -140,6 +139,7 @@ class _Gate:
 
     def __init__(self, run: Run, judge: Judge | None) -> None:
         self._run, self._judge = run, judge
+        self._measured: dict[bool, RealTissue] = {}
         node = run.cfg.NEURODIFF.PAIRS
         self._limits = GateLimits(
             following=node.LEAST_FOLLOWING,
@@ -152,19 +152,17 @@ class _Gate:
             dark=node.DARK_LIMIT,
         )
 
-    @cached_property
-    def _real(self) -> RealTissue:
-        real = self._run.parts["train"].load()
-        label = real.array("label")
-        membrane = membrane_from_labels(label, real.voxel_nm, self._run.cfg.NEURODIFF.MEMBRANE_NM)
-        return measure_real(real.array("image"), label, membrane, self._annotated(real), real.voxel_nm)
+    def _real(self, annotated: bool) -> RealTissue:
+        """What real tissue looks like, with the mitochondria that somebody annotated or without."""
+        if annotated not in self._measured:
+            real = self._run.parts["train"].load()
+            label = real.array("label")
+            membrane = membrane_from_labels(label, real.voxel_nm, self._run.cfg.NEURODIFF.MEMBRANE_NM)
+            mito = real.mito_array if annotated else None
+            self._measured[annotated] = measure_real(real.array("image"), label, membrane, mito, real.voxel_nm)
+        return self._measured[annotated]
 
-    def _annotated(self, volume: Volume) -> np.ndarray | None:
-        """Mitochondria, if somebody annotated them: dark bodies that were found in the image are no ground truth, and
-        what is dark is then compared as a whole."""
-        return None if self._run.parts["train"].finds_dark_bodies else volume.mito_array
-
-    def verdict_on(self, target: Path) -> dict[str, Any]:
+    def verdict_on(self, target: Path, copy: MaskCopy) -> dict[str, Any]:
         """Verdict on a pair -> pairs/copy_000.gate.json; kept for as long as pair and limits are the same."""
         report = target.with_suffix(".gate.json")
         train = self._run.parts["train"].identity
@@ -175,8 +173,12 @@ class _Gate:
             if {name: verdict.get(name) for name in judged} == judged:
                 return verdict
         pair = open_volume(target).load()
-        masks = MaskArrays(pair.array("label"), np.asarray(open_array(target, ("membrane",))), self._annotated(pair))
-        found = judge_pair(pair.array("image"), masks, real=self._real, judge=self._judge, limits=self._limits)
+        # Dark bodies that were found in the image are no ground truth: what is dark is then compared as a whole.
+        annotated = copy.tissue < 0 and not self._run.parts["train"].finds_dark_bodies
+        mito = pair.mito_array if annotated else None
+        masks = MaskArrays(pair.array("label"), np.asarray(open_array(target, ("membrane",))), mito)
+        real = self._real(annotated)
+        found = judge_pair(pair.array("image"), masks, real=real, judge=self._judge, limits=self._limits)
         verdict = {**found.as_dict(), **judged}
         write_json(report, verdict)
         if not found.passed:
@@ -190,10 +192,15 @@ def pair_paths(run: Run) -> list[Path]:
     return [Path(path) for path in given] if given else own_pairs(run.cfg)
 
 
+def painted_pairs(run: Run) -> list[Path]:
+    """Of :func:`pair_paths`, those whose images are synthetic; pseudo-labelled ones are real tissue."""
+    return [path for path in pair_paths(run) if (read_provenance(path) or {}).get("stage") != PSEUDO_LABELS]
+
+
 def own_pairs(cfg: CfgNode) -> list[Path]:
     """What the mixed arm of the run with this configuration trains on, if it names no pairs made before."""
     pseudo = pseudo_labelled(cfg) if "pseudo" in cfg.AUGMENTOR.SYNTHETIC.SOURCE else []
-    return [*passed_pairs(cfg), *pseudo]
+    return [*passed_pairs(cfg), *(path for path in pseudo if sidecar_of(path).exists())]
 
 
 def passed_pairs(cfg: CfgNode) -> list[Path]:

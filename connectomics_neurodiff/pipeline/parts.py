@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property
 from itertools import combinations
 from pathlib import Path
 
@@ -183,13 +183,21 @@ def open_parts(cfg: CfgNode) -> dict[str, Part]:
 
 
 def shape_of_training_volume(cfg: CfgNode) -> tuple[int, int, int]:
-    """Voxels (z, y, x) of the file that the train part is cut from; nothing of it is read."""
+    """Voxels (z, y, x) of the file that the train part is cut from."""
     if cfg.DATASET.IMAGE_NAME == PHANTOM:
         z, y, x = cfg.NEURODIFF.PHANTOM.SHAPE
     else:
         path = source_paths(cfg)["train"][0]
-        z, y, x = open_volume(path, voxel_nm=tuple(cfg.NEURODIFF.VOXEL_NM) or None).shape
+        if not Path(path.split("::")[0]).exists():
+            raise MissingInput(f"Missing input: {path}. DATASET.INPUT_PATH is '{cfg.DATASET.INPUT_PATH}'.")
+        z, y, x = _shape_of(path, tuple(cfg.NEURODIFF.VOXEL_NM), Path(path.split("::")[0]).stat().st_mtime_ns)
     return z, y, x
+
+
+@cache
+def _shape_of(path: str, voxel_nm: tuple[float, ...], _written: int) -> tuple[int, ...]:
+    """Of a volume; to open one that is not uint8 is to read it."""
+    return open_volume(path, voxel_nm=voxel_nm or None).shape
 
 
 def open_extra_volumes(cfg: CfgNode, parts: Mapping[str, Part]) -> list[Part]:

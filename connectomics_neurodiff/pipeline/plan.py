@@ -6,7 +6,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,6 +30,8 @@ TRAINING_FACTOR = 3
 TIMED_PIECE = (16, 64, 64)
 #: Seconds of a first pass that tell enough: the kernels that oneDNN makes in it hardly count.
 LONG_PASS = 2.0
+#: Bytes a voxel of tissue that is segmented: image, three affinities, fragments, labels, a copy of each of these two.
+LABELLING_BYTES = 4 + 3 * 4 + 4 * 8
 #: (z, y, x) voxels.
 Shape = tuple[int, int, int]
 #: Arguments of a network for images of a size, on a device.
@@ -70,6 +72,9 @@ def describe_plan(cfg: CfgNode, stages: Sequence[str], arm: str = "") -> str:
             lines.append(f"  {part.name}: {where} {part.box.start}-{part.box.stop}, {tuple(part.volume.voxel_nm)} nm")
     lines += ["", "stages"]
     for stage in stages:
+        if missing:
+            lines.append(f"  {stage}")
+            continue
         wanted = artefacts_of(cfg, stage, arm)
         there = [p for p in wanted if p.exists() and (sidecar_of(p).exists() or stage in ("metrics", "report"))]
         of_them = f", {len(there)} of them there already (reused if the settings agree)" if there else ""
@@ -114,8 +119,8 @@ def estimates(cfg: CfgNode, stages: Sequence[str], shape: Shape | None, arm: str
     """Time and memory of the stages with networks; `shape` of the train part, None if it is not there."""
     node = cfg.NEURODIFF.DIFFUSION
     found = []
-    if "pseudo_labels" in stages:
-        found.append(_segmenter_estimate(cfg, "pseudo_labels", 1))
+    if "pseudo_labels" in stages and shape:
+        found.append(_labelling_estimate(cfg))
     name = f"{node.ARCHITECTURE} ({node.PRESET})"
     if "diffusion" in stages:
         cost = _cost_of_pass(cfg, "denoiser", node.PATCH, training=True)
@@ -140,6 +145,17 @@ def _segmenter_estimate(cfg: CfgNode, stage: str, arms: int) -> Estimate:
     batch = cfg.SOLVER.SAMPLES_PER_BATCH
     steps = cfg.SOLVER.ITERATION_TOTAL * cfg.SOLVER.ITERATION_STEP * batch * arms
     return Estimate(stage, steps * cost.seconds, batch * cost.memory, cost.title(cfg.MODEL.ARCHITECTURE))
+
+
+def _labelling_estimate(cfg: CfgNode) -> Estimate:
+    """Of training the real arm's network, and of the tissue that it segments in memory, piece by piece."""
+    trained = _segmenter_estimate(cfg, "pseudo_labels", 1)
+    shapes = unlabeled_shapes(cfg)
+    tile, overlap = cfg.INFERENCE.INPUT_SIZE, networks.tile_overlap(cfg)
+    passes = sum(len(tiles(shape, tile, overlap)) for shape in shapes) * (16 if cfg.INFERENCE.FLIP_AUGMENTATION else 1)
+    cost = _cost_of_pass(cfg, "segmenter", tile, training=False)
+    memory = max(math.prod(shape) for shape in shapes) * LABELLING_BYTES
+    return replace(trained, seconds=trained.seconds + passes * cost.seconds, memory=max(trained.memory, memory))
 
 
 def artefact_bytes(cfg: CfgNode, stages: Sequence[str], shapes: Mapping[str, Shape], arm: str = "") -> int:

@@ -17,9 +17,9 @@ from . import networks
 from .run import Run
 from .segmentations_stage import QUERIES
 from .stages import predict_part, train_arm
-from .unlabeled import pseudo_labelled
+from .unlabeled import PSEUDO_LABELS, pseudo_labelled
 
-#: Voxels whose mean affinity is below belong to no neuron where the train part's labels have gaps between neurons.
+#: Voxels whose mean affinity is below belong to no neuron, where the train part's labels have gaps between neurons.
 GAP = 0.5
 
 
@@ -36,13 +36,13 @@ def make_pseudo_labels(run: Run) -> None:
         "CRITERION": node.CRITERION,
         "INFERENCE": as_dict(cfg.INFERENCE),
         "PRECISION": networks.device_and_precision(cfg)[1],
-        "GAP": 0.0 if cfg.NEURODIFF.SEGMENTER.LABEL_EROSION else GAP,
+        "GAP": GAP if has_gaps(run.parts["train"].load().array("label")) else 0.0,
     }
     weights, weights_hash = run.segmenter_of("real")
     missing = {}
     for part, target in zip(run.unlabeled, pseudo_labelled(cfg), strict=True):
         parents = {"segmenter": weights_hash, "tissue": part.identity, "truth": run.parts[judged].identity}
-        provenance = run.provenance("pseudo_labels", settings, **parents)
+        provenance = run.provenance(PSEUDO_LABELS, settings, **parents)
         if not run.is_done(target, provenance):
             missing[target] = part, provenance
     if not missing:
@@ -67,6 +67,7 @@ def make_pseudo_labels(run: Run) -> None:
         arrays = {"image": volume.array("image"), "label": label}
         write_volume(target, arrays, volume.voxel_nm, {"method": method, "threshold": threshold})
         run.finish(target, provenance)
+        del affinities, fragments, label
 
 
 def _best_on(run: Run, judged: str, settings: dict[str, Any]) -> tuple[str, float]:
@@ -81,6 +82,17 @@ def _best_on(run: Run, judged: str, settings: dict[str, Any]) -> tuple[str, floa
         tuning = tune_threshold(sweep, truth, criterion=settings["CRITERION"], columns=columns)
         found.append((tuning.judged[tuning.threshold], method, tuning.threshold))
     return min(found)[1:]
+
+
+def has_gaps(label: np.ndarray) -> bool:
+    """Whether neurons end at background rather than at one another, in most places within sections."""
+    ends = touching = 0
+    for before, after in ((label[:, :-1], label[:, 1:]), (label[:, :, :-1], label[:, :, 1:])):
+        differ = before != after
+        both = differ & (before > 0) & (after > 0)
+        ends += int(np.count_nonzero(differ))
+        touching += int(np.count_nonzero(both))
+    return 2 * touching < ends
 
 
 def _require_neurons(label: np.ndarray, target: Path) -> None:

@@ -26,8 +26,10 @@ from ..report import (
 )
 from ..volume import Volume, open_array, open_source, open_volume
 from .judging import read_following
-from .pairs_stage import pair_paths
+from .pairs_stage import painted_pairs
+from .parts import makes_pairs
 from .run import Run
+from .unlabeled import mask_copies
 
 
 def make_report(run: Run) -> None:
@@ -69,11 +71,18 @@ def _notes(run: Run) -> list[str]:
     for arm, found in run.boundaries().items():
         if found["average_precision"] is not None:
             notes.append(f"Average precision of boundary edges, {arm}: {found['average_precision']:.3f}.")
-    for path in sorted((run.folder / "pairs").glob("*.gate.json")):
+    for name, path in _of_copies(run, "pairs", "gate").items():
         gate = json.loads(path.read_text())
         if not gate["passed"]:
-            notes.append(f"{path.name.split('.')[0]} was kept out of training: {gate['reason']}")
+            notes.append(f"{name} was kept out of training: {gate['reason']}")
     return notes
+
+
+def _of_copies(run: Run, folder: str, suffix: str) -> dict[str, Path]:
+    """Reports of the masks that this configuration makes, as far as they are there, by name."""
+    names = [copy.name for copy in mask_copies(run.cfg)] if makes_pairs(run.cfg) else []
+    paths = {name: run.folder / folder / f"{name}.{suffix}.json" for name in names}
+    return {name: path for name, path in paths.items() if path.exists()}
 
 
 def _draw_scores(run: Run, path: Path) -> bool:
@@ -84,7 +93,7 @@ def _draw_scores(run: Run, path: Path) -> bool:
 
 
 def _first_pair(run: Run) -> tuple[Path, Volume] | None:
-    paths = pair_paths(run) if "mixed" in run.arms else []
+    paths = painted_pairs(run) if "mixed" in run.arms else []
     return (paths[0], open_volume(paths[0]).load()) if paths else None
 
 
@@ -126,9 +135,9 @@ def _dark_of(run: Run, path: Path) -> np.ndarray | None:
 
 
 def _draw_mask_quality(run: Run, path: Path) -> bool:
-    files = sorted((run.folder / "masks").glob("*.quality.json"))
+    files = _of_copies(run, "masks", "quality")
     if files:
-        mask_quality_figure(path, {file.name.split(".")[0]: json.loads(file.read_text()) for file in files})
+        mask_quality_figure(path, {name: json.loads(file.read_text()) for name, file in files.items()})
     return bool(files)
 
 
@@ -141,7 +150,7 @@ def _draw_following(run: Run, path: Path) -> bool:
 
 
 def _draw_grey_values(run: Run, path: Path) -> bool:
-    paths = pair_paths(run) if "mixed" in run.arms else []
+    paths = painted_pairs(run) if "mixed" in run.arms else []
     if paths:
         synthetic = {pair.stem: open_volume(pair).array("image") for pair in paths[:4]}
         grey_value_figure(path, run.parts["train"].load().array("image"), synthetic)

@@ -17,7 +17,7 @@ from ..config import as_dict
 from ..errors import UserError
 from ..metrics import boundary_precision, column_slices, columns_of, evaluate, evaluate_columns
 from ..pairs import open_pairs, read_reliability
-from ..provenance import hash_of, hash_of_file, write_json
+from ..provenance import hash_of, hash_of_file, read_provenance, write_json
 from ..seeding import rng_for
 from ..volume import Volume, open_array, write_volume
 from . import networks
@@ -69,6 +69,7 @@ def make_diffusion(run: Run) -> None:
         return
     forget_other_training(run, target.parent, provenance.key)
     volumes = [part.load() for part in (run.parts["train"], *run.extra)]
+    annotated = len(volumes)
     if labelled:
         volumes += [load_pseudo_labelled(run, number) for number in numbers]
     else:
@@ -77,7 +78,12 @@ def make_diffusion(run: Run) -> None:
     network = _built_with_seed(run, "denoiser", lambda: build_denoiser(node.ARCHITECTURE, **options))
     process = DiffusionProcess(cosine_betas(node.STEPS, node.COSINE_OFFSET), node.PREDICTION)
     crops = DiffusionCrops(
-        volumes, tuple(node.PATCH), cfg.NEURODIFF.SEED, process, **networks.diffusion_crop_options(cfg)
+        volumes,
+        tuple(node.PATCH),
+        cfg.NEURODIFF.SEED,
+        process,
+        annotated=annotated,
+        **networks.diffusion_crop_options(cfg),
     )
     judge = judge_of(run)
     watch = FollowingWatch(run, judge, process, crops.scales[0], target.parent / "following.csv") if judge else None
@@ -336,10 +342,19 @@ def _keep_other_arms(run: Run, metrics: dict[str, Any], columns: dict[str, Any],
     if (before.get("provenance") or {}).get("parents") != parents:
         return
     for arm in {"real", "mixed"} - set(metrics):
-        if arm in before:
+        if arm in before and _is_scored_network(run, arm):
             metrics[arm], columns[arm] = before[arm], before_columns[arm]
             boundaries[arm] = before_boundaries[arm]
             logger.info("the scores of the arm %s are those of an earlier run", arm)
+
+
+def _is_scored_network(run: Run, arm: str) -> bool:
+    """Whether the scores of an arm are those of its network: pseudo-labels may have trained another since."""
+    checkpoint = run.folder / "segmenter" / arm / "checkpoint.pt"
+    predicted = read_provenance(run.folder / "predictions" / f"{arm}_test.h5")
+    if predicted is None or not checkpoint.exists():
+        return True
+    return bool(predicted["parents"]["segmenter"] == hash_of_file(checkpoint))
 
 
 def _boundaries(run: Run, arm: str, truth: np.ndarray) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from ..pairs import open_pairs
 from ..provenance import write_json
 from ..volume import open_array, open_volume
 from . import networks
-from .pairs_stage import pair_paths
+from .pairs_stage import painted_pairs
 from .parts import hash_of_source
 from .run import Run
 
@@ -33,7 +33,7 @@ _FID_NAMES = (*NAMES, "fid3d_test")
 
 def synthesis_metrics(run: Run) -> dict[str, Any]:
     """3D-FID, its numbers null where there is none; grey values, number and seams of the run's own pairs."""
-    paths = pair_paths(run) if "mixed" in run.arms else []
+    paths = painted_pairs(run) if "mixed" in run.arms else []
     found = _fid3d_or_null(run, paths)
     # Pairs that the user names were judged, and painted in tiles, by another run.
     paths = [] if run.cfg.AUGMENTOR.SYNTHETIC.PAIRS else paths

@@ -154,7 +154,7 @@ def _data_of(cfg: CfgNode) -> str:
             *(as_dict(node[name]) for name in ("VOXEL_NM", "MITO_NAME", "DARK_BODIES", "SPLIT", "PHANTOM")),
             [as_dict(volume) for volume in node.DIFFUSION.EXTRA_VOLUMES],
             node.SEGMENTER.LABEL_EROSION,
-            [list(node.SEGMENT.METHODS), as_dict(cfg.INFERENCE)],
+            [list(node.SEGMENT.METHODS), as_dict(cfg.INFERENCE), list(cfg.MODEL.INPUT_SIZE)],
         ]
     )
 

@@ -34,6 +34,7 @@ from yacs.config import CfgNode
 
 from ..config import as_dict, load_config
 from ..config.load import in_pairs, value_of
+from ..config.validate import REST
 from ..errors import ConfigError, MissingInput, UserError, did_you_mean
 from ..pipeline.networks import SAMPLING_KEYS
 from ..pipeline.parts import makes_pairs, makes_pseudo_labels
@@ -339,7 +340,11 @@ def _training_name(trial: Trial) -> str:
         content["AUGMENTOR"]["SYNTHETIC"] = {}
         content["DATASET"] = _without(content["DATASET"], ("UNLABELED",))
         content["NEURODIFF"] = _without(content["NEURODIFF"], ("DIFFUSION", *_AFTER_DIFFUSION))
-    made = [Path(folder).name for folder in (trial.pairs, trial.pseudo_labels)]
+    elif not trial.pairs and trial.pseudo_labels:
+        content["NEURODIFF"] = _without(content["NEURODIFF"], ("DIFFUSION", *_AFTER_DIFFUSION))
+    made: Any = Path(trial.pairs).name
+    if trial.pseudo_labels:
+        made = [made, Path(trial.pseudo_labels).name]
     return f"{'mixed' if trial.is_mixed else 'real'}-seed{trial.seed}-{hash_of([content, made])[:8]}"
 
 
@@ -350,7 +355,7 @@ def _pairs_name(cfg: CfgNode) -> str:
 def _denoiser_name(cfg: CfgNode) -> str:
     content = _synthesis_settings(cfg, (*_AFTER_PAIRS, *_AFTER_DIFFUSION))
     content["NEURODIFF"]["DIFFUSION"] = _without(content["NEURODIFF"]["DIFFUSION"], SAMPLING_KEYS)
-    del content["SOURCE"]  # all that matters of it are the pseudo-labels
+    content = _without(content, ("SOURCE",))  # all that matters of it are the pseudo-labels
     # The judge is trained beside it, and goes with it to the pairs.
     pairs = cfg.NEURODIFF.PAIRS
     judge = pairs.JUDGE_ITERATIONS if pairs.LEAST_FOLLOWING or pairs.MOST_MISSING else 0
@@ -362,7 +367,8 @@ def _pseudo_labels_name(cfg: CfgNode) -> str:
     content = _shared_settings(cfg)
     content["AUGMENTOR"] = _without(content["AUGMENTOR"], ("SYNTHETIC",))
     content["SOLVER"] = _without(content["SOLVER"], ("ITERATION_SAVE",))
-    content["NEURODIFF"] = _without(content["NEURODIFF"], ("DIFFUSION", *_AFTER_DIFFUSION, "FID"))
+    mitochondria = ("MEMBRANE_NM", "DARK_BODIES", "MITO_NAME")
+    content["NEURODIFF"] = _without(content["NEURODIFF"], ("DIFFUSION", *_AFTER_DIFFUSION, "FID", *mitochondria))
     return f"seed{cfg.NEURODIFF.SEED}-{hash_of(content)[:8]}"
 
 
@@ -371,16 +377,24 @@ def _synthesis_settings(cfg: CfgNode, without: Sequence[str]) -> dict[str, Any]:
     content = _without(_shared_settings(cfg), _AFTER_SYNTHESIS)
     content["NEURODIFF"] = _without(content["NEURODIFF"], without)
     content["NEURODIFF"]["DIFFUSION"] = _without(content["NEURODIFF"]["DIFFUSION"], ("SAVE_EVERY",))
-    painted = sorted(set(cfg.AUGMENTOR.SYNTHETIC.SOURCE) - {"pseudo"})
+    if cfg.DATASET.UNLABELED == [REST]:
+        content["PATCH"] = list(cfg.MODEL.INPUT_SIZE)  # the boxes of the rest hold it
+    painted = set(cfg.AUGMENTOR.SYNTHETIC.SOURCE) - {"pseudo"}
     if "repainted" in painted:
         content["PSEUDO_LABELS"] = _pseudo_labels_name(cfg)
-    return content | {"SOURCE": painted}
+    return content if painted == {"remodelled"} else content | {"SOURCE": sorted(painted)}
 
 
 def _shared_settings(cfg: CfgNode) -> dict[str, Any]:
     """A configuration without what no artefact depends on."""
     content = as_dict(cfg)
-    content["DATASET"] = _without(content["DATASET"], ("OUTPUT_PATH",))
+    content["DATASET"] = _without(
+        content["DATASET"], ("OUTPUT_PATH", *(() if cfg.DATASET.UNLABELED else ("UNLABELED",)))
+    )
+    sources = sorted(cfg.AUGMENTOR.SYNTHETIC.SOURCE)
+    content["AUGMENTOR"]["SYNTHETIC"] = _without(content["AUGMENTOR"]["SYNTHETIC"], ("SOURCE",))
+    if sources != ["remodelled"]:
+        content["AUGMENTOR"]["SYNTHETIC"]["SOURCE"] = sources
     content["SYSTEM"] = _without(content["SYSTEM"], _MACHINE)
     return content
 

@@ -41,6 +41,9 @@ class DiffusionCrops:
         varies in training varies in the synthetic images.
     share : {"voxels", "equal"}
         How often each volume is drawn: in proportion to its voxels, or all alike, so that a small one is not starved.
+    annotated : int
+        So many of the volumes, the first ones, have masks that people made. They are drawn at least half of the time,
+        however large the others are; 0: all volumes have.
     condition_dropout : float
         Probability in [0, 1) of a sample without masks: :data:`.NULL_CONDITION` everywhere. What classifier-free
         guidance needs; .1 to .2 as published (Ho and Salimans 2022).
@@ -76,6 +79,7 @@ class DiffusionCrops:
         transpose: bool = True,
         intensity_jitter: float = 0.02,
         share: str = "voxels",
+        annotated: int = 0,
         condition_dropout: float = 0.0,
         voxel_size_dropout: float = 0.0,
         noise_mean: float = 0.0,
@@ -101,7 +105,7 @@ class DiffusionCrops:
         self._conditions = [self._condition_of(v, thickness_nm) for v in volumes]
         self.condition_dropout, self.voxel_size_dropout = condition_dropout, voxel_size_dropout
         sizes = np.array([image.size if share == "voxels" else 1 for image in self._images], dtype=np.float64)
-        self._share = sizes / sizes.sum()
+        self._share = _at_least_half(sizes / sizes.sum(), annotated)
 
     def _at_least_patch(self, array: np.ndarray) -> np.ndarray:
         """Reflect the last three axes up to the patch where they are shorter."""
@@ -112,7 +116,8 @@ class DiffusionCrops:
 
     def _condition_of(self, volume: Volume, thickness_nm: float) -> np.ndarray:
         if volume.label is None:
-            return np.full((2, *self._at_least_patch(volume.array("image")).shape), NULL_CONDITION, np.float16)
+            shape = (2, *self._at_least_patch(volume.array("image")).shape)
+            return np.broadcast_to(np.float16(NULL_CONDITION), shape)
         label = np.asarray(volume.label)
         membrane = with_background(membrane_from_labels(label, volume.voxel_nm, thickness_nm), label)
         inside = organelles(volume.mito_array, volume.dark_array)
@@ -161,3 +166,11 @@ class DiffusionCrops:
     def _jittered(self, image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         contrast, brightness = rng.uniform(-self.intensity_jitter, self.intensity_jitter, 2).astype(np.float32)
         return np.clip(image * (1 + contrast) + brightness, 0, 1)
+
+
+def _at_least_half(share: np.ndarray, first: int) -> np.ndarray:
+    """Shares of which the first so many make at least a half."""
+    of_first = share[:first].sum()
+    if not 0 < of_first < 0.5:
+        return share
+    return np.concatenate([share[:first] / of_first, share[first:] / (1 - of_first)]) / 2
