@@ -245,7 +245,7 @@ def _add_remodel(node: CfgNode) -> None:
 
 def _add_diffusion(node: CfgNode) -> None:
     node.DIFFUSION = CfgNode()
-    # Denoiser, by registered name and preset ("paper": 62 M parameters; "small": for a CPU).
+    # Denoiser, by registered name and preset ("paper": 62 M parameters; "small", "tiny": for a CPU).
     node.DIFFUSION.ARCHITECTURE = "neurodiff"
     node.DIFFUSION.PRESET = "paper"
     # Diffusion steps T and offset s of the cosine schedule. [published] 250, .008.

@@ -19,7 +19,7 @@ def build_denoiser(name: str, preset: str = "paper", **options: Any) -> nn.Modul
     name : str
         Registered name; see ``SYNTHESISERS.names()``.
     preset : str
-        Named set of sizes: ``"paper"``, or ``"small"`` for training on a CPU.
+        Named set of sizes: ``"paper"``; ``"small"`` or ``"tiny"`` for training on a CPU.
     **options
         Overrides of single fields of the preset. For ``"neurodiff"`` see
         :class:`~connectomics_neurodiff.synthesis.nets.options.DenoiserOptions`.
