@@ -238,7 +238,7 @@ def test_all_kinds_of_pairs_enter_the_training(made: Path) -> None:
     assert open_volume(made / names[1]).shape == LEFT.shape
     provenance = json.loads((made / "segmenter" / "mixed" / "checkpoint.pt.provenance.json").read_text())
     assert provenance["parents"]["pairs"] == hash_of([hash_of_file(path) for path in passed])
-    assert (made / "report.html").exists()
+    assert "unannotated tissue with pseudo-labels, 1 of its volumes" in (made / "report.html").read_text()
 
 
 def test_distances_from_real_tissue_are_those_of_painted_images(made: Path, tmp_path: Path) -> None:

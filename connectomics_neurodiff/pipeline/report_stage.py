@@ -26,7 +26,7 @@ from ..report import (
 )
 from ..volume import Volume, open_array, open_source, open_volume
 from .judging import read_following
-from .pairs_stage import painted_pairs
+from .pairs_stage import painted_pairs, pair_paths
 from .parts import makes_pairs
 from .run import Run
 from .unlabeled import mask_copies
@@ -71,6 +71,9 @@ def _notes(run: Run) -> list[str]:
     for arm, found in run.boundaries().items():
         if found["average_precision"] is not None:
             notes.append(f"Average precision of boundary edges, {arm}: {found['average_precision']:.3f}.")
+    pseudo = len(pair_paths(run)) - len(painted_pairs(run)) if "mixed" in run.arms else 0
+    if pseudo:
+        notes.append(f"The mixed arm also saw unannotated tissue with pseudo-labels, {pseudo} of its volumes.")
     for name, path in _of_copies(run, "pairs", "gate").items():
         gate = json.loads(path.read_text())
         if not gate["passed"]:
