@@ -30,8 +30,8 @@ TRAINING_FACTOR = 3
 TIMED_PIECE = (16, 64, 64)
 #: Seconds of a first pass that tell enough: the kernels that oneDNN makes in it hardly count.
 LONG_PASS = 2.0
-#: Bytes a voxel of tissue that is segmented: image, three affinities, fragments, labels, a copy of each of these two.
-LABELLING_BYTES = 4 + 3 * 4 + 4 * 8
+#: Bytes a voxel of tissue that is segmented: image, three affinities, fragments, labels, and copies of these two.
+LABELLING_BYTES = 4 + 3 * 4 + 7 * 8
 #: (z, y, x) voxels.
 Shape = tuple[int, int, int]
 #: Arguments of a network for images of a size, on a device.

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from scipy import ndimage
 
 from ..agglomerate import fragments_from_affinities, segment_sweep
 from ..config import as_dict
@@ -19,7 +20,7 @@ from .segmentations_stage import QUERIES
 from .stages import predict_part, train_arm
 from .unlabeled import PSEUDO_LABELS, pseudo_labelled
 
-#: Voxels whose mean affinity is below belong to no neuron, where the train part's labels have gaps between neurons.
+#: Mean affinity below which voxels between neurons belong to none, where the train part's labels have gaps there.
 GAP = 0.5
 
 
@@ -62,12 +63,13 @@ def make_pseudo_labels(run: Run) -> None:
         )
         fragments = fragments_from_affinities(affinities, volume.voxel_nm)
         ((_, label),) = segment_sweep(affinities, fragments, method, [threshold])
-        label = np.where(affinities.mean(axis=0) < settings["GAP"], 0, label)
+        if settings["GAP"]:
+            label = np.where(gaps_between(affinities, label), 0, label)
         _require_neurons(label, target)
         arrays = {"image": volume.array("image"), "label": label}
         write_volume(target, arrays, volume.voxel_nm, {"method": method, "threshold": threshold})
         run.finish(target, provenance)
-        del affinities, fragments, label
+        del affinities, fragments, label  # before those of the next piece are made
 
 
 def _best_on(run: Run, judged: str, settings: dict[str, Any]) -> tuple[str, float]:
@@ -82,6 +84,33 @@ def _best_on(run: Run, judged: str, settings: dict[str, Any]) -> tuple[str, floa
         tuning = tune_threshold(sweep, truth, criterion=settings["CRITERION"], columns=columns)
         found.append((tuning.judged[tuning.threshold], method, tuning.threshold))
     return min(found)[1:]
+
+
+def gaps_between(affinities: np.ndarray, label: np.ndarray) -> np.ndarray:
+    """Where edges look like a boundary, and lie between two neurons: not the granules and organelles inside of one.
+
+    Parameters
+    ----------
+    affinities : numpy.ndarray
+        (3, z, y, x).
+    label : numpy.ndarray
+        (z, y, x), every voxel of a neuron.
+
+    Returns
+    -------
+    numpy.ndarray
+        (z, y, x) bool: voxels with a mean affinity below `GAP`, of patches within a section that meet two labels.
+    """
+    in_section = np.zeros((3, 3, 3), bool)
+    in_section[1] = True
+    patch, count = ndimage.label(affinities.mean(axis=0) < GAP, in_section)
+    numbers = np.arange(count + 1)
+    least = ndimage.minimum(ndimage.minimum_filter(label, (1, 3, 3)), patch, numbers)
+    most = ndimage.maximum(ndimage.maximum_filter(label, (1, 3, 3)), patch, numbers)
+    between = np.asarray(least) != np.asarray(most)
+    between[0] = False  # no patch
+    found: np.ndarray = between[patch]
+    return found
 
 
 def has_gaps(label: np.ndarray) -> bool:
