@@ -74,6 +74,12 @@ class Box:
         if any(b <= a for a, b in zip(self.start, self.stop, strict=True)):
             raise ValueRangeError(f"A box must have stop > start on every axis. Got {self.start} to {self.stop}.")
 
+    @classmethod
+    def of(cls, corners: Sequence[int]) -> Box:
+        """The box of a configuration, [z0, y0, x0, z1, y1, x1]."""
+        z0, y0, x0, z1, y1, x1 = corners
+        return cls((z0, y0, x0), (z1, y1, x1))
+
     @property
     def shape(self) -> tuple[int, int, int]:
         """Extent in voxels."""

@@ -43,6 +43,7 @@ def validate(cfg: CfgNode) -> None:
     _validate_remodelling(cfg)
     _validate_diffusion(cfg)
     _validate_unlabeled(cfg)
+    _validate_kinds_of_pairs(cfg)
     _validate_segmenter(cfg)
     _validate_sources(cfg)
 
@@ -171,7 +172,7 @@ def _validate_entry(key: str, entry: dict[str, object], known: dict[str, type]) 
 
 
 def _validate_unlabeled(cfg: CfgNode) -> None:
-    """Tissue without annotation, and the pairs that are made of it."""
+    """Tissue without annotation."""
     for number, entry in enumerate(cfg.DATASET.UNLABELED):
         if entry == REST and len(cfg.DATASET.UNLABELED) == 1:
             continue
@@ -188,6 +189,10 @@ def _validate_unlabeled(cfg: CfgNode) -> None:
         _require(bool(named), key, "the name of a volume or a BOX of the training volume's file", entry)
         phantom = cfg.DATASET.IMAGE_NAME == "phantom" and bool(entry.get("IMAGE_NAME"))
         _require(not phantom, f"{key}.IMAGE_NAME", "empty while DATASET.IMAGE_NAME is 'phantom'", entry)
+
+
+def _validate_kinds_of_pairs(cfg: CfgNode) -> None:
+    """What the run makes its pairs of."""
     key, sources = "AUGMENTOR.SYNTHETIC.SOURCE", cfg.AUGMENTOR.SYNTHETIC.SOURCE
     named = bool(sources) and all(isinstance(source, str) for source in sources)
     _require(
@@ -197,11 +202,9 @@ def _validate_unlabeled(cfg: CfgNode) -> None:
         _require_choice(key, source, SOURCES)
     lacking = [source for source in sources if source != SOURCES[0] and not cfg.DATASET.UNLABELED]
     _require(not lacking, key, "['remodelled'] without DATASET.UNLABELED, which the others are made of", sources)
-    queries = cfg.MODEL.ARCHITECTURE == "agq" and not {"waterz", "mean", "multicut"} & set(
-        cfg.NEURODIFF.SEGMENT.METHODS
-    )
-    told = set(sources) == {SOURCES[0]} or not queries
-    _require(told, "NEURODIFF.SEGMENT.METHODS", f"one that agglomerates affinities, for {key} {sources}", "agq alone")
+    agglomerates = list(sources) == [SOURCES[0]] or set(cfg.NEURODIFF.SEGMENT.METHODS) != {"agq"}
+    methods = "one that agglomerates affinities beside agq"
+    _require(agglomerates, "NEURODIFF.SEGMENT.METHODS", f"{methods}, for {key} {sources}", ["agq"])
     own = not cfg.AUGMENTOR.SYNTHETIC.PAIRS
     weighted = cfg.NEURODIFF.SEGMENTER.RELIABILITY_WEIGHTS and "pseudo" in sources and own
     _require(not weighted, "NEURODIFF.SEGMENTER.RELIABILITY_WEIGHTS", f"false with {key} pseudo, which has none", True)

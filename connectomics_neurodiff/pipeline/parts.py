@@ -319,7 +319,7 @@ def _box_key(name: str) -> str:
 def box_of(values: list[int], volume: Volume, name: str) -> Box:
     """A part's box, checked; without values all of the volume."""
     shape = volume.shape
-    box = Box((values[0], values[1], values[2]), (values[3], values[4], values[5])) if values else Box((0, 0, 0), shape)
+    box = Box.of(values) if values else Box((0, 0, 0), shape)
     if not box.within(shape):
         raise ValueRangeError(f"{_box_key(name)} must lie within the volume's {tuple(shape)} voxels. Got {values}.")
     return box

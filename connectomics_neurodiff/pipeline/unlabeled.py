@@ -104,7 +104,7 @@ def unlabeled_entries(cfg: CfgNode) -> list[Mapping[str, Any]]:
         if name != "TRAIN" and not (node.BOX or cfg.NEURODIFF.SPLIT.SCORED):
             continue
         if _is_training_file(cfg, node.get("IMAGE_NAME", "")):
-            taken = Box(tuple(node.BOX[:3]), tuple(node.BOX[3:])) if node.BOX else Box((0, 0, 0), shape)
+            taken = Box.of(node.BOX) if node.BOX else Box((0, 0, 0), shape)
             boxes = [left for box in boxes for left in box.without(taken)]
     patch = cfg.MODEL.INPUT_SIZE
     boxes = [box for box in boxes if all(n >= p for n, p in zip(box.shape, patch, strict=True))]
@@ -127,7 +127,7 @@ def unlabeled_shapes(cfg: CfgNode) -> list[tuple[int, int, int]]:
     shapes = []
     for entry in unlabeled_entries(cfg):
         if box := entry.get("BOX"):
-            shapes.append(Box(tuple(box[:3]), tuple(box[3:])).shape)
+            shapes.append(Box.of(box).shape)
         else:
             z, y, x = _open(cfg, entry["IMAGE_NAME"]).shape
             shapes.append((z, y, x))
@@ -161,7 +161,8 @@ def open_unlabeled(cfg: CfgNode, parts: Mapping[str, Part]) -> list[Part]:
         name = f"UNLABELED[{number}]"
         if file := entry.get("IMAGE_NAME"):
             path = _path_of(cfg, file)
-            source, image, content = file_of([path]), hash_of_source(path.split("::")[0]), hash_of_source(path)
+            source, image = file_of([path]), hash_of_source(path.split("::")[0])
+            content = hash_of([image, *path.split("::")[1:]])
             volume = _open(cfg, file)
             check_training_volume(volume, needs=["image"])
         else:
