@@ -239,12 +239,43 @@ def _add_synthesis_commands(commands: Any) -> None:
         help="how strictly the image follows the masks: 1 as trained, more: easier, less: harder to segment "
         "(default: 2, or 1 for a denoiser trained without condition dropout)",
     )
+    sample.add_argument(
+        "--guidance-above",
+        type=float,
+        metavar="LEVEL",
+        help="noise over image, as standard deviations, below which steps are not guided (default: 1)",
+    )
     sample.add_argument("--steps", type=int, metavar="N", help="default: 10, at most as many as trained")
     _add_seed(sample)
     sample.add_argument("--tile", nargs=3, type=int, metavar=("Z", "Y", "X"), help="voxels (default: as trained)")
     sample.add_argument("--overlap", nargs=3, type=int, metavar=("Z", "Y", "X"), help="default: an eighth of the tile")
     _add_voxel_size(sample)
     _add_device(sample)
+
+    gate = _add_command(
+        commands,
+        "gate",
+        "whether a synthetic pair follows its mask and looks like tissue; a pair that does not is an error",
+        "neurodiff gate pair.h5 --real cells.h5 --box 0 0 0 40 512 512 --json",
+    )
+    gate.add_argument("pair", metavar="PAIR.h5", help="image and label; membrane and mito if it has them")
+    gate.add_argument("--real", required=True, metavar="VOLUME.h5", help="image and label to compare with, loaded")
+    gate.add_argument(
+        "--box",
+        nargs=6,
+        type=int,
+        metavar=("Z0", "Y0", "X0", "Z1", "Y1", "X1"),
+        help="part of VOLUME.h5 (default: all)",
+    )
+    gate.add_argument(
+        "--membrane-nm", type=float, default=25.0, help="membrane width in nm, as the masks were made (default: 25)"
+    )
+    gate.add_argument(
+        "--judge-iterations", type=int, default=1000, metavar="N", help="training of the judge (default: 1000)"
+    )
+    gate.add_argument("--json", action="store_true", help="print JSON")
+    _add_seed(gate)
+    _add_voxel_size(gate)
 
 
 def _add_segmentation_commands(commands: Any) -> None:

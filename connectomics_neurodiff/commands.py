@@ -409,7 +409,10 @@ def sample(options: argparse.Namespace) -> None:
     network, process = denoiser_from_checkpoint(checkpoint)
     guidance = DEFAULT_GUIDANCE if checkpoint.extra.get("condition_dropout") else 1.0
     guidance = guidance if options.guidance is None else options.guidance
-    network = guided(network, guidance, checkpoint, process.step_at(GUIDED_LEVEL))
+    level = GUIDED_LEVEL if options.guidance_above is None else options.guidance_above
+    if not level >= 0:
+        raise ConfigError(f"--guidance-above must be >= 0. Got {level:g}.")
+    network = guided(network, guidance, checkpoint, process.step_at(level))
     steps = min(10, process.steps) if options.steps is None else options.steps  # docs/painting.md
     # Beside the output: there is room for the whole volume, and the same command finds it again after a kill.
     scratch = Path(options.output).absolute().with_name(f".{Path(options.output).name}.unfinished")
@@ -431,9 +434,67 @@ def sample(options: argparse.Namespace) -> None:
         scratch=scratch,
         label="synthesis",
     )
-    attributes = {"seed": options.seed, "sampler": options.sampler, "steps": steps, "guidance": guidance}
+    attributes = {"seed": options.seed, "sampler": options.sampler, "steps": steps}
+    attributes |= {"guidance": guidance, "guidance_above": level}
     write_pair(options.output, image, MaskArrays(volume.label, membrane, volume.mito), voxel_nm, attributes)
     discard_scratch(scratch)
+
+
+def gate(options: argparse.Namespace) -> None:
+    """``neurodiff gate``"""
+    import tempfile
+
+    import numpy as np
+
+    from .conditions import membrane_from_labels
+    from .geometry import Box
+    from .pairs import (
+        GateLimits,
+        JudgeSettings,
+        MaskArrays,
+        gate_defect,
+        judge_pair,
+        measure_real,
+        membrane_of_pair,
+        open_pair,
+        train_judge,
+    )
+    from .volume import check_training_volume, open_volume
+
+    volume = open_volume(options.real, voxel_nm=_voxel_size(options))
+    real = volume.crop(Box.of(options.box)) if options.box else volume.load()
+    check_training_volume(real)
+    pair = open_pair(options.pair, real.voxel_nm).load()
+    label, limits = real.array("label"), GateLimits()
+    tissue = measure_real(
+        real.array("image"),
+        label,
+        membrane_from_labels(label, real.voxel_nm, options.membrane_nm),
+        real.mito_array,
+        real.voxel_nm,
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        judge = train_judge(
+            real,
+            membrane_nm=options.membrane_nm,
+            seed=options.seed,
+            folder=Path(folder),
+            settings=JudgeSettings(steps=options.judge_iterations),
+        )
+    if reason := gate_defect(tissue, judge, limits):
+        raise ValueRangeError(reason)
+    membrane = membrane_of_pair(options.pair, pair, options.membrane_nm)
+    masks = MaskArrays(pair.array("label"), membrane, pair.mito_array)
+    found = judge_pair(pair.array("image"), masks, real=tissue, judge=judge, limits=limits)
+    if options.json:
+        json.dump(found.as_dict(), sys.stdout, indent=2)
+        print()
+    else:
+        for check in found.checks:
+            allowed = f"{check.low:.3f} to {check.high:.3f}" if check.low or np.isfinite(check.high) else ""
+            verdict = "" if check.passed else "refused"
+            print(f"{check.name:30} {check.got:9.3f}  real {check.real:9.3f}  allowed {allowed:18} {verdict}".rstrip())
+    found.require()
 
 
 def predict(options: argparse.Namespace) -> None:
@@ -605,6 +666,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
     "view": view,
     "remodel": remodel,
     "sample": sample,
+    "gate": gate,
     "predict": predict,
     "segment": segment,
     "evaluate": evaluate,

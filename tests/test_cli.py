@@ -218,6 +218,26 @@ def test_a_denoiser_trained_without_dropout_is_not_guided(cells: Path, denoiser:
     refused("invalid float", *arguments, "--guidance", "strong")
 
 
+def test_the_gate_lets_real_tissue_pass_and_no_inverted_one(tmp_path: Path) -> None:
+    volume = grow_phantom((24, 96, 104), (29.0, 6.0, 6.0), seed=1)
+    cells, pair, inverted = (tmp_path / f"{name}.h5" for name in ("cells", "pair", "inverted"))
+    write_volume(cells, volume.arrays, volume.voxel_nm, {})
+    for path, image in ((pair, volume.array("image")), (inverted, 1 - volume.array("image"))):
+        arrays = {"image": image[12:], "label": volume.array("label")[12:], "mito": volume.array("mito")[12:]}
+        write_volume(path, arrays, volume.voxel_nm, {})
+    by = ["--real", str(cells), "--box", "0", "0", "0", "12", "96", "104", "--judge-iterations", "200"]
+    table = done("gate", str(pair), *by)
+    assert "following" in table
+    assert "refused" not in table
+    verdict = neurodiff("gate", str(inverted), *by, "--json")
+    assert verdict.returncode == 2
+    found = json.loads(verdict.stdout)
+    assert not found["passed"]
+    assert "does not follow its mask" in found["reason"]
+    assert f"neurodiff: error: {found['reason']}" in verdict.stderr
+    refused("does not pass the gate itself", "gate", str(pair), "--real", str(cells), "--box", *"000199", *by[-2:])
+
+
 def test_predict_writes_affinities(cells: Path, segmenter: Path, tmp_path: Path) -> None:
     done("predict", str(cells), str(tmp_path / "a.h5"), "--checkpoint", str(segmenter), "--gpus", "0")
     with h5py.File(tmp_path / "a.h5") as file:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from fractions import Fraction
 from math import ceil, floor
 from types import SimpleNamespace
@@ -25,6 +26,7 @@ from connectomics_neurodiff.pairs import (
     write_pair,
 )
 from connectomics_neurodiff.pairs.matching import _blocks, _filtered
+from connectomics_neurodiff.provenance import hash_of_file
 from connectomics_neurodiff.volume import Volume, grow_phantom, open_volume, write_volume
 
 SHAPE = (5, 18, 26)
@@ -99,6 +101,20 @@ def test_distance_agrees_with_scipy(seed) -> None:
     report = grey_value_gate(*levels, limit=1.0)
     assert report.distance == pytest.approx(wasserstein_distance(*levels), abs=1.5 / 256)
     assert (report.mean_synthetic, report.std_real) == pytest.approx((levels[0].mean(), levels[1].std()))
+
+
+def test_a_pair_that_the_gate_refused_is_not_opened_for_training(tmp_path, image) -> None:
+    path, report = tmp_path / "pair.h5", tmp_path / "pair.gate.json"
+    write_pair(path, image, make_mask(), VOXEL, {})
+    verdict = {"passed": False, "reason": "It is a cloud.", "pair": hash_of_file(path)}
+    report.write_text(json.dumps(verdict))
+    with pytest.raises(ValueRangeError, match=r"The gate refused .*pair.h5: It is a cloud\."):
+        open_pairs([path], make_real())
+    report.write_text(json.dumps(verdict | {"passed": True}))
+    assert len(open_pairs([path], make_real())) == 1
+    report.write_text(json.dumps(verdict))
+    write_pair(path, 1 - image, make_mask(), VOXEL, {})  # painted anew since
+    assert len(open_pairs([path], make_real())) == 1
 
 
 def test_gate_passes_the_same_tissue_and_rejects_a_shift(image) -> None:

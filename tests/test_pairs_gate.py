@@ -25,6 +25,7 @@ from connectomics_neurodiff.pairs import (
     PairReport,
     RealTissue,
     dark_shares,
+    gate_defect,
     judge_pair,
     match_grey_values,
     match_spectrum,
@@ -217,8 +218,8 @@ def verdict(bench: dict[str, Any], pair: Any, limits: GateLimits | None = None, 
 def test_the_judge_knows_held_out_tissue(bench: dict[str, Any]) -> None:
     judge: Judge = bench["judge"]
     assert judge.defect == ""
-    assert judge.real > 0.7
-    assert judge.real_null < 0.3
+    assert judge.real.average_precision > 0.7
+    assert judge.real.null < 0.3
 
 
 @pytest.mark.parametrize("mito", [True, False])
@@ -236,10 +237,12 @@ def test_real_tissue_of_elsewhere_passes(bench: dict[str, Any], mito: bool) -> N
 def test_every_bad_pair_is_refused_for_what_is_wrong_with_it(bench: dict[str, Any], script: ModuleType) -> None:
     wanted = {
         "clouds": "does not follow its mask",
+        "clouds in a quarter": "in one section or one ninth of the plane",
         "blurred by 12 nm": "The texture is not that of the tissue",
         "inverted": "does not follow its mask",
         "mask of another place": "does not follow its mask",
         "half the membranes erased": "Membranes are missing",
+        "neurons joined in the mask": "The image has boundaries that its mask lacks",
         "labels shifted by 5 voxels": "does not follow its mask",
         "membranes on other tissue": "",
         "sections shuffled": "Sections are out of order",
@@ -291,7 +294,22 @@ def test_a_gate_that_cannot_judge_says_so(bench: dict[str, Any]) -> None:
     assert "Cannot judge the texture" in verdict({**bench, "real": coarse}, pair, replace(OFF, spectrum=2.0)).reason
 
 
-@pytest.mark.parametrize(("value", "reason"), [(0.5, "constant"), (np.nan, "finite"), (2.0, "in")])
+def test_a_gate_that_could_only_refuse_says_so_of_the_real_tissue(bench: dict[str, Any]) -> None:
+    real, judge, limits = bench["real"], bench["judge"], GateLimits()
+    assert gate_defect(real, judge, limits) == ""
+    assert "without a judge" in gate_defect(real, None, limits)
+    assert gate_defect(real, None, replace(limits, following=0.0, missing=0.0)) == ""
+    blind = replace(judge, defect="Cannot judge at all.")
+    assert gate_defect(real, blind, limits).endswith("itself: Cannot judge at all.")
+    hard = replace(judge, real=judge.real._replace(missing=0.4))
+    assert "40 % look like cytoplasm" in gate_defect(real, hard, limits)
+    shuffled = replace(real, whole=replace(real.whole, order=0.5))
+    assert "Sections are out of order" in gate_defect(shuffled, judge, limits)
+    single = replace(real, whole=replace(real.whole, continuity=np.nan))
+    assert "Cannot judge how alike" in gate_defect(single, judge, limits)
+
+
+@pytest.mark.parametrize(("value", "reason"), [(0.5, "constant"), (np.nan, "finite"), (2.0, r"[0, 1]")])
 def test_broken_images_are_refused_whatever_the_limits(bench: dict[str, Any], value: float, reason: str) -> None:
     pair, real = bench["pair"], bench["real"]
     mask = MaskArrays(pair.label, pair.membrane)

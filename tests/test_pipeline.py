@@ -167,6 +167,8 @@ def test_new_limits_of_the_gate_judge_again_and_paint_nothing(undisturbed: Path,
     gate = json.loads((folder / "pairs" / "copy_000.gate.json").read_text())
     assert not gate["passed"]
     assert gate["limits"]["order"] == 1.0
+    with pytest.raises(StaleArtifactError, match=r"other limits of NEURODIFF\.PAIRS: run the stage 'pairs' again"):
+        run(folder, stages=["segmenter"])
     run(folder, stages=["pairs"])
     assert (pair.read_bytes(), pair.stat().st_mtime_ns) == before
     assert json.loads((folder / "pairs" / "copy_000.gate.json").read_text())["passed"]

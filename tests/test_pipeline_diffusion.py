@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -22,12 +23,13 @@ from connectomics_neurodiff.errors import (
     ValueRangeError,
 )
 from connectomics_neurodiff.pipeline import networks, run_pipeline
-from connectomics_neurodiff.pipeline.judging import read_following
+from connectomics_neurodiff.pipeline.judging import FollowingWatch, _place_to_look_at, judge_of, read_following
 from connectomics_neurodiff.pipeline.parts import open_parts
 from connectomics_neurodiff.pipeline.plan import describe_plan
+from connectomics_neurodiff.pipeline.run import Run
 from connectomics_neurodiff.pipeline.synthesis_metrics import _means_of_checks
-from connectomics_neurodiff.synthesis import denoiser_from_checkpoint
-from connectomics_neurodiff.volume import grow_phantom, open_volume, write_volume
+from connectomics_neurodiff.synthesis import DiffusionProcess, GreyScale, cosine_betas, denoiser_from_checkpoint
+from connectomics_neurodiff.volume import Volume, grow_phantom, open_volume, write_volume
 
 EXTRA = "NEURODIFF__DIFFUSION__EXTRA_VOLUMES"
 SHORT = {"NEURODIFF__DIFFUSION__ITERATIONS": "4", "NEURODIFF__DIFFUSION__PATCH": "[2, 16, 24]"}
@@ -223,23 +225,124 @@ def test_several_volumes_are_told_apart_by_their_voxel_size(tmp_path: Path) -> N
         assert networks.denoiser_options(cfg)["resolution_embedding"] == embedded
 
 
-def test_a_training_is_watched_and_its_following_recorded(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    changes = {"NEURODIFF__PAIRS__LEAST_FOLLOWING": "0.9", "NEURODIFF__PAIRS__JUDGE_ITERATIONS": "150"}
-    with caplog.at_level("WARNING"):
-        run(tmp_path / "watched", **changes)
-    rows = read_following(tmp_path / "watched" / "diffusion" / "following.csv")
-    assert [row[0] for row in rows] == [1, 2, 3, 4]
-    for _, precision, null, real, share in rows:
-        assert 0 < precision < 1
-        assert real > null
-        assert share < 0.9
-    assert "does not follow its masks" in caplog.text  # after four iterations
+WATCHED = {"NEURODIFF__PAIRS__LEAST_FOLLOWING": "0.9", "NEURODIFF__PAIRS__JUDGE_ITERATIONS": "150"}
+
+
+@pytest.fixture(scope="module")
+def watched(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A run whose denoiser was looked at, and its log."""
+    folder = tmp_path_factory.mktemp("runs") / "watched"
+    run(folder, **WATCHED)
+    return folder, (folder / "run.log").read_text()
+
+
+def test_a_training_is_watched_and_its_following_recorded(watched: tuple[Path, str], tmp_path: Path) -> None:
+    looks = read_following(watched[0] / "diffusion" / "following.csv")
+    assert [look.step for look in looks] == [1, 2, 3, 4]
+    for look in looks:
+        assert 0 < look.average_precision < 1
+        assert look.real > look.null
+        assert look.following < 0.9
+    assert "does not follow its masks" in watched[1]  # after four iterations
     run(tmp_path / "alone")
     states = [
-        load_checkpoint(tmp_path / name / "diffusion" / "checkpoint.pt", kind="denoiser").state_dict
-        for name in ("watched", "alone")
+        load_checkpoint(folder / "diffusion" / "checkpoint.pt", kind="denoiser").state_dict
+        for folder in (watched[0], tmp_path / "alone")
     ]
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])  # looking changes nothing
+
+
+@pytest.fixture
+def denoiser(watched: tuple[Path, str]) -> torch.nn.Module:
+    checkpoint = load_checkpoint(watched[0] / "diffusion" / "checkpoint.pt", kind="denoiser")
+    return denoiser_from_checkpoint(checkpoint)[0]
+
+
+@pytest.fixture
+def watch(watched: tuple[Path, str], tmp_path: Path) -> Callable[..., FollowingWatch]:
+    """A watch of that run's judge with other settings, writing to a file of the test."""
+
+    def make(**changes: str) -> FollowingWatch:
+        cfg = load_config(
+            overrides=settings(watched[0], **{**SHORT, **WATCHED, "NEURODIFF__PAIRS__MOST_MISSING": "0.17", **changes})
+        )
+        opened = Run(cfg, watched[0], open_parts(cfg))
+        process = DiffusionProcess(cosine_betas(20))
+        judge = judge_of(opened)
+        assert judge is not None
+        return FollowingWatch(opened, judge, process, GreyScale(0.5, 0.2), tmp_path / "following.csv")
+
+    return make
+
+
+def test_looks_of_other_settings_are_no_part_of_a_curve(
+    watch: Callable[..., FollowingWatch], denoiser: torch.nn.Module, tmp_path: Path
+) -> None:
+    first = watch()
+    for step in (1, 2, 3):
+        first(denoiser, step)
+    watch()(denoiser, 3)  # resumed after the second
+    before = read_following(tmp_path / "following.csv")
+    assert [look.step for look in before] == [1, 2, 3]
+    watch(NEURODIFF__DIFFUSION__SAMPLER_STEPS="3")(denoiser, 4)
+    (after,) = read_following(tmp_path / "following.csv")
+    assert after.step == 4
+    assert after.painted_with != before[0].painted_with
+
+
+@pytest.mark.parametrize(
+    ("least", "told"),
+    [
+        ("0.9", "The denoiser does not follow its masks: its last image is"),
+        ("0.0", "following: the denoiser's last image is"),
+        ("", "following: not looked at with these settings"),
+    ],
+)
+def test_a_training_ends_with_a_verdict(
+    watch: Callable[..., FollowingWatch],
+    denoiser: torch.nn.Module,
+    least: str,
+    told: str,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    judged = watch(NEURODIFF__PAIRS__LEAST_FOLLOWING=least or "0.9")
+    if least:
+        judged(denoiser, 4)
+    with caplog.at_level("INFO"):
+        judged.conclude()
+    assert caplog.messages == [message for message in caplog.messages if message.startswith(told)]
+    assert len(caplog.messages) == 1
+
+
+def test_the_place_to_look_at_is_one_that_can_be_judged() -> None:
+    # The middle is wide background; neurons touch in the last columns alone.
+    label = np.zeros((4, 60, 160), np.uint32)
+    label[:, :30, 100:], label[:, 30:, 100:] = 1, 2
+    volume = Volume(np.zeros(label.shape, np.float32), label, None, (29.0, 6.0, 6.0))
+    place = _place_to_look_at(volume, (4, 60, 40), 25.0)
+    assert (place.start, place.stop) == ((0, 0, 120), (4, 60, 160))
+    label[:, :, 60:] = 0
+    label[:, :30, :60], label[:, 30:, :60] = 1, 2
+    assert _place_to_look_at(volume, (4, 60, 40), 25.0).start == (0, 0, 0)
+    label[:] = 1
+    label[:, :, 50:100] = 0
+    with pytest.raises(UserError, match=r"no tile of the train part has membranes.*TILE"):
+        _place_to_look_at(volume, (4, 60, 40), 25.0)
+
+
+def test_a_judge_that_cannot_judge_is_not_kept(tmp_path: Path) -> None:
+    few = WATCHED | {"NEURODIFF__PAIRS__JUDGE_ITERATIONS": "1"}
+    with pytest.raises(UserError, match="Train the judge longer"):
+        run(tmp_path / "out", **few)
+    run(tmp_path / "out", **WATCHED)  # as was asked for
+    assert (tmp_path / "out" / "diffusion" / "checkpoint.pt").exists()
+
+
+def test_what_the_gate_could_only_refuse_is_told_before_the_training(tmp_path: Path) -> None:
+    changes = {"NEURODIFF__PAIRS__CONTINUITY_LIMIT": "0.25", "NEURODIFF__SPLIT__TRAIN__BOX": "[0, 0, 0, 1, 72, 88]"}
+    with pytest.raises(UserError, match=r"does not pass the gate itself: Cannot judge how alike"):
+        run(tmp_path / "out", **changes)
+    assert not (tmp_path / "out" / "diffusion").exists()
 
 
 def test_a_train_part_too_small_for_the_judge_is_told_before_the_training(tmp_path: Path) -> None:

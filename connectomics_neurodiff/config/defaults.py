@@ -335,7 +335,7 @@ def _add_pairs(node: CfgNode) -> None:
     # Iterations of the judge, a small boundary network that is trained on the train part, >= 1.
     node.PAIRS.JUDGE_ITERATIONS = 1000
     # Least share of the way from masks of elsewhere (0) to real tissue (1) that the image follows its mask; and largest
-    # share of the mask's membranes that look like cytoplasm, 0..0.5.
+    # share of the mask's membranes that look like cytoplasm, 0..0.5, which also asks for no others than the mask's.
     node.PAIRS.LEAST_FOLLOWING = 0.5
     node.PAIRS.MOST_MISSING = 0.17
     # Largest Wasserstein distance between the grey values of a synthetic volume and the real one, in [0, 1] units.

@@ -5,17 +5,19 @@ from .gate import (
     GateLimits,
     GateReport,
     PairReport,
+    gate_defect,
     grey_value_gate,
     judge_pair,
 )
-from .judge import Following, Judge, JudgeSettings, load_judge, train_judge
+from .judge import Following, Judge, JudgeSettings, MaskScores, followed_membranes, load_judge, train_judge
 from .matching import match_grey_values, match_spectrum
 from .mixing import is_synthetic, last_synthetic
 from .reliability import ReliabilityMap
-from .store import MaskArrays, open_pair, open_pairs, read_reliability, write_pair
+from .store import VERDICT, MaskArrays, membrane_of_pair, open_pair, open_pairs, read_reliability, write_pair
 from .tissue import RealTissue, TissueStatistics, dark_shares, measure_real
 
 __all__ = [
+    "VERDICT",
     "Check",
     "Following",
     "GateLimits",
@@ -23,11 +25,14 @@ __all__ = [
     "Judge",
     "JudgeSettings",
     "MaskArrays",
+    "MaskScores",
     "PairReport",
     "RealTissue",
     "ReliabilityMap",
     "TissueStatistics",
     "dark_shares",
+    "followed_membranes",
+    "gate_defect",
     "grey_value_gate",
     "is_synthetic",
     "judge_pair",
@@ -36,6 +41,7 @@ __all__ = [
     "match_grey_values",
     "match_spectrum",
     "measure_real",
+    "membrane_of_pair",
     "open_pair",
     "open_pairs",
     "read_reliability",

@@ -109,8 +109,10 @@ class GateLimits:
     following : float
         Least share of the way from masks of elsewhere to real tissue (:attr:`.Following.share`), in [0, 1].
     missing : float
-        Largest share of the mask's membranes that may look like cytoplasm (:attr:`.Following.missing`), in [0, .5]:
-        half of what was left out, and what real tissue hides.
+        Largest share of the mask's membranes that may look like cytoplasm (:attr:`.MaskScores.missing`), in [0, .5]:
+        half of what was left out, and what real tissue hides; twice that in any section and any ninth of the plane. If
+        it is not 0, boundaries that the mask lacks may cut off at most `MOST_CUT` of its neurons
+        (:attr:`.MaskScores.cut`).
     grey : float
         Largest 1-Wasserstein distance of the grey values, in [0, 1].
     spectrum : float
@@ -142,6 +144,8 @@ class GateLimits:
 
 #: Two dark shares no further apart than this are as good as equal: ratios of next to nothing say nothing.
 DARK_SLACK = 0.02
+#: Share of a mask's neurons that may be cut off by boundaries which it lacks.
+MOST_CUT = 0.1
 #: No ratio is widened beyond this, however much the parts of a small volume differ.
 MOST_RATIO = 5.0
 
@@ -206,7 +210,7 @@ class PairReport:
             name: {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in check.items()}
             for name, check in checks.items()
         }
-        following = {**asdict(self.following), "share": self.following.share} if self.following else None
+        following = self.following.as_dict() if self.following else None
         return {"passed": self.passed, "reason": self.reason, "checks": plain, "following": following}
 
 
@@ -251,12 +255,46 @@ def judge_pair(
     mito = None if mask.mito is None else np.asarray(mask.mito)
     painted = measure_tissue(values, label, membrane, mito, real.voxel_nm, real.bands)
     following, checks = _check_following(values, label, membrane, judge, allowed)
-    checks += [*_check_grey(painted, real, allowed), *_check_spectrum(painted, real, allowed)]
-    checks += [*_check_grain(painted, real, allowed)]
-    checks += [*_check_continuity(painted, real, allowed), *_check_order(painted, real, allowed)]
-    checks += [*_check_dark(painted, real, allowed)]
+    checks += _check_tissue(painted, real, allowed)
     reason = " ".join(check.problem for check in checks if check.problem)
     return PairReport(not reason, reason, tuple(checks), following)
+
+
+def gate_defect(real: RealTissue, judge: Judge | None, limits: GateLimits) -> str:
+    """Why the gate could only refuse whatever is painted, or an empty string.
+
+    Parameters
+    ----------
+    real, judge, limits
+        As :func:`judge_pair` has them.
+
+    Returns
+    -------
+    str
+        One line: the judge cannot judge, or the real volume lacks what it takes, or does not keep to the limits itself.
+    """
+    problems = [check.problem for check in _check_tissue(real.whole, real, limits) if check.problem]
+    if limits.following or limits.missing:
+        problems += [_no_judge(judge)] if _no_judge(judge) else []
+        if judge and limits.missing and judge.real.missing > limits.missing:
+            problems.append(
+                f"Of the membranes of held-out real tissue {100 * judge.real.missing:.0f} % look like cytoplasm to the "
+                f"judge; at most {100 * limits.missing:.0f} % are allowed. If the labels are right, train it longer "
+                "(NEURODIFF.PAIRS.JUDGE_ITERATIONS) or loosen MOST_MISSING."
+            )
+    return " ".join(["The real train part does not pass the gate itself:", *problems]) if problems else ""
+
+
+def _no_judge(judge: Judge | None) -> str:
+    return "Cannot judge whether images follow their masks without a judge." if judge is None else judge.defect
+
+
+def _check_tissue(painted: TissueStatistics, real: RealTissue, limits: GateLimits) -> list[Check]:
+    """All checks that need no judge."""
+    checks = [*_check_grey(painted, real, limits), *_check_spectrum(painted, real, limits)]
+    checks += [*_check_grain(painted, real, limits)]
+    checks += [*_check_continuity(painted, real, limits), *_check_order(painted, real, limits)]
+    return [*checks, *_check_dark(painted, real, limits)]
 
 
 def _cannot(name: str, what: str, limit: str) -> Check:
@@ -281,28 +319,47 @@ def _check_following(
 ) -> tuple[Following | None, list[Check]]:
     if not limits.following and not limits.missing:
         return None, []
-    defect = "Cannot judge whether images follow their masks without a judge." if judge is None else judge.defect
-    if judge is None or defect:
-        return None, [Check("following", math.nan, math.nan, math.nan, math.nan, passed=False, problem=defect)]
+    if judge is None or judge.defect:
+        problem = _no_judge(judge)
+        return None, [Check("following", math.nan, math.nan, math.nan, math.nan, passed=False, problem=problem)]
     found = judge.following(image, membrane, label)
     if not math.isfinite(found.share):
         what = "whether the image follows its mask, which lacks membranes or neurons"
         return None, [_cannot("following", what, "LEAST_FOLLOWING and MOST_MISSING")]
-    checks = []
+    got, own, checks = found.image, found.real, []
     if limits.following:
         problem = (
             f"The image does not follow its mask: a judge finds its membranes with an average precision of "
-            f"{found.average_precision:.2f} (masks of elsewhere {found.null:.2f}, real tissue {found.real:.2f}), "
-            f"{100 * found.share:.0f} % of the way to real tissue; at least {100 * limits.following:.0f} % is needed."
+            f"{got.average_precision:.2f} (masks of elsewhere {got.null:.2f}, real tissue "
+            f"{own.average_precision:.2f}), {100 * found.share:.0f} % of the way to real tissue; at least "
+            f"{100 * limits.following:.0f} % is needed."
         )
         checks.append(_checked("following", found.share, 1.0, (limits.following, math.inf), problem))
     if limits.missing:
+        checks += [
+            _check_missing("missing", got.missing, own.missing, limits.missing, ""),
+            _check_missing(
+                "missing at worst",
+                got.missing_at_worst,
+                own.missing_at_worst,
+                2 * limits.missing,
+                " in one section or one ninth of the plane",
+            ),
+        ]
         problem = (
-            f"Membranes are missing: {100 * found.missing:.0f} % of the mask's look like cytoplasm "
-            f"({100 * found.real_missing:.0f} % in real tissue); at most {100 * limits.missing:.0f} % is allowed."
+            f"The image has boundaries that its mask lacks: they cut off {100 * got.cut:.1f} % of its neurons "
+            f"({100 * own.cut:.1f} % in real tissue); at most {100 * MOST_CUT:.1f} % is allowed."
         )
-        checks.append(_checked("missing", found.missing, found.real_missing, (0.0, limits.missing), problem))
+        checks.append(_checked("cut off", got.cut, own.cut, (0.0, MOST_CUT), problem))
     return found, checks
+
+
+def _check_missing(name: str, got: float, real: float, most: float, where: str) -> Check:
+    problem = (
+        f"Membranes are missing: {100 * got:.0f} % of the mask's look like cytoplasm{where} "
+        f"({100 * real:.0f} % in real tissue); at most {100 * most:.0f} % is allowed."
+    )
+    return _checked(name, got, real, (0.0, most), problem)
 
 
 def _check_grey(painted: TissueStatistics, real: RealTissue, limits: GateLimits) -> list[Check]:

@@ -11,8 +11,9 @@ import math
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from scipy import ndimage
@@ -37,11 +38,13 @@ PREVALENCE = 0.2
 #: The border of wide background is no membrane everywhere: nothing is asked so near to it.
 _CLEARANCE_NM = 75.0
 _LEAST_SIDE = 16  # voxels, of either part in the plane
-_CHANNELS = (24, 48, 96)
+_FOUND = 0.75  # of the membranes, where the image is cut along what looks like them
+_LEAST_COUNT = 500  # voxels of membranes, and of others, that a share of a part is taken of
+JUDGE_CHANNELS = (24, 48, 96)
 #: Sections seen on either side of a section where they are as thin as pixels are wide.
 _CONTEXT = 3
 #: Rows and columns of a patch and of a tile, one section each, and a tile's margin.
-_PATCH, _TILE, _MARGIN = 128, 256, 24
+JUDGE_PATCH, _TILE, _MARGIN = 128, 256, 24
 _BINS, _LARGEST_LOGIT = 1024, 12.0
 
 
@@ -95,9 +98,61 @@ def missing_share(found: np.ndarray, wrong: np.ndarray) -> float:
     return float(1 - np.interp(0.5, wrong, found))
 
 
-@dataclass(frozen=True)
-class Following:
-    """How well an image follows its mask.
+def cut_share(scores: np.ndarray, target: np.ndarray, counted: np.ndarray, label: np.ndarray) -> float:
+    """Share of the neurons' area that boundaries which the mask lacks cut off, section by section.
+
+    Parameters
+    ----------
+    scores, target, counted : numpy.ndarray
+        (z, y, x), of :func:`found_and_wrong`; the targets are the mask's membranes.
+    label : numpy.ndarray
+        (z, y, x) of the mask.
+
+    Returns
+    -------
+    float
+        In [0, 1]. At a level that finds `_FOUND` of the membranes every profile of a neuron falls into pieces; what is
+        not in its largest one is cut off. Dark organelles leave the cytoplasm round them in one piece. 0 where there is
+        nothing to find.
+    """
+    import cc3d
+
+    found, _ = found_and_wrong(scores, target, counted)
+    level = _BINS - 1 - int(np.searchsorted(found, _FOUND))
+    inside = np.where(counted & ~target, label, 0)
+    area = largest = 0
+    for section, dark in zip(inside, scores >= level, strict=True):
+        profiles = cc3d.connected_components(section, connectivity=4)
+        pieces = cc3d.connected_components(np.where(dark, 0, profiles), connectivity=4)
+        sizes = np.bincount(pieces.ravel())
+        sizes[0] = 0
+        profile_of = np.zeros(len(sizes), dtype=np.int64)
+        profile_of[pieces.ravel()] = profiles.ravel()
+        most = np.zeros(int(profiles.max()) + 1, dtype=np.int64)
+        np.maximum.at(most, profile_of, sizes)
+        area, largest = area + int(sizes.sum()), largest + int(most.sum())
+    return 1 - largest / area if area else 0.0
+
+
+def missing_at_worst(scores: np.ndarray, target: np.ndarray, counted: np.ndarray) -> float:
+    """Largest :func:`missing_share` of a section or of a ninth of the plane through all sections.
+
+    Parts with fewer than `_LEAST_COUNT` voxels of either kind are left out; 0 if all are.
+    """
+    depth, rows, columns = scores.shape
+    thirds = [[slice(i * n // 3, (i + 1) * n // 3) for i in range(3)] for n in (rows, columns)]
+    parts: list[tuple[slice, ...]] = [(slice(z, z + 1),) for z in range(depth)]
+    parts += [(slice(None), y, x) for y, x in product(*thirds)]
+    worst = 0.0
+    for part in parts:
+        on, here = target[part], counted[part]
+        if min((on & here).sum(), (~on & here).sum()) >= _LEAST_COUNT:
+            worst = max(worst, missing_share(*found_and_wrong(scores[part], on, here)))
+    return worst
+
+
+class MaskScores(NamedTuple):
+    """What a judge finds of a mask in an image.
 
     Attributes
     ----------
@@ -107,21 +162,41 @@ class Following:
         The same of mirrored and shifted masks, mean of five: what an image of other tissue would score.
     missing : float
         Share of the mask's membranes that look less like one than half of the cytoplasm does (:func:`missing_share`).
-    real, real_null, real_missing : float
-        The three of real tissue that the judge was not trained on.
+    missing_at_worst : float
+        The same of the section or the ninth of the plane where it is largest (:func:`missing_at_worst`).
+    cut : float
+        Share of the mask's neurons that boundaries in the image cut off which the mask lacks (:func:`cut_share`).
     """
 
     average_precision: float
     null: float
     missing: float
-    real: float
-    real_null: float
-    real_missing: float
+    missing_at_worst: float
+    cut: float
+
+
+@dataclass(frozen=True)
+class Following:
+    """How well an image follows its mask.
+
+    Attributes
+    ----------
+    image, real : MaskScores
+        Of the image, and of real tissue that the judge was not trained on, each with its own mask.
+    """
+
+    image: MaskScores
+    real: MaskScores
 
     @property
     def share(self) -> float:
         """Way from the null to real tissue: 0 = as an image of elsewhere, 1 = as real tissue."""
-        return (self.average_precision - self.null) / (self.real - self.real_null)
+        return (self.image.average_precision - self.image.null) / (self.real.average_precision - self.real.null)
+
+    def as_dict(self) -> dict[str, float]:
+        """All of its numbers by name; those of real tissue begin with ``real_``."""
+        real = {f"real_{name}": value for name, value in self.real._asdict().items()}
+        return {**self.image._asdict(), **real, "share": self.share}
 
 
 @dataclass(frozen=True, eq=False)
@@ -136,9 +211,8 @@ class Judge:
         Voxel size that it was trained on, nm.
     membrane_nm : float
         Thickness of the membranes that it was taught.
-    real, real_null, real_missing : float
-        Average precision on held-out real tissue, on the same under mirrored and shifted masks, and the share of its
-        membranes that is missing (:class:`Following`).
+    real : MaskScores
+        Of held-out real tissue; NaN if it was not trained.
     defect : str
         Why it cannot judge; empty if it can.
     """
@@ -146,9 +220,7 @@ class Judge:
     network: BoundaryNetwork
     voxel_nm: ZYX
     membrane_nm: float
-    real: float
-    real_null: float
-    real_missing: float
+    real: MaskScores
     defect: str = ""
 
     def following(self, image: np.ndarray, membrane: np.ndarray, label: np.ndarray) -> Following:
@@ -175,7 +247,7 @@ class Judge:
             shapes = f"{image.shape}, {membrane.shape} and {label.shape}"
             raise ShapeMismatch(f"Image, membrane and label must have one shape. Got {shapes}.")
         scores = _scores_on_masks(self.network, image, np.asarray(membrane) > 0, label, self.voxel_nm)
-        return Following(*scores, self.real, self.real_null, self.real_missing)
+        return Following(scores, self.real)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write it as a checkpoint of kind ``"judge"``."""
@@ -185,14 +257,12 @@ class Judge:
             path,
             kind="judge",
             architecture="boundary",
-            options={"context": self.network.context, "channels": list(_CHANNELS)},
+            options={"context": self.network.context, "channels": list(JUDGE_CHANNELS)},
             state_dict=self.network.state_dict(),
             extra={
                 "voxel_nm": list(self.voxel_nm),
                 "membrane_nm": self.membrane_nm,
-                "real": self.real,
-                "real_null": self.real_null,
-                "real_missing": self.real_missing,
+                "real": self.real._asdict(),
                 "defect": self.defect,
             },
         )
@@ -214,15 +284,13 @@ def load_judge(path: str | os.PathLike[str]) -> Judge:
     checkpoint = load_checkpoint(path, kind="judge")
     try:
         options = {name: checkpoint.options[name] for name in ("context", "channels")}
-        extra = {
-            name: checkpoint.extra[name] for name in ("membrane_nm", "real", "real_null", "real_missing", "defect")
-        }
-        size = voxel_size(checkpoint.extra["voxel_nm"])
+        membrane_nm, defect = (checkpoint.extra[name] for name in ("membrane_nm", "defect"))
+        real, size = MaskScores(**checkpoint.extra["real"]), voxel_size(checkpoint.extra["voxel_nm"])
     except (KeyError, TypeError) as error:
         raise CheckpointMismatch(f"{path} is damaged: a judge needs {error}.") from error
     network = BoundaryNetwork(**options)
     load_weights(network, checkpoint)
-    return Judge(network.eval(), size, **extra)
+    return Judge(network.eval(), size, membrane_nm, real, defect)
 
 
 @dataclass(frozen=True)
@@ -286,17 +354,17 @@ def train_judge(
     context = 0 if is_anisotropic(volume.voxel_nm) else _CONTEXT
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(int(rng_for(seed, "judge", "weights").integers(2**31)))
-        network = BoundaryNetwork(context=context, channels=_CHANNELS)
+        network = BoundaryNetwork(context=context, channels=JUDGE_CHANNELS)
     membrane = membrane_from_labels(volume.array("label"), volume.voxel_nm, membrane_nm) > 0
     taught, held_out = _split(volume.shape, volume.voxel_nm)
-    defect = _too_small(membrane, volume.array("label"), taught, held_out)
+    defect = _too_small(membrane, volume.array("label"), volume.voxel_nm, taught, held_out)
     if defect:
-        return Judge(network.eval(), volume.voxel_nm, membrane_nm, math.nan, math.nan, math.nan, defect)
+        return Judge(network.eval(), volume.voxel_nm, membrane_nm, MaskScores(*[math.nan] * 5), defect)
     patches = JudgePatches(volume.crop(taught), membrane[taught.slices], context=context, seed=seed)
     _train(network, patches, settings or JudgeSettings(), folder, key)
     image, label = (volume.array(role)[held_out.slices] for role in ("image", "label"))
     scores = _scores_on_masks(network, image, membrane[held_out.slices], label, volume.voxel_nm)
-    return Judge(network, volume.voxel_nm, membrane_nm, *scores, defect=_no_contrast(*scores[:2]))
+    return Judge(network, volume.voxel_nm, membrane_nm, scores, _no_contrast(scores))
 
 
 def _split(shape: Sequence[int], voxel_nm: Sequence[float]) -> tuple[Box, Box]:
@@ -310,21 +378,38 @@ def _split(shape: Sequence[int], voxel_nm: Sequence[float]) -> tuple[Box, Box]:
     )
 
 
-def _too_small(membrane: np.ndarray, label: np.ndarray, *parts: Box) -> str:
+def _too_small(membrane: np.ndarray, label: np.ndarray, voxel_nm: Sequence[float], *parts: Box) -> str:
     """Why a judge cannot be trained on these parts of a volume, or an empty string."""
     for part in parts:
-        inside = membrane[part.slices], (label[part.slices] > 0) & ~membrane[part.slices]
-        if min(part.shape[1:]) < _LEAST_SIDE or not all(kind.any() for kind in inside):
+        masks = membrane[part.slices], label[part.slices]
+        if min(part.shape[1:]) < _LEAST_SIDE or not followed_membranes(*masks, voxel_nm):
             return (
                 "Cannot judge whether images follow their masks: a quarter of the train part is held out, and either "
-                f"part needs membranes, neurons and {_LEAST_SIDE} voxels in y and x. Got {membrane.shape} in all. "
+                f"part needs {_LEAST_SIDE} voxels in y and x, and membranes and neurons that are more than "
+                f"{_CLEARANCE_NM:g} nm from wide background. Got {membrane.shape} in all. "
                 "Give a larger train part, or set LEAST_FOLLOWING and MOST_MISSING of NEURODIFF.PAIRS to 0."
             )
     return ""
 
 
-def _no_contrast(own: float, elsewhere: float) -> str:
+def followed_membranes(membrane: np.ndarray, label: np.ndarray, voxel_nm: Sequence[float]) -> int:
+    """How many voxels of membrane the judge would look for; 0 also where nothing else is there to tell them from.
+
+    Parameters
+    ----------
+    membrane, label : numpy.ndarray
+        (z, y, x) of one shape. Voxels near wide background do not count.
+    voxel_nm : sequence of 3 floats
+        Voxel size, nm.
+    """
+    on = np.asarray(membrane) > 0
+    counted = _counted(on, label, voxel_nm)
+    return int((on & counted).sum()) if (~on & counted).any() else 0
+
+
+def _no_contrast(real: MaskScores) -> str:
     """Why the word of a judge with these scores on real tissue does not count, or an empty string."""
+    own, elsewhere = real.average_precision, real.null
     if own - elsewhere >= LEAST_CONTRAST:
         return ""
     return (
@@ -382,7 +467,7 @@ class JudgePatches:
         self._membrane, self._counted = membrane, _counted(membrane, volume.array("label"), volume.voxel_nm)
         self._context, self._seed = context, seed
         # Square, as patches are transposed.
-        self._side = min(_PATCH, *volume.shape[1:])
+        self._side = min(JUDGE_PATCH, *volume.shape[1:])
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
         """Image (1, 2 context + 1, y, x), target and where the loss counts (1, 1, y, x); float32."""
@@ -466,8 +551,7 @@ def _counted(membrane: np.ndarray, label: np.ndarray, voxel_nm: Sequence[float])
 
 def _scores_on_masks(
     network: BoundaryNetwork, image: np.ndarray, membrane: np.ndarray, label: np.ndarray, voxel_nm: Sequence[float]
-) -> tuple[float, float, float]:
-    """Average precision on the image's own mask, its mean on masks of elsewhere, and the share of membranes missing."""
+) -> MaskScores:
     scores = _boundary_scores(network, image)
     counted = _counted(membrane, label, voxel_nm)
     null = [
@@ -475,4 +559,10 @@ def _scores_on_masks(
         for other, where in zip(_elsewhere(membrane), _elsewhere(counted), strict=True)
     ]
     curves = found_and_wrong(scores, membrane, counted)
-    return average_precision(*curves), float(np.mean(null)), missing_share(*curves)
+    return MaskScores(
+        average_precision(*curves),
+        float(np.mean(null)),
+        missing_share(*curves),
+        missing_at_worst(scores, membrane, counted),
+        cut_share(scores, membrane, counted, label),
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,9 +11,14 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from ..conditions import membrane_from_labels
 from ..errors import LabelTypeError, MissingInput, ShapeMismatch, ValueRangeError
 from ..geometry import same_voxel_size, voxel_size
-from ..volume import ArrayLike, Volume, open_array, open_volume, write_volume
+from ..provenance import hash_of_file
+from ..volume import ArrayLike, Volume, open_array, open_source, open_volume, write_volume
+
+#: Suffix of the gate's verdict beside a pair.
+VERDICT = ".gate.json"
 
 
 class Mask(Protocol):
@@ -98,6 +104,23 @@ def read_reliability(path: str | os.PathLike[str]) -> np.ndarray:
     return np.asarray(open_array(Path(path), ("reliability",)), dtype=np.float32) / 255
 
 
+def membrane_of_pair(path: str | Path, pair: Volume, membrane_nm: float) -> np.ndarray:
+    """The membranes that a pair was painted on, (z, y, x) uint8; of a pair made elsewhere, those between its labels.
+
+    Parameters
+    ----------
+    path : path
+        File of the pair.
+    pair : Volume
+        What :func:`open_pair` made of it.
+    membrane_nm : float
+        Thickness of membranes, nm, where the file holds none.
+    """
+    if "membrane" in open_source(path).arrays:
+        return np.asarray(open_array(path, ("membrane",)))
+    return membrane_from_labels(pair.array("label"), pair.voxel_nm, membrane_nm)
+
+
 def open_pairs(paths: Sequence[str | os.PathLike[str]], real: Volume) -> list[Volume]:
     """Open synthetic pairs that are to be trained on together with a real volume.
 
@@ -122,7 +145,7 @@ def open_pairs(paths: Sequence[str | os.PathLike[str]], real: Volume) -> list[Vo
     LabelTypeError
         If a label is not made of integers.
     ValueRangeError
-        If a voxel size differs from the real one.
+        If a voxel size differs from the real one, or the gate refused a pair (:data:`VERDICT`).
     """
     return [open_pair(path, real.voxel_nm) for path in paths]
 
@@ -147,6 +170,7 @@ def open_pair(path: str | os.PathLike[str], voxel_nm: Sequence[float]) -> Volume
     MissingInput, ShapeMismatch, LabelTypeError, ValueRangeError
         As :func:`open_pairs`.
     """
+    _require_not_refused(Path(path))
     pair = open_volume(Path(path))
     if pair.image is None or pair.label is None:
         missing = "image" if pair.image is None else "label"
@@ -161,3 +185,13 @@ def open_pair(path: str | os.PathLike[str], voxel_nm: Sequence[float]) -> Volume
             f"Got {tuple(pair.voxel_nm)} nm."
         )
     return pair
+
+
+def _require_not_refused(path: Path) -> None:
+    """A verdict of the gate beside a pair holds wherever the pair is trained on, unless the pair is another by now."""
+    report = path.with_suffix(VERDICT)
+    if not (report.exists() and path.exists()):
+        return
+    verdict = json.loads(report.read_text())
+    if not verdict["passed"] and verdict["pair"] == hash_of_file(path):
+        raise ValueRangeError(f"The gate refused {path}: {verdict['reason']} ({report.name})")

@@ -4,55 +4,120 @@ from __future__ import annotations
 
 import csv
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
+from yacs.config import CfgNode
 
-from ..conditions import organelles, with_background
+from ..conditions import membrane_from_labels, organelles, with_background
+from ..config import as_dict
 from ..errors import UserError
-from ..geometry import Box
-from ..provenance import atomic_write
+from ..geometry import Box, tiles
+from ..provenance import atomic_write, hash_of
 from ..seeding import rng_for
 from ..volume import Volume
 from . import networks
-from .run import Run, forget_other_training
+from .run import Run, discard_training, forget_other_training
+from .unlabeled import MaskCopy, mask_copies
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from ..pairs import Judge
+    from ..pairs import GateLimits, Judge, RealTissue
     from ..synthesis import DiffusionProcess, GreyScale
 
 logger = logging.getLogger("connectomics_neurodiff")
 
 #: How often a training is looked at.
 LOOKS = 5
-COLUMNS = ("step", "average_precision", "null", "real", "following")
+
+
+def gate_limits(cfg: CfgNode) -> GateLimits:
+    """What the pairs of a configuration must keep to."""
+    from ..pairs import GateLimits
+
+    node = cfg.NEURODIFF.PAIRS
+    return GateLimits(
+        following=node.LEAST_FOLLOWING,
+        missing=node.MOST_MISSING,
+        grey=node.GREY_LIMIT,
+        spectrum=node.SPECTRUM_LIMIT,
+        grain=node.GRAIN_LIMIT,
+        continuity=node.CONTINUITY_LIMIT,
+        order=node.LEAST_ORDER,
+        dark=node.DARK_LIMIT,
+    )
+
+
+class RunGate:
+    """The gate of a run: its limits, its judge, and what its real tissue looks like, measured when first needed.
+
+    Parameters
+    ----------
+    run : Run
+        Its judge is trained if it is not there yet (:func:`judge_of`).
+
+    Raises
+    ------
+    UserError
+        If the judge cannot judge.
+    """
+
+    def __init__(self, run: Run) -> None:
+        self._run = run
+        self.limits = gate_limits(run.cfg)
+        self.judge = judge_of(run)
+        self._measured: dict[bool, RealTissue] = {}
+
+    def real(self, annotated: bool) -> RealTissue:
+        """What real tissue looks like, with the mitochondria that somebody annotated or without."""
+        from ..pairs import measure_real
+
+        if annotated not in self._measured:
+            real = self._run.parts["train"].load()
+            label = real.array("label")
+            membrane = membrane_from_labels(label, real.voxel_nm, self._run.cfg.NEURODIFF.MEMBRANE_NM)
+            mito = real.mito_array if annotated else None
+            self._measured[annotated] = measure_real(real.array("image"), label, membrane, mito, real.voxel_nm)
+        return self._measured[annotated]
+
+    def knows_mitochondria(self, copy: MaskCopy) -> bool:
+        """Whether a copy's mitochondria are ground truth: dark bodies that were found in the image are none."""
+        return copy.tissue < 0 and not self._run.parts["train"].finds_dark_bodies
+
+    def require_able(self) -> None:
+        """Refuse before hours of training or painting what could not be judged afterwards, or only ever be refused."""
+        from ..pairs import gate_defect
+
+        for annotated in {self.knows_mitochondria(copy) for copy in mask_copies(self._run.cfg)}:
+            if reason := gate_defect(self.real(annotated), self.judge, self.limits):
+                raise UserError(reason)
 
 
 def judge_of(run: Run) -> Judge | None:
     """The run's judge -> judge/checkpoint.pt; None if the configuration asks neither for following nor for membranes.
 
-    It is trained on the train part in about a minute, once per run.
+    It is trained on the train part in about a minute, once per run. One that cannot judge is not kept.
 
     Raises
     ------
     UserError
         If it cannot judge: told before the denoiser is trained or an image painted.
     """
-    from ..pairs import JudgeSettings, load_judge, train_judge
+    from ..pairs import JudgeSettings, MaskScores, load_judge, train_judge
 
     node = run.cfg.NEURODIFF.PAIRS
     if not node.LEAST_FOLLOWING and not node.MOST_MISSING:
         return None
     device, precision = networks.device_and_precision(run.cfg)
     settings = {"MEMBRANE_NM": run.cfg.NEURODIFF.MEMBRANE_NM, "ITERATIONS": node.JUDGE_ITERATIONS}
+    settings |= {"SCORES": MaskScores._fields}
     provenance = run.provenance("judge", settings | {"PRECISION": precision}, train=run.parts["train"].identity)
     target = run.folder / "judge" / "checkpoint.pt"
     if run.is_done(target, provenance):
-        return _able(load_judge(target))
+        return load_judge(target)
     forget_other_training(run, target.parent, provenance.key)
     judge = train_judge(
         run.parts["train"].load(),
@@ -64,21 +129,18 @@ def judge_of(run: Run) -> Judge | None:
             steps=node.JUDGE_ITERATIONS, devices=1 if device.type == "cuda" else 0, precision=precision
         ),
     )
+    if judge.defect:
+        discard_training(target.parent)
+        raise UserError(judge.defect)
     judge.save(target)
     run.finish(target, provenance)
-    return _able(judge)
-
-
-def _able(judge: Judge) -> Judge:
-    if judge.defect:
-        raise UserError(judge.defect)
     return judge
 
 
 class FollowingWatch:
     """Paints a small mask every so often while the denoiser is trained, and asks the judge how the image follows it.
 
-    The mask is the middle of the train part, as large as a tile, its membranes bent: the denoiser has not seen it.
+    The mask is a tile of the train part (:func:`_place_to_look_at`), its membranes bent: the denoiser has not seen it.
 
     Parameters
     ----------
@@ -89,23 +151,29 @@ class FollowingWatch:
     process, grey
         As the denoiser is trained.
     path : pathlib.Path
-        CSV file with a row per look; a resumed training writes those of later steps again.
+        CSV file with a row per look; a resumed training writes those of later steps again, and all of them if images
+        are painted with other settings now.
     """
 
     def __init__(self, run: Run, judge: Judge, process: DiffusionProcess, grey: GreyScale, path: Path) -> None:
         self._cfg, self._judge, self._process, self._grey, self._path = run.cfg, judge, process, grey, path
         node = run.cfg.NEURODIFF.DIFFUSION
         self.every = max(1, node.ITERATIONS // LOOKS)
-        self._mask, self._membrane = _bent_middle(run.parts["train"].load(), node.TILE, run)
+        self._mask, self._membrane = _bent_tile(run.parts["train"].load(), node.TILE, run)
+        self._key = hash_of({name: as_dict(node)[name] for name in networks.SAMPLING_KEYS})
 
     def __call__(self, network: nn.Module, step: int) -> Mapping[str, float]:
         """Share of the way from an image of elsewhere (0) to real tissue (1), and what it comes from."""
         found = self._judge.following(self._image(network), self._membrane, self._mask.array("label"))
-        kept = [row for row in read_following(self._path) if row[0] < step]
-        row = (float(step), found.average_precision, found.null, found.real, found.share)
+        kept = [look for look in self._looks() if look.step < step]
+        scores = found.image.average_precision, found.image.null, found.real.average_precision
+        look = Look(step, *scores, found.share, self._key)
         with atomic_write(self._path) as temporary, open(temporary, "w", newline="") as handle:
-            csv.writer(handle).writerows([COLUMNS, *kept, row])
+            csv.writer(handle).writerows([Look._fields, *kept, look])
         return {"following": found.share}
+
+    def _looks(self) -> list[Look]:
+        return [look for look in read_following(self._path) if look.painted_with == self._key]
 
     def _image(self, network: nn.Module) -> np.ndarray:
         from ..synthesis import GuidedDenoiser, synthesise
@@ -127,36 +195,54 @@ class FollowingWatch:
         )
         return np.asarray(image)
 
-    def warn(self) -> None:
-        """Say in one line that the trained denoiser does not follow its masks, if so, and what to do."""
+    def conclude(self) -> None:
+        """Say in one line how well the trained denoiser follows its masks, and what to do if not."""
         least = self._cfg.NEURODIFF.PAIRS.LEAST_FOLLOWING
-        rows = read_following(self._path)  # of a training that was killed after its last look, too
-        if not rows or rows[-1][-1] >= least:
+        looks = self._looks()
+        if not looks:  # all of them before a kill, and painted with other settings
+            logger.info("following: not looked at with these settings of the sampling; the gate will tell")
+            return
+        share = looks[-1].following
+        if share >= least or not least:
+            logger.info("following: the denoiser's last image is %.2f of the way to real tissue", share)
             return
         logger.warning(
             "The denoiser does not follow its masks: its last image is %.2f of the way from tissue of elsewhere to "
             "real tissue; pairs need %g (NEURODIFF.PAIRS.LEAST_FOLLOWING). Train it longer "
             "(NEURODIFF.DIFFUSION.ITERATIONS) or raise NEURODIFF.DIFFUSION.GUIDANCE before hours of painting.",
-            rows[-1][-1],
+            share,
             least,
         )
 
 
-def read_following(path: Path) -> list[tuple[float, ...]]:
-    """Rows of a file that :class:`FollowingWatch` wrote, as `COLUMNS`; none without a file."""
+class Look(NamedTuple):
+    """A row of :class:`FollowingWatch`: what the judge said after so many steps, and settings of the sampling."""
+
+    step: int
+    average_precision: float
+    null: float
+    real: float
+    following: float
+    painted_with: str
+
+
+def read_following(path: Path) -> list[Look]:
+    """Rows of a file that :class:`FollowingWatch` wrote; none without a file."""
     if not path.exists():
         return []
-    return [tuple(float(value) for value in row) for row in csv.reader(path.read_text().splitlines()[1:])]
+    rows = csv.reader(path.read_text().splitlines()[1:])
+    return [
+        Look(int(step), float(precision), float(null), float(real), float(following), key)
+        for step, precision, null, real, following, key in rows
+    ]
 
 
-def _bent_middle(train: Volume, tile: list[int], run: Run) -> tuple[Volume, np.ndarray]:
-    """The middle of a volume with bent membranes, as large as a tile where it can be: masks, and the membranes."""
+def _bent_tile(train: Volume, tile: Sequence[int], run: Run) -> tuple[Volume, np.ndarray]:
+    """A tile of a volume with bent membranes: masks, and the membranes."""
     from ..remodel import remodel
 
-    size = [min(n, t) for n, t in zip(train.shape, tile, strict=True)]
-    start = [(n - s) // 2 for n, s in zip(train.shape, size, strict=True)]
-    stop = [a + s for a, s in zip(start, size, strict=True)]
-    piece = train.crop(Box((start[0], start[1], start[2]), (stop[0], stop[1], stop[2])))
+    thickness = run.cfg.NEURODIFF.MEMBRANE_NM
+    piece = train.crop(_place_to_look_at(train, tile, thickness))
     bent = remodel(
         piece.array("label"),
         piece.mito_array,
@@ -164,6 +250,36 @@ def _bent_middle(train: Volume, tile: list[int], run: Run) -> tuple[Volume, np.n
         rng_for(run.cfg.NEURODIFF.SEED, "following", "mask"),
         dark=piece.dark_array,
         place_mitochondria=False,
-        membrane_thickness_nm=run.cfg.NEURODIFF.MEMBRANE_NM,
+        membrane_thickness_nm=thickness,
     )
     return Volume(None, bent.label, bent.mito, piece.voxel_nm, dark=bent.dark), np.asarray(bent.membrane)
+
+
+def _place_to_look_at(train: Volume, tile: Sequence[int], membrane_nm: float) -> Box:
+    """The middle of a volume if it can be judged there, else the tile with most membranes that the judge looks at.
+
+    Raises
+    ------
+    UserError
+        If there is no such tile.
+    """
+    from ..pairs import followed_membranes
+
+    size = [min(n, t) for n, t in zip(train.shape, tile, strict=True)]
+    start = [(n - s) // 2 for n, s in zip(train.shape, size, strict=True)]
+    middle = Box.of([*start, *(a + s for a, s in zip(start, size, strict=True))])
+    label = train.array("label")
+    membrane = membrane_from_labels(label, train.voxel_nm, membrane_nm)
+    voxels = {
+        box: followed_membranes(membrane[box.slices], label[box.slices], train.voxel_nm)
+        for box in (middle, *tiles(train.shape, size, (0, 0, 0)))
+    }
+    best = middle if voxels[middle] else max(voxels, key=lambda box: voxels[box])
+    if not voxels[best]:
+        raise UserError(
+            "Cannot judge whether images follow their masks while the denoiser is trained: no tile of the train part "
+            f"has membranes and neurons away from wide background. Got tiles of {tuple(size)} "
+            "(NEURODIFF.DIFFUSION.TILE). Make them larger, or set LEAST_FOLLOWING and MOST_MISSING of NEURODIFF.PAIRS "
+            "to 0."
+        )
+    return best

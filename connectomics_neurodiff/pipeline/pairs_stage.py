@@ -12,27 +12,25 @@ from typing import Any
 import numpy as np
 from yacs.config import CfgNode
 
-from ..conditions import membrane_from_labels, organelles, with_background
+from ..conditions import organelles, with_background
 from ..config import as_dict
-from ..errors import UserError
+from ..errors import StaleArtifactError, UserError
 from ..pairs import (
+    VERDICT,
     GateLimits,
-    Judge,
     MaskArrays,
-    RealTissue,
     ReliabilityMap,
     grey_value_gate,
     judge_pair,
     match_grey_values,
     match_spectrum,
-    measure_real,
     write_pair,
 )
 from ..provenance import Provenance, hash_of_file, read_provenance, sidecar_of, write_json
 from ..seeding import rng_for
 from ..volume import Volume, open_array, open_volume
 from . import networks
-from .judging import judge_of
+from .judging import RunGate, gate_limits
 from .run import Run
 from .unlabeled import PSEUDO_LABELS, MaskCopy, mask_copies, pseudo_labelled
 
@@ -53,7 +51,7 @@ def make_pairs(run: Run) -> None:
     settings |= {"PRECISION": networks.device_and_precision(cfg)[1]}
     denoiser_hash = run.hash_of("diffusion/checkpoint.pt")
     paint: Painter | None = None
-    gate = _Gate(run, judge_of(run))  # one that cannot judge is told before anything is painted
+    gate = RunGate(run)
     verdicts = []
     for copy in mask_copies(cfg):
         masks = run.folder / "masks" / f"{copy.name}.h5"
@@ -62,12 +60,14 @@ def make_pairs(run: Run) -> None:
         )
         target = run.folder / "pairs" / f"{copy.name}.h5"
         if not run.is_done(target, provenance):
-            paint = paint or _make_painter(run)
+            if not paint:
+                gate.require_able()
+                paint = _make_painter(run)
             _paint_pair(run, paint, masks, target, provenance, copy)
         # Also what a run left that was killed between the last two lines.
         for scratch in target.parent.glob(f".{target.stem}.*.unfinished"):
             discard_scratch(scratch)
-        verdicts.append(gate.verdict_on(target, copy))
+        verdicts.append(_verdict_on(run, gate, target, copy))
     if not any(verdict["passed"] for verdict in verdicts):
         raise UserError(
             f"No synthetic volume passed the gate. {verdicts[-1]['reason']} If a number missed its limit, train the "
@@ -134,56 +134,29 @@ def _paint_pair(
     run.finish(target, provenance)
 
 
-class _Gate:
-    """The gate of a run: its limits, its judge, and what its real tissue looks like, measured when first needed."""
+def _verdict_on(run: Run, gate: RunGate, target: Path, copy: MaskCopy) -> dict[str, Any]:
+    """Verdict on a pair -> pairs/copy_000.gate.json; kept for as long as pair, judge and limits are the same."""
+    report = target.with_suffix(VERDICT)
+    judge = run.hash_of("judge/checkpoint.pt") if gate.judge else ""
+    judged = {**_judged(target, gate.limits), "train": run.parts["train"].identity, "judge": judge}
+    if report.exists():
+        verdict: dict[str, Any] = json.loads(report.read_text())
+        if {name: verdict.get(name) for name in judged} == judged:
+            return verdict
+    pair, annotated = open_volume(target).load(), gate.knows_mitochondria(copy)
+    mito = pair.mito_array if annotated else None
+    masks = MaskArrays(pair.array("label"), np.asarray(open_array(target, ("membrane",))), mito)
+    found = judge_pair(pair.array("image"), masks, real=gate.real(annotated), judge=gate.judge, limits=gate.limits)
+    verdict = {**found.as_dict(), **judged}
+    write_json(report, verdict)
+    if not found.passed:
+        logger.warning("%s does not enter training: %s", target.name, found.reason)
+    return verdict
 
-    def __init__(self, run: Run, judge: Judge | None) -> None:
-        self._run, self._judge = run, judge
-        self._measured: dict[bool, RealTissue] = {}
-        node = run.cfg.NEURODIFF.PAIRS
-        self._limits = GateLimits(
-            following=node.LEAST_FOLLOWING,
-            missing=node.MOST_MISSING,
-            grey=node.GREY_LIMIT,
-            spectrum=node.SPECTRUM_LIMIT,
-            grain=node.GRAIN_LIMIT,
-            continuity=node.CONTINUITY_LIMIT,
-            order=node.LEAST_ORDER,
-            dark=node.DARK_LIMIT,
-        )
 
-    def _real(self, annotated: bool) -> RealTissue:
-        """What real tissue looks like, with the mitochondria that somebody annotated or without."""
-        if annotated not in self._measured:
-            real = self._run.parts["train"].load()
-            label = real.array("label")
-            membrane = membrane_from_labels(label, real.voxel_nm, self._run.cfg.NEURODIFF.MEMBRANE_NM)
-            mito = real.mito_array if annotated else None
-            self._measured[annotated] = measure_real(real.array("image"), label, membrane, mito, real.voxel_nm)
-        return self._measured[annotated]
-
-    def verdict_on(self, target: Path, copy: MaskCopy) -> dict[str, Any]:
-        """Verdict on a pair -> pairs/copy_000.gate.json; kept for as long as pair and limits are the same."""
-        report = target.with_suffix(".gate.json")
-        train = self._run.parts["train"].identity
-        settings = asdict(self._limits) | {"judge": self._run.hash_of("judge/checkpoint.pt") if self._judge else ""}
-        judged = {"pair": hash_of_file(target), "train": train, "limits": settings}
-        if report.exists():
-            verdict: dict[str, Any] = json.loads(report.read_text())
-            if {name: verdict.get(name) for name in judged} == judged:
-                return verdict
-        pair = open_volume(target).load()
-        # Dark bodies that were found in the image are no ground truth: what is dark is then compared as a whole.
-        annotated = copy.tissue < 0 and not self._run.parts["train"].finds_dark_bodies
-        mito = pair.mito_array if annotated else None
-        masks = MaskArrays(pair.array("label"), np.asarray(open_array(target, ("membrane",))), mito)
-        real = self._real(annotated)
-        found = judge_pair(pair.array("image"), masks, real=real, judge=self._judge, limits=self._limits)
-        verdict = {**found.as_dict(), **judged}
-        write_json(report, verdict)
-        if not found.passed:
-            logger.warning("%s does not enter training: %s", target.name, found.reason)
-        return verdict
+def _judged(pair: Path, limits: GateLimits) -> dict[str, Any]:
+    """What a verdict on a pair holds for."""
+    return {"pair": hash_of_file(pair), "limits": asdict(limits)}
 
 
 def pair_paths(run: Run) -> list[Path]:
@@ -204,8 +177,24 @@ def own_pairs(cfg: CfgNode) -> list[Path]:
 
 
 def passed_pairs(cfg: CfgNode) -> list[Path]:
-    """Pair files of the run with this configuration that passed the gate."""
-    folder = Path(cfg.DATASET.OUTPUT_PATH) / "pairs"
-    pairs = [folder / f"{copy.name}.h5" for copy in mask_copies(cfg)]
-    reports = {pair: pair.with_suffix(".gate.json") for pair in pairs}
-    return [p for p, report in reports.items() if report.exists() and json.loads(report.read_text())["passed"]]
+    """Pair files of the run with this configuration that passed the gate.
+
+    Raises
+    ------
+    StaleArtifactError
+        If a pair was painted anew, or a limit changed, since the gate judged.
+    """
+    folder, limits = Path(cfg.DATASET.OUTPUT_PATH) / "pairs", gate_limits(cfg)
+    passed = []
+    for pair in (folder / f"{copy.name}.h5" for copy in mask_copies(cfg)):
+        report = pair.with_suffix(VERDICT)
+        if not report.exists():
+            continue
+        verdict = json.loads(report.read_text())
+        if any(verdict[name] != now for name, now in _judged(pair, limits).items()):
+            raise StaleArtifactError(
+                f"{report} is about another pair, or other limits of NEURODIFF.PAIRS: run the stage 'pairs' again."
+            )
+        if verdict["passed"]:
+            passed.append(pair)
+    return passed

@@ -15,8 +15,10 @@ from yacs.config import CfgNode
 
 from ..config import dump_config
 from ..geometry import tiles
+from ..pairs.judge import JUDGE_CHANNELS, JUDGE_PATCH
 from ..provenance import sidecar_of
 from . import networks
+from .judging import LOOKS
 from .parts import PHANTOM, missing_inputs, open_extra_volumes, open_parts
 from .run import arms_of
 from .unlabeled import mask_copies, open_unlabeled, pseudo_labelled, shapes_of_masks, unlabeled_shapes
@@ -125,11 +127,12 @@ def estimates(cfg: CfgNode, stages: Sequence[str], shape: Shape | None, arm: str
     if "diffusion" in stages:
         cost = _cost_of_pass(cfg, "denoiser", node.PATCH, training=True)
         steps = node.ITERATIONS * node.ACCUMULATE * node.BATCH
-        found.append(Estimate("diffusion", steps * cost.seconds, node.BATCH * cost.memory, cost.title(name)))
+        seconds = steps * cost.seconds + _seconds_of_looking(cfg)
+        found.append(Estimate("diffusion", seconds, node.BATCH * cost.memory, cost.title(name)))
     if "pairs" in stages and shape:
         cost = _cost_of_pass(cfg, "denoiser", node.TILE, training=False)
         passes = sum(len(tiles(one, node.TILE, node.OVERLAP)) for one in shapes_of_masks(cfg, shape))
-        passes *= node.SAMPLER_STEPS * cfg.NEURODIFF.PAIRS.SAMPLES * (1 if node.GUIDANCE == 1 else 2)
+        passes *= _passes_of_tile(cfg) * cfg.NEURODIFF.PAIRS.SAMPLES
         told = any(one.stage == "diffusion" for one in found)
         found.append(Estimate("pairs", passes * cost.seconds, cost.memory, "" if told else cost.title(name)))
     if "segmenter" in stages:
@@ -137,6 +140,22 @@ def estimates(cfg: CfgNode, stages: Sequence[str], shape: Shape | None, arm: str
         arms = [one for one in ([arm] if arm else arms_of(cfg)) if not (trained and one == "real")]
         found.append(_segmenter_estimate(cfg, "segmenter", len(arms)))
     return found
+
+
+def _passes_of_tile(cfg: CfgNode) -> int:
+    """Through the denoiser, to paint a tile."""
+    node = cfg.NEURODIFF.DIFFUSION
+    return int(node.SAMPLER_STEPS * (1 if node.GUIDANCE == 1 else 2))
+
+
+def _seconds_of_looking(cfg: CfgNode) -> float:
+    """Of the judge's training, and of the tiles that it looks at while the denoiser is trained."""
+    node = cfg.NEURODIFF.PAIRS
+    if not node.LEAST_FOLLOWING and not node.MOST_MISSING:
+        return 0.0
+    tile = _cost_of_pass(cfg, "denoiser", cfg.NEURODIFF.DIFFUSION.TILE, training=False)
+    patch = _cost_of_pass(cfg, "judge", (1, JUDGE_PATCH, JUDGE_PATCH), training=True)
+    return node.JUDGE_ITERATIONS * patch.seconds + LOOKS * _passes_of_tile(cfg) * tile.seconds
 
 
 def _segmenter_estimate(cfg: CfgNode, stage: str, arms: int) -> Estimate:
@@ -221,12 +240,13 @@ class Cost:
 
 
 def _cost_of_pass(cfg: CfgNode, kind: str, size: Sequence[int], *, training: bool) -> Cost:
-    """Of the denoiser or the segmenter of a configuration."""
+    """Of the denoiser, the segmenter or the judge of a configuration."""
     import torch
 
     name, options = {
         "denoiser": (cfg.NEURODIFF.DIFFUSION.ARCHITECTURE, networks.denoiser_options),
         "segmenter": (cfg.MODEL.ARCHITECTURE, networks.segmenter_options),
+        "judge": ("boundary", lambda _: {"context": 0, "channels": JUDGE_CHANNELS}),
     }[kind]
     machine = (*networks.device_and_precision(cfg), torch.get_num_threads())
     return _measured_cost(kind, name, json.dumps(options(cfg)), tuple(size), training, *machine)
@@ -246,12 +266,14 @@ def _measured_cost(
     """A study asks for the same network again and again."""
     import torch
 
+    from ..pairs.boundary_network import BoundaryNetwork
     from ..segmenters import build_segmenter
     from ..synthesis import build_denoiser
 
     kinds: dict[str, tuple[Callable[..., torch.nn.Module], Inputs]] = {
         "denoiser": (build_denoiser, _denoiser_inputs),
         "segmenter": (build_segmenter, _segmenter_inputs),
+        "judge": (lambda _, **sizes: BoundaryNetwork(**sizes), _segmenter_inputs),
     }
     build, inputs = kinds[kind]
     with torch.random.fork_rng([device] if device.type == "cuda" else []):

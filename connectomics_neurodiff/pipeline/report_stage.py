@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from ..conditions import membrane_from_labels
 from ..config import dump_config
 from ..engine import read_loss_curve
+from ..pairs import membrane_of_pair
 from ..report import (
     following_figure,
     grey_value_figure,
@@ -24,7 +24,7 @@ from ..report import (
     threshold_figure,
     write_report,
 )
-from ..volume import Volume, open_array, open_source, open_volume
+from ..volume import Volume, open_array, open_volume
 from .judging import read_following
 from .pairs_stage import painted_pairs, pair_paths
 from .parts import makes_pairs
@@ -112,7 +112,7 @@ def _draw_synthesis(run: Run, path: Path) -> bool:
         train.array("image"),
         train.array("label"),
         pair[1].array("label"),
-        _membrane_of(run, *pair),
+        membrane_of_pair(*pair, run.cfg.NEURODIFF.MEMBRANE_NM),
         pair[1].mito_array,
         pair[1].array("image"),
         sections,
@@ -120,13 +120,6 @@ def _draw_synthesis(run: Run, path: Path) -> bool:
         _dark_of(run, pair[0]),
     )
     return True
-
-
-def _membrane_of(run: Run, path: Path, pair: Volume) -> np.ndarray:
-    """Membranes that the pair was painted on; of a pair made elsewhere, those between its labels."""
-    if "membrane" in open_source(path).arrays:
-        return np.asarray(open_array(path, ("membrane",)))
-    return membrane_from_labels(pair.array("label"), pair.voxel_nm, run.cfg.NEURODIFF.MEMBRANE_NM)
 
 
 def _dark_of(run: Run, path: Path) -> np.ndarray | None:
@@ -145,11 +138,10 @@ def _draw_mask_quality(run: Run, path: Path) -> bool:
 
 
 def _draw_following(run: Run, path: Path) -> bool:
-    rows = read_following(run.folder / "diffusion" / "following.csv")
-    if rows:
-        curve = [(row[0], row[-1]) for row in rows]
-        following_figure(path, curve, run.cfg.NEURODIFF.PAIRS.LEAST_FOLLOWING)
-    return bool(rows)
+    looks = read_following(run.folder / "diffusion" / "following.csv")
+    if looks:
+        following_figure(path, [(look.step, look.following) for look in looks], run.cfg.NEURODIFF.PAIRS.LEAST_FOLLOWING)
+    return bool(looks)
 
 
 def _draw_grey_values(run: Run, path: Path) -> bool:

@@ -21,7 +21,7 @@ from ..provenance import hash_of, hash_of_file, read_provenance, write_json
 from ..seeding import rng_for
 from ..volume import Volume, open_array, write_volume
 from . import networks
-from .judging import FollowingWatch, judge_of
+from .judging import FollowingWatch, RunGate
 from .pairs_stage import pair_paths
 from .parts import hash_of_source
 from .rounding import write_rounded_scores
@@ -85,8 +85,9 @@ def make_diffusion(run: Run) -> None:
         annotated=annotated,
         **networks.diffusion_crop_options(cfg),
     )
-    judge = judge_of(run)
-    watch = FollowingWatch(run, judge, process, crops.scales[0], target.parent / "following.csv") if judge else None
+    gate, looks = RunGate(run), target.parent / "following.csv"
+    gate.require_able()
+    watch = FollowingWatch(run, gate.judge, process, crops.scales[0], looks) if gate.judge else None
     network = run.engine.fit(
         network,
         diffusion_loss(cfg, process),
@@ -98,7 +99,7 @@ def make_diffusion(run: Run) -> None:
         watch=watch,
     )
     if watch:
-        watch.warn()
+        watch.conclude()
     extra = {
         "voxel_nm": [list(size) for size in dict.fromkeys(volume.voxel_nm for volume in volumes)],
         "process": {"steps": node.STEPS, "cosine_offset": node.COSINE_OFFSET, "prediction": node.PREDICTION},

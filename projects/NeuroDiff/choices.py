@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import tempfile
 import time
 from collections.abc import Callable
@@ -29,11 +28,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from sampling import Judge
+from sampling import Scorer, kept_rows, write_rows
 from torch import Tensor, nn
 
 from connectomics_neurodiff.checkpoints import load_checkpoint, load_weights
-from connectomics_neurodiff.conditions import membrane_from_labels, organelles, with_background, with_dark_bodies
+from connectomics_neurodiff.conditions import membrane_from_labels, organelles, with_background
 from connectomics_neurodiff.config import load_config
 from connectomics_neurodiff.engine import Batch, Loss, fit
 from connectomics_neurodiff.errors import ConfigError, UserError
@@ -41,7 +40,6 @@ from connectomics_neurodiff.geometry import Box
 from connectomics_neurodiff.pipeline import networks
 from connectomics_neurodiff.pipeline.parts import open_extra_volumes, open_parts
 from connectomics_neurodiff.pipeline.stages import diffusion_loss
-from connectomics_neurodiff.provenance import write_json
 from connectomics_neurodiff.synthesis import (
     DiffusionCrops,
     DiffusionProcess,
@@ -51,7 +49,7 @@ from connectomics_neurodiff.synthesis import (
     synthesise,
     velocity_weight,
 )
-from connectomics_neurodiff.volume import Volume, open_volume
+from connectomics_neurodiff.volume import Volume
 
 #: Weight of a voxel on a membrane against one elsewhere, where membranes are weighed.
 MEMBRANE_WEIGHT = 3.0
@@ -59,6 +57,8 @@ MEMBRANE_WEIGHT = 3.0
 HIDDEN_SAMPLES, HIDDEN_SQUARES, HIDDEN_SIDE = 0.5, 0.5, 16
 #: Keys that leave an iteration as long as it was.
 FREE_KEYS = {"LOSS", "PREDICTION", "NOISE_SPREAD", "SNR_GAMMA", "SCHEDULE", "EMA_DECAY"}
+#: Arguments that say which rows are made, not how.
+ROWS = ("choices",)
 #: Share of the time that goes to another training before or after the recipe's own.
 STAGE_SHARE = 0.3
 
@@ -109,8 +109,9 @@ CHOICES: dict[str, Choice] = {
     "constant rate": Choice({"SCHEDULE": "constant"}),
     "short average": Choice({"EMA_DECAY": 0.95}),
     "long average": Choice({"EMA_DECAY": 0.995}),
-    "smaller network": Choice(options={"multipliers": (2, 3, 4)}),
-    "larger network": Choice(options={"multipliers": (4, 6, 8)}),
+    "tiny network": Choice(options={"multipliers": (2, 3, 4)}),
+    "small network": Choice(options={"multipliers": (3, 4, 6)}),
+    "large network": Choice(options={"multipliers": (4, 6, 8)}),
     "single pixels": Choice(options={"multipliers": (2, 3, 4, 6), "pixels": 1, "condition_channels": (16, 32, 48, 64)}),
     "one group": Choice(options={"groups": 1}),
     "concat": Choice({"CONDITIONING": "concat"}),
@@ -276,7 +277,7 @@ def speed_beside_recipe(training: Training, options: argparse.Namespace) -> floa
     return float(recipe / choice)
 
 
-def row_of(choice: Choice, options: argparse.Namespace, held_out: Volume, judge: Judge) -> dict[str, Any]:
+def row_of(choice: Choice, options: argparse.Namespace, held_out: Volume, scorer: Scorer) -> dict[str, Any]:
     """Train, paint, judge."""
     training = Training(choice, options)
     start = time.process_time()
@@ -288,7 +289,7 @@ def row_of(choice: Choice, options: argparse.Namespace, held_out: Volume, judge:
         "iterations": sum(training.iterations),
         "cpu_seconds": trained - start,
         "painting": painted - trained,
-        **judge.row(image),
+        **scorer.row(image),
     }
 
 
@@ -312,41 +313,34 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def arguments_of(options: argparse.Namespace) -> dict[str, str]:
-    """All that every row depends on, as text."""
-    apart = ("json", "choices")
-    return {name: str(value) for name, value in sorted(vars(options).items()) if name not in apart}
+def held_out_part(options: argparse.Namespace, cfg: Any) -> Volume:
+    """The box to paint, as the recipe's train part is read: with its masks, and with what is dark if the recipe asks.
 
-
-def kept_rows(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
-    """Rows that were made before, with the same arguments."""
-    if not options.json or not options.json.exists():
-        return {}
-    content: dict[str, dict[str, Any]] = json.loads(options.json.read_text())
-    before, now = content.pop("arguments", {}), arguments_of(options)
-    differing = [name for name in now if before.get(name) != now[name]]
-    if differing:
-        raise ConfigError(f"{options.json} holds rows made with another --{', --'.join(differing)}. Name another file.")
-    return content
+    Raises
+    ------
+    ConfigError
+        If the denoisers are trained on some of it.
+    """
+    box, train = Box.of(options.box), open_parts(cfg)["train"]
+    if box.overlaps(train.box):
+        raise ConfigError(f"--box must lie outside the train part, {list(train.box.start)} to {list(train.box.stop)}.")
+    return replace(train, box=box).load()
 
 
 def main() -> None:
     """Print a table."""
     options = parse()
     try:
-        rows = kept_rows(options)
+        rows = kept_rows(options, ROWS)
         cfg = config_of(CHOICES["recipe"], options)
-        volume = open_parts(cfg)["train"].volume
-        box = Box(tuple(options.box[:3]), tuple(options.box[3:]))
-        held_out = with_dark_bodies(open_volume(volume.path).crop(box), cfg.NEURODIFF.MEMBRANE_NM)
+        held_out = held_out_part(options, cfg)
         membrane = membrane_from_labels(held_out.array("label"), held_out.voxel_nm, cfg.NEURODIFF.MEMBRANE_NM)
-        judge = Judge(options, held_out, membrane)
-        rows.setdefault("real", judge.row(held_out.array("image")))
+        scorer = Scorer(options, held_out, membrane)
+        rows.setdefault("real", scorer.row(held_out.array("image")))
         for name in options.choices:
             if name not in rows:
-                rows[name] = row_of(CHOICES[name], options, held_out, judge)
-                if options.json:
-                    write_json(options.json, {"arguments": arguments_of(options), **rows})
+                rows[name] = row_of(CHOICES[name], options, held_out, scorer)
+                write_rows(options, ROWS, rows)
     except UserError as error:
         raise SystemExit(f"error: {error}") from error
     names = ("iterations", "average_precision", "fid3d", "dark_share", "fine_power", "grey_std", "painting")

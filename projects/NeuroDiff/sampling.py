@@ -25,7 +25,7 @@ from scipy import ndimage
 from connectomics_neurodiff.agglomerate import segment
 from connectomics_neurodiff.checkpoints import load_checkpoint
 from connectomics_neurodiff.conditions import membrane_from_labels, organelles, with_background, with_dark_bodies
-from connectomics_neurodiff.errors import UserError
+from connectomics_neurodiff.errors import ConfigError, UserError
 from connectomics_neurodiff.geometry import Box
 from connectomics_neurodiff.metrics import (
     bootstrap_interval,
@@ -37,13 +37,16 @@ from connectomics_neurodiff.metrics import (
 from connectomics_neurodiff.pairs import dark_shares
 from connectomics_neurodiff.pipeline.networks import trained_segmenter
 from connectomics_neurodiff.predict import predict_affinities
-from connectomics_neurodiff.provenance import write_json
+from connectomics_neurodiff.provenance import hash_of_file, write_json
 from connectomics_neurodiff.seeding import rng_for
 from connectomics_neurodiff.synthesis import SAMPLERS, denoiser_from_checkpoint, grey_scale_for, guided, synthesise
 from connectomics_neurodiff.volume import Volume, open_volume, write_volume
 
+#: Arguments that say which rows are made, not how.
+ROWS = ("samplers", "steps", "guidance")
 
-class Judge:
+
+class Scorer:
     """What a segmenter trained on real data, and the gate, say about an image of one mask."""
 
     def __init__(self, options: argparse.Namespace, volume: Volume, membrane: np.ndarray) -> None:
@@ -129,24 +132,55 @@ def compare(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
     if extra.get("knows_dark"):
         volume = with_dark_bodies(volume, thickness)
     membrane = membrane_from_labels(volume.array("label"), volume.voxel_nm, thickness)
-    rows: dict[str, dict[str, Any]] = {}
-    if options.json and options.json.exists():
-        rows = json.loads(options.json.read_text())
-    judge = Judge(options, volume, membrane)
+    rows = kept_rows(options, ROWS)
+    scorer = Scorer(options, volume, membrane)
     if "real" not in rows:
-        rows["real"] = judge.row(volume.array("image"))
+        rows["real"] = scorer.row(volume.array("image"))
     for sampler, steps, scale in product(options.samplers, options.steps, options.guidance):
         name = f"{sampler} {steps} steps, guidance {scale:g}"
         if name in rows:
             continue
         outside = with_background(membrane, volume.array("label"))
         image, seconds = paint(options, volume, outside, sampler, steps, scale)
-        rows[name] = {**judge.row(image), "cpu_seconds": seconds}
+        rows[name] = {**scorer.row(image), "cpu_seconds": seconds}
         if options.images:
             write_volume(options.images / f"{sampler}-{steps}-{scale:g}.h5", {"image": image}, volume.voxel_nm)
-        if options.json:
-            write_json(options.json, rows)
+        write_rows(options, ROWS, rows)
     return rows
+
+
+def arguments_of(options: argparse.Namespace, rows: tuple[str, ...]) -> dict[str, str]:
+    """All that every row depends on, as text; files by their content."""
+    apart = {"json", "images", *rows}
+    values = {name: value for name, value in sorted(vars(options).items()) if name not in apart}
+    return {
+        name: hash_of_file(value) if isinstance(value, Path) and value.is_file() else str(value)
+        for name, value in values.items()
+    }
+
+
+def kept_rows(options: argparse.Namespace, rows: tuple[str, ...]) -> dict[str, dict[str, Any]]:
+    """Rows of --json that were made before, with the same arguments but for `rows`, which choose among them.
+
+    Raises
+    ------
+    ConfigError
+        If the file holds rows that were made otherwise.
+    """
+    if not options.json or not options.json.exists():
+        return {}
+    content: dict[str, dict[str, Any]] = json.loads(options.json.read_text())
+    before, now = content.pop("arguments", {}), arguments_of(options, rows)
+    differing = [name for name in now if before.get(name) != now[name]]
+    if differing:
+        raise ConfigError(f"{options.json} holds rows made with another {', '.join(differing)}. Name another file.")
+    return content
+
+
+def write_rows(options: argparse.Namespace, rows: tuple[str, ...], content: dict[str, dict[str, Any]]) -> None:
+    """Write what there is so far to --json, if that is given."""
+    if options.json:
+        write_json(options.json, {"arguments": arguments_of(options, rows), **content})
 
 
 def parse() -> argparse.Namespace:
