@@ -145,7 +145,7 @@ class GateLimits:
 #: Two dark shares no further apart than this are as good as equal: ratios of next to nothing say nothing.
 DARK_SLACK = 0.02
 #: Share of a mask's neurons that may be cut off by boundaries which it lacks.
-MOST_CUT = 0.1
+MOST_CUT = 0.15
 #: No ratio is widened beyond this, however much the parts of a small volume differ.
 MOST_RATIO = 5.0
 
@@ -348,7 +348,7 @@ def _check_following(
         ]
         problem = (
             f"The image has boundaries that its mask lacks: they cut off {100 * got.cut:.1f} % of its neurons "
-            f"({100 * own.cut:.1f} % in real tissue); at most {100 * MOST_CUT:.1f} % is allowed."
+            f"({100 * own.cut:.1f} % in real tissue); at most {100 * MOST_CUT:.0f} % is allowed."
         )
         checks.append(_checked("cut off", got.cut, own.cut, (0.0, MOST_CUT), problem))
     return found, checks

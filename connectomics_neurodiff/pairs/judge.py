@@ -135,19 +135,23 @@ def cut_share(scores: np.ndarray, target: np.ndarray, counted: np.ndarray, label
 
 
 def missing_at_worst(scores: np.ndarray, target: np.ndarray, counted: np.ndarray) -> float:
-    """Largest :func:`missing_share` of a section or of a ninth of the plane through all sections.
+    """Largest :func:`missing_share` of a section, or of a ninth of the plane through all sections.
 
-    Parts with fewer than `_LEAST_COUNT` voxels of either kind are left out; 0 if all are.
+    Parts with less than `_LEAST_COUNT` voxels of either kind are left out, and those with less than half as many
+    membranes as there are on average: a soma fills them, whose nucleus is as dark. 0 if all are.
     """
     depth, rows, columns = scores.shape
     thirds = [[slice(i * n // 3, (i + 1) * n // 3) for i in range(3)] for n in (rows, columns)]
-    parts: list[tuple[slice, ...]] = [(slice(z, z + 1),) for z in range(depth)]
-    parts += [(slice(None), y, x) for y, x in product(*thirds)]
-    worst = 0.0
-    for part in parts:
-        on, here = target[part], counted[part]
-        if min((on & here).sum(), (~on & here).sum()) >= _LEAST_COUNT:
-            worst = max(worst, missing_share(*found_and_wrong(scores[part], on, here)))
+    cuts: tuple[list[tuple[slice, ...]], ...] = (
+        [(slice(z, z + 1),) for z in range(depth)],
+        [(slice(None), y, x) for y, x in product(*thirds)],
+    )
+    worst, membranes = 0.0, int((target & counted).sum())
+    for parts in cuts:
+        for part in parts:
+            on, rest = (int((kind[part] & counted[part]).sum()) for kind in (target, ~target))
+            if min(on, rest) >= _LEAST_COUNT and 2 * on * len(parts) >= membranes:
+                worst = max(worst, missing_share(*found_and_wrong(scores[part], target[part], counted[part])))
     return worst
 
 
