@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 TRAINING_FACTOR = 3
 #: Most voxels (z, y, x) of what a network is timed on without a GPU: a second or two for most networks of the recipes.
 TIMED_PIECE = (16, 64, 64)
-#: Seconds of a first pass that tell enough: the kernels that oneDNN makes in it hardly count.
-LONG_PASS = 2.0
+#: Seconds of a first pass that tell enough. Making the kernels of oneDNN takes seconds, on a busy machine half a minute.
+LONG_PASS = 60.0
 #: Bytes a voxel of tissue that is segmented: image, three affinities, fragments, labels, and copies of these two.
 LABELLING_BYTES = 4 + 3 * 4 + 7 * 8
 #: (z, y, x) voxels.
