@@ -255,7 +255,7 @@ def _add_synthesis_commands(commands: Any) -> None:
     gate = _add_command(
         commands,
         "gate",
-        "whether a synthetic pair follows its mask and looks like tissue; a pair that does not is an error",
+        "whether a synthetic pair follows its mask and looks like tissue, by the default limits; else it is an error",
         "neurodiff gate pair.h5 --real cells.h5 --box 0 0 0 40 512 512 --json",
     )
     gate.add_argument("pair", metavar="PAIR.h5", help="image and label; membrane and mito if it has them")

@@ -464,7 +464,7 @@ def gate(options: argparse.Namespace) -> None:
     volume = open_volume(options.real, voxel_nm=_voxel_size(options))
     real = volume.crop(Box.of(options.box)) if options.box else volume.load()
     check_training_volume(real)
-    pair = open_pair(options.pair, real.voxel_nm).load()
+    pair = open_pair(options.pair, real.voxel_nm, even_refused=True).load()
     label, limits = real.array("label"), GateLimits()
     tissue = measure_real(
         real.array("image"),
@@ -491,7 +491,7 @@ def gate(options: argparse.Namespace) -> None:
         print()
     else:
         for check in found.checks:
-            allowed = f"{check.low:.3f} to {check.high:.3f}" if check.low or np.isfinite(check.high) else ""
+            allowed = f"{check.low:.3f} to {check.high:.3f}" if check.low > 0 or check.high < np.inf else ""
             verdict = "" if check.passed else "refused"
             print(f"{check.name:30} {check.got:9.3f}  real {check.real:9.3f}  allowed {allowed:18} {verdict}".rstrip())
     found.require()

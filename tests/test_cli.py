@@ -238,6 +238,23 @@ def test_the_gate_lets_real_tissue_pass_and_no_inverted_one(tmp_path: Path) -> N
     refused("does not pass the gate itself", "gate", str(pair), "--real", str(cells), "--box", *"000199", *by[-2:])
 
 
+def test_a_guidance_interval_is_recorded_and_checked(cells: Path, denoiser: Path, tmp_path: Path) -> None:
+    done("remodel", str(cells), str(tmp_path / "m.h5"))
+    by = ["--checkpoint", str(denoiser), "--steps", "2", "--gpus", "0"]
+    done("sample", str(tmp_path / "m.h5"), str(tmp_path / "p.h5"), *by, "--guidance-above", "0.25")
+    with h5py.File(tmp_path / "p.h5") as file:
+        assert (file.attrs["guidance"], file.attrs["guidance_above"]) == (1.0, 0.25)
+    refused(
+        "--guidance-above must be >= 0. Got -1",
+        "sample",
+        str(tmp_path / "m.h5"),
+        str(tmp_path / "q.h5"),
+        *by,
+        "--guidance-above",
+        "-1",
+    )
+
+
 def test_predict_writes_affinities(cells: Path, segmenter: Path, tmp_path: Path) -> None:
     done("predict", str(cells), str(tmp_path / "a.h5"), "--checkpoint", str(segmenter), "--gpus", "0")
     with h5py.File(tmp_path / "a.h5") as file:

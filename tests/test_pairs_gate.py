@@ -301,8 +301,14 @@ def test_a_gate_that_could_only_refuse_says_so_of_the_real_tissue(bench: dict[st
     assert gate_defect(real, None, replace(limits, following=0.0, missing=0.0)) == ""
     blind = replace(judge, defect="Cannot judge at all.")
     assert gate_defect(real, blind, limits).endswith("itself: Cannot judge at all.")
-    hard = replace(judge, real=judge.real._replace(missing=0.4))
-    assert "40 % look like cytoplasm" in gate_defect(real, hard, limits)
+    for name, told in (
+        ("missing", "40 % of the mask's look like cytoplasm (40 % in real"),
+        ("missing_at_worst", "cytoplasm in one section or one ninth of the plane (40 %"),
+        ("cut", "cut off 40.0 % of its neurons"),
+    ):
+        hard = replace(judge, real=judge.real._replace(**{name: 0.4}))
+        assert told in gate_defect(real, hard, limits)
+        assert gate_defect(real, hard, replace(limits, missing=0.0)) == ""
     shuffled = replace(real, whole=replace(real.whole, order=0.5))
     assert "Sections are out of order" in gate_defect(shuffled, judge, limits)
     single = replace(real, whole=replace(real.whole, continuity=np.nan))

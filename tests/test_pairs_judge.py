@@ -119,6 +119,12 @@ def test_what_is_missing_in_one_place_is_seen_there(part: tuple[slice, ...]) -> 
     scores[part] = rng.integers(0, 200, target[part].shape)
     assert missing_at_worst(scores, target, counted) == pytest.approx(0.5, abs=0.08)
     assert missing_share(*found_and_wrong(scores, target, counted)) < 0.13
+    # A soma there: membranes are few, and all else is as dark.
+    target[:, 24:48, :20] &= rng.random((5, 24, 20)) < 0.1
+    scores = (rng.integers(0, 200, target.shape) + 500 * target).astype(np.uint16)
+    scores[:, 24:48, :20] = rng.integers(0, 200, (5, 24, 20))
+    assert missing_share(*found_and_wrong(*(a[:, 24:48, :20] for a in (scores, target, counted)))) > 0.3
+    assert missing_at_worst(scores, target, counted) < 0.1
     few = counted & False
     few[:, :4, :4] = True  # too few voxels to speak of
     assert missing_at_worst(scores, target, few) == 0

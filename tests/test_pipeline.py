@@ -170,6 +170,11 @@ def test_new_limits_of_the_gate_judge_again_and_paint_nothing(undisturbed: Path,
     with pytest.raises(StaleArtifactError, match=r"other limits of NEURODIFF\.PAIRS: run the stage 'pairs' again"):
         run(folder, stages=["segmenter"])
     run(folder, stages=["pairs"])
+    verdict = pair.with_suffix(".gate.json").read_text()
+    pair.with_suffix(".gate.json").write_text(verdict.replace(json.loads(verdict)["pair"], "of another image"))
+    with pytest.raises(StaleArtifactError, match="is about another pair"):
+        run(folder, stages=["segmenter"])
+    run(folder, stages=["pairs"])
     assert (pair.read_bytes(), pair.stat().st_mtime_ns) == before
     assert json.loads((folder / "pairs" / "copy_000.gate.json").read_text())["passed"]
 

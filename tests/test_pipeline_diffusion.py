@@ -284,6 +284,9 @@ def test_looks_of_other_settings_are_no_part_of_a_curve(
     watch()(denoiser, 3)  # resumed after the second
     before = read_following(tmp_path / "following.csv")
     assert [look.step for look in before] == [1, 2, 3]
+    rows = [",".join(row.split(",")[:5]) for row in (tmp_path / "following.csv").read_text().splitlines()]
+    (tmp_path / "old.csv").write_text("\n".join(rows))  # of a version that did not say how images were painted
+    assert read_following(tmp_path / "old.csv") == [look._replace(painted_with="") for look in before]
     watch(NEURODIFF__DIFFUSION__SAMPLER_STEPS="3")(denoiser, 4)
     (after,) = read_following(tmp_path / "following.csv")
     assert after.step == 4
@@ -324,6 +327,11 @@ def test_the_place_to_look_at_is_one_that_can_be_judged() -> None:
     label[:, :, 60:] = 0
     label[:, :30, :60], label[:, 30:, :60] = 1, 2
     assert _place_to_look_at(volume, (4, 60, 40), 25.0).start == (0, 0, 0)
+    # The middle has some, too, but less than half as many.
+    label[:, 28:30, 80:], label[:, 30:32, 80:] = 1, 2
+    assert _place_to_look_at(volume, (4, 60, 40), 25.0).start == (0, 0, 0)
+    label[:, :30, 60:], label[:, 30:, 60:] = 1, 2
+    assert _place_to_look_at(volume, (4, 60, 40), 25.0).start == (0, 0, 60)
     label[:] = 1
     label[:, :, 50:100] = 0
     with pytest.raises(UserError, match=r"no tile of the train part has membranes.*TILE"):

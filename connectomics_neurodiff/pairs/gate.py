@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from ..errors import ValueRangeError
-from .judge import Following, Judge
+from .judge import Following, Judge, MaskScores
 from .store import Mask
 from .tissue import (
     LEAST_STD,
@@ -261,7 +261,7 @@ def judge_pair(
 
 
 def gate_defect(real: RealTissue, judge: Judge | None, limits: GateLimits) -> str:
-    """Why the gate could only refuse whatever is painted, or an empty string.
+    """Why the gate cannot judge, or would refuse even the real tissue; an empty string if neither.
 
     Parameters
     ----------
@@ -271,17 +271,17 @@ def gate_defect(real: RealTissue, judge: Judge | None, limits: GateLimits) -> st
     Returns
     -------
     str
-        One line: the judge cannot judge, or the real volume lacks what it takes, or does not keep to the limits itself.
+        One line: the judge or the real volume lacks what it takes, or real tissue does not keep to the limits itself.
     """
     problems = [check.problem for check in _check_tissue(real.whole, real, limits) if check.problem]
     if limits.following or limits.missing:
-        problems += [_no_judge(judge)] if _no_judge(judge) else []
-        if judge and limits.missing and judge.real.missing > limits.missing:
-            problems.append(
-                f"Of the membranes of held-out real tissue {100 * judge.real.missing:.0f} % look like cytoplasm to the "
-                f"judge; at most {100 * limits.missing:.0f} % are allowed. If the labels are right, train it longer "
-                "(NEURODIFF.PAIRS.JUDGE_ITERATIONS) or loosen MOST_MISSING."
-            )
+        if judge is None or judge.defect:
+            problems.append(_no_judge(judge))
+        else:
+            checks = _check_membranes(judge.real, judge.real, limits)
+            held_out = [check.problem for check in checks if check.problem]
+            advice = "train the judge longer (NEURODIFF.PAIRS.JUDGE_ITERATIONS) or loosen MOST_MISSING."
+            problems += [*held_out, f"If the labels are right, {advice}"] if held_out else []
     return " ".join(["The real train part does not pass the gate itself:", *problems]) if problems else ""
 
 
@@ -335,28 +335,29 @@ def _check_following(
             f"{100 * limits.following:.0f} % is needed."
         )
         checks.append(_checked("following", found.share, 1.0, (limits.following, math.inf), problem))
-    if limits.missing:
-        checks += [
-            _check_missing("missing", got.missing, own.missing, limits.missing, ""),
-            _check_missing(
-                "missing at worst",
-                got.missing_at_worst,
-                own.missing_at_worst,
-                2 * limits.missing,
-                " in one section or one ninth of the plane",
-            ),
-        ]
-        problem = (
-            f"The image has boundaries that its mask lacks: they cut off {100 * got.cut:.1f} % of its neurons "
-            f"({100 * own.cut:.1f} % in real tissue); at most {100 * MOST_CUT:.0f} % is allowed."
-        )
-        checks.append(_checked("cut off", got.cut, own.cut, (0.0, MOST_CUT), problem))
+    checks += _check_membranes(got, own, limits)
     return found, checks
+
+
+def _check_membranes(got: MaskScores, real: MaskScores, limits: GateLimits) -> list[Check]:
+    """Whether image and mask have the same membranes."""
+    if not limits.missing:
+        return []
+    problem = (
+        f"The image has boundaries that its mask lacks: they cut off {100 * got.cut:.1f} % of its neurons "
+        f"({100 * real.cut:.1f} % in real tissue); at most {100 * MOST_CUT:.0f} % is allowed."
+    )
+    worst = "in one section or one ninth of the plane "
+    return [
+        _check_missing("missing", got.missing, real.missing, limits.missing, ""),
+        _check_missing("missing at worst", got.missing_at_worst, real.missing_at_worst, 2 * limits.missing, worst),
+        _checked("cut off", got.cut, real.cut, (0.0, MOST_CUT), problem),
+    ]
 
 
 def _check_missing(name: str, got: float, real: float, most: float, where: str) -> Check:
     problem = (
-        f"Membranes are missing: {100 * got:.0f} % of the mask's look like cytoplasm{where} "
+        f"Membranes are missing: {100 * got:.0f} % of the mask's look like cytoplasm {where}"
         f"({100 * real:.0f} % in real tissue); at most {100 * most:.0f} % is allowed."
     )
     return _checked(name, got, real, (0.0, most), problem)

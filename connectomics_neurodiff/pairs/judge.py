@@ -42,7 +42,7 @@ _FOUND = 0.75  # of the membranes, where the image is cut along what looks like 
 _LEAST_COUNT = 500  # voxels of membranes, and of others, that a share of a part is taken of
 JUDGE_CHANNELS = (24, 48, 96)
 #: Sections seen on either side of a section where they are as thin as pixels are wide.
-_CONTEXT = 3
+JUDGE_CONTEXT = 3
 #: Rows and columns of a patch and of a tile, one section each, and a tile's margin.
 JUDGE_PATCH, _TILE, _MARGIN = 128, 256, 24
 _BINS, _LARGEST_LOGIT = 1024, 12.0
@@ -355,7 +355,7 @@ def train_judge(
 
     from .boundary_network import BoundaryNetwork
 
-    context = 0 if is_anisotropic(volume.voxel_nm) else _CONTEXT
+    context = 0 if is_anisotropic(volume.voxel_nm) else JUDGE_CONTEXT
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(int(rng_for(seed, "judge", "weights").integers(2**31)))
         network = BoundaryNetwork(context=context, channels=JUDGE_CHANNELS)

@@ -151,8 +151,8 @@ class FollowingWatch:
     process, grey
         As the denoiser is trained.
     path : pathlib.Path
-        CSV file with a row per look; a resumed training writes those of later steps again, and all of them if images
-        are painted with other settings now.
+        CSV file with a row per look. A resumed training writes those of later steps again, and drops those of images
+        that were painted with other settings, or seen by another judge.
     """
 
     def __init__(self, run: Run, judge: Judge, process: DiffusionProcess, grey: GreyScale, path: Path) -> None:
@@ -160,7 +160,8 @@ class FollowingWatch:
         node = run.cfg.NEURODIFF.DIFFUSION
         self.every = max(1, node.ITERATIONS // LOOKS)
         self._mask, self._membrane = _bent_tile(run.parts["train"].load(), node.TILE, run)
-        self._key = hash_of({name: as_dict(node)[name] for name in networks.SAMPLING_KEYS})
+        settings = {name: as_dict(node)[name] for name in networks.SAMPLING_KEYS}
+        self._key = hash_of([settings, run.hash_of("judge/checkpoint.pt")])
 
     def __call__(self, network: nn.Module, step: int) -> Mapping[str, float]:
         """Share of the way from an image of elsewhere (0) to real tissue (1), and what it comes from."""
@@ -230,15 +231,22 @@ def read_following(path: Path) -> list[Look]:
     """Rows of a file that :class:`FollowingWatch` wrote; none without a file."""
     if not path.exists():
         return []
-    rows = csv.reader(path.read_text().splitlines()[1:])
     return [
-        Look(int(step), float(precision), float(null), float(real), float(following), key)
-        for step, precision, null, real, following, key in rows
+        Look(
+            int(row["step"]),
+            float(row["average_precision"]),
+            float(row["null"]),
+            float(row["real"]),
+            float(row["following"]),
+            row.get("painted_with", ""),  # files of earlier versions lack it
+        )
+        for row in csv.DictReader(path.read_text().splitlines())
     ]
 
 
 def _bent_tile(train: Volume, tile: Sequence[int], run: Run) -> tuple[Volume, np.ndarray]:
     """A tile of a volume with bent membranes: masks, and the membranes."""
+    from ..pairs import followed_membranes
     from ..remodel import remodel
 
     thickness = run.cfg.NEURODIFF.MEMBRANE_NM
@@ -252,16 +260,29 @@ def _bent_tile(train: Volume, tile: Sequence[int], run: Run) -> tuple[Volume, np
         place_mitochondria=False,
         membrane_thickness_nm=thickness,
     )
-    return Volume(None, bent.label, bent.mito, piece.voxel_nm, dark=bent.dark), np.asarray(bent.membrane)
+    membrane = np.asarray(bent.membrane)
+    _require_membranes(followed_membranes(membrane, bent.label, piece.voxel_nm), piece.shape)
+    return Volume(None, bent.label, bent.mito, piece.voxel_nm, dark=bent.dark), membrane
+
+
+def _require_membranes(voxels: int, tile: Sequence[int]) -> None:
+    """Refuse a tile that has none to look for."""
+    if not voxels:
+        raise UserError(
+            "Cannot judge whether images follow their masks while the denoiser is trained: no tile of the train part "
+            f"has membranes and neurons away from wide background. Got tiles of {tuple(tile)} "
+            "(NEURODIFF.DIFFUSION.TILE). Make them larger, or set LEAST_FOLLOWING and MOST_MISSING of NEURODIFF.PAIRS "
+            "to 0."
+        )
 
 
 def _place_to_look_at(train: Volume, tile: Sequence[int], membrane_nm: float) -> Box:
-    """The middle of a volume if it can be judged there, else the tile with most membranes that the judge looks at.
+    """The tile with most membranes that the judge looks at, or the middle of a volume if it has half as many.
 
     Raises
     ------
     UserError
-        If there is no such tile.
+        If there is none.
     """
     from ..pairs import followed_membranes
 
@@ -274,12 +295,6 @@ def _place_to_look_at(train: Volume, tile: Sequence[int], membrane_nm: float) ->
         box: followed_membranes(membrane[box.slices], label[box.slices], train.voxel_nm)
         for box in (middle, *tiles(train.shape, size, (0, 0, 0)))
     }
-    best = middle if voxels[middle] else max(voxels, key=lambda box: voxels[box])
-    if not voxels[best]:
-        raise UserError(
-            "Cannot judge whether images follow their masks while the denoiser is trained: no tile of the train part "
-            f"has membranes and neurons away from wide background. Got tiles of {tuple(size)} "
-            "(NEURODIFF.DIFFUSION.TILE). Make them larger, or set LEAST_FOLLOWING and MOST_MISSING of NEURODIFF.PAIRS "
-            "to 0."
-        )
-    return best
+    best = max(voxels, key=lambda box: voxels[box])
+    _require_membranes(voxels[best], size)
+    return middle if 2 * voxels[middle] >= voxels[best] else best

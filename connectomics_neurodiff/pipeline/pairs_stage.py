@@ -17,7 +17,6 @@ from ..config import as_dict
 from ..errors import StaleArtifactError, UserError
 from ..pairs import (
     VERDICT,
-    GateLimits,
     MaskArrays,
     ReliabilityMap,
     grey_value_gate,
@@ -138,7 +137,8 @@ def _verdict_on(run: Run, gate: RunGate, target: Path, copy: MaskCopy) -> dict[s
     """Verdict on a pair -> pairs/copy_000.gate.json; kept for as long as pair, judge and limits are the same."""
     report = target.with_suffix(VERDICT)
     judge = run.hash_of("judge/checkpoint.pt") if gate.judge else ""
-    judged = {**_judged(target, gate.limits), "train": run.parts["train"].identity, "judge": judge}
+    judged = {"pair": hash_of_file(target), "limits": asdict(gate.limits)}
+    judged |= {"train": run.parts["train"].identity, "judge": judge}
     if report.exists():
         verdict: dict[str, Any] = json.loads(report.read_text())
         if {name: verdict.get(name) for name in judged} == judged:
@@ -152,11 +152,6 @@ def _verdict_on(run: Run, gate: RunGate, target: Path, copy: MaskCopy) -> dict[s
     if not found.passed:
         logger.warning("%s does not enter training: %s", target.name, found.reason)
     return verdict
-
-
-def _judged(pair: Path, limits: GateLimits) -> dict[str, Any]:
-    """What a verdict on a pair holds for."""
-    return {"pair": hash_of_file(pair), "limits": asdict(limits)}
 
 
 def pair_paths(run: Run) -> list[Path]:
@@ -188,10 +183,11 @@ def passed_pairs(cfg: CfgNode) -> list[Path]:
     passed = []
     for pair in (folder / f"{copy.name}.h5" for copy in mask_copies(cfg)):
         report = pair.with_suffix(VERDICT)
-        if not report.exists():
+        if not (pair.exists() and report.exists()):
             continue
         verdict = json.loads(report.read_text())
-        if any(verdict[name] != now for name, now in _judged(pair, limits).items()):
+        judged, now = verdict.get("limits", {}), asdict(limits)
+        if verdict.get("pair") != hash_of_file(pair) or {name: judged.get(name) for name in now} != now:
             raise StaleArtifactError(
                 f"{report} is about another pair, or other limits of NEURODIFF.PAIRS: run the stage 'pairs' again."
             )

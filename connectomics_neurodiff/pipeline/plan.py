@@ -15,7 +15,7 @@ from yacs.config import CfgNode
 
 from ..config import dump_config
 from ..geometry import tiles
-from ..pairs.judge import JUDGE_CHANNELS, JUDGE_PATCH
+from ..pairs.judge import JUDGE_CHANNELS, JUDGE_CONTEXT, JUDGE_PATCH
 from ..provenance import sidecar_of
 from . import networks
 from .judging import LOOKS
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 TRAINING_FACTOR = 3
 #: Most voxels (z, y, x) of what a network is timed on without a GPU: a second or two for most networks of the recipes.
 TIMED_PIECE = (16, 64, 64)
-#: Seconds of a first pass that tell enough. Making the kernels of oneDNN takes seconds, on a busy machine half a minute.
+#: Seconds of a first pass that tell enough: making the kernels of oneDNN may take half a minute on a busy machine.
 LONG_PASS = 60.0
 #: Bytes a voxel of tissue that is segmented: image, three affinities, fragments, labels, and copies of these two.
 LABELLING_BYTES = 4 + 3 * 4 + 7 * 8
@@ -154,7 +154,7 @@ def _seconds_of_looking(cfg: CfgNode) -> float:
     if not node.LEAST_FOLLOWING and not node.MOST_MISSING:
         return 0.0
     tile = _cost_of_pass(cfg, "denoiser", cfg.NEURODIFF.DIFFUSION.TILE, training=False)
-    patch = _cost_of_pass(cfg, "judge", (1, JUDGE_PATCH, JUDGE_PATCH), training=True)
+    patch = _cost_of_pass(cfg, "judge", (2 * JUDGE_CONTEXT + 1, JUDGE_PATCH, JUDGE_PATCH), training=True)
     return node.JUDGE_ITERATIONS * patch.seconds + LOOKS * _passes_of_tile(cfg) * tile.seconds
 
 
@@ -246,7 +246,7 @@ def _cost_of_pass(cfg: CfgNode, kind: str, size: Sequence[int], *, training: boo
     name, options = {
         "denoiser": (cfg.NEURODIFF.DIFFUSION.ARCHITECTURE, networks.denoiser_options),
         "segmenter": (cfg.MODEL.ARCHITECTURE, networks.segmenter_options),
-        "judge": ("boundary", lambda _: {"context": 0, "channels": JUDGE_CHANNELS}),
+        "judge": ("boundary", lambda _: {"context": JUDGE_CONTEXT, "channels": JUDGE_CHANNELS}),
     }[kind]
     machine = (*networks.device_and_precision(cfg), torch.get_num_threads())
     return _measured_cost(kind, name, json.dumps(options(cfg)), tuple(size), training, *machine)

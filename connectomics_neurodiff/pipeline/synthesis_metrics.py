@@ -17,7 +17,7 @@ from ..config import as_dict
 from ..errors import UserError
 from ..metrics import even_inside, fid3d, seams
 from ..metrics.fid3d import NAMES
-from ..pairs import open_pairs
+from ..pairs import VERDICT, open_pairs
 from ..provenance import write_json
 from ..volume import open_array, open_volume
 from . import networks
@@ -37,7 +37,7 @@ def synthesis_metrics(run: Run) -> dict[str, Any]:
     found = _fid3d_or_null(run, paths)
     # Pairs that the user names were judged, and painted in tiles, by another run.
     paths = [] if run.cfg.AUGMENTOR.SYNTHETIC.PAIRS else paths
-    reports = [path.with_suffix(".gate.json") for path in paths]
+    reports = [path.with_suffix(VERDICT) for path in paths]
     gates = [json.loads(path.read_text()) for path in reports if path.exists()]
     if gates:
         found |= _means_of_checks(gates)

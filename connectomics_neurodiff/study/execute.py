@@ -144,9 +144,10 @@ def jobs_of(study: Study, seconds_of: Callable[[CfgNode, Sequence[str], str], fl
 
 
 def _pair_files(cfg: CfgNode) -> tuple[str, ...]:
+    from ..pairs import VERDICT
     from ..pipeline.unlabeled import mask_copies
 
-    return tuple(f"pairs/{copy.name}.{suffix}" for copy in mask_copies(cfg) for suffix in ("h5", "gate.json"))
+    return tuple(f"pairs/{copy.name}{suffix}" for copy in mask_copies(cfg) for suffix in (".h5", VERDICT))
 
 
 def _pseudo_label_files(cfg: CfgNode) -> tuple[str, ...]:

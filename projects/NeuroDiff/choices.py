@@ -33,13 +33,14 @@ from torch import Tensor, nn
 
 from connectomics_neurodiff.checkpoints import load_checkpoint, load_weights
 from connectomics_neurodiff.conditions import membrane_from_labels, organelles, with_background
-from connectomics_neurodiff.config import load_config
+from connectomics_neurodiff.config import dump_config, load_config
 from connectomics_neurodiff.engine import Batch, Loss, fit
 from connectomics_neurodiff.errors import ConfigError, UserError
 from connectomics_neurodiff.geometry import Box
 from connectomics_neurodiff.pipeline import networks
 from connectomics_neurodiff.pipeline.parts import open_extra_volumes, open_parts
 from connectomics_neurodiff.pipeline.stages import diffusion_loss
+from connectomics_neurodiff.provenance import hash_of
 from connectomics_neurodiff.synthesis import (
     DiffusionCrops,
     DiffusionProcess,
@@ -331,8 +332,9 @@ def main() -> None:
     """Print a table."""
     options = parse()
     try:
-        rows = kept_rows(options, ROWS)
         cfg = config_of(CHOICES["recipe"], options)
+        options.config = hash_of(dump_config(cfg))  # with the files that the recipe builds on
+        rows = kept_rows(options, ROWS)
         held_out = held_out_part(options, cfg)
         membrane = membrane_from_labels(held_out.array("label"), held_out.voxel_nm, cfg.NEURODIFF.MEMBRANE_NM)
         scorer = Scorer(options, held_out, membrane)

@@ -187,7 +187,7 @@ def parse() -> argparse.Namespace:
     """Arguments."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", type=Path, help="denoiser")
-    parser.add_argument("volume", help="real image and label of the masks to paint")
+    parser.add_argument("volume", type=Path, help="real image and label of the masks to paint")
     parser.add_argument("segmenter", type=Path, help="trained on real data only")
     parser.add_argument(
         "--box", type=int, nargs=6, metavar=("Z0", "Y0", "X0", "Z1", "Y1", "X1"), help="part of the volume"
