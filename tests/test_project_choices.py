@@ -159,5 +159,5 @@ def test_rows_are_made_once(
     script.main()
     assert capsys.readouterr().out == first
     monkeypatch.setattr(sys, "argv", [*arguments, "--seed", "1"])
-    with pytest.raises(SystemExit, match="made with another --seed"):
+    with pytest.raises(SystemExit, match="made with another seed"):
         script.main()
