@@ -245,6 +245,12 @@ def _add_synthesis_commands(commands: Any) -> None:
         metavar="LEVEL",
         help="noise over image, as standard deviations, below which steps are not guided (default: 1)",
     )
+    sample.add_argument(
+        "--fit-to",
+        metavar="VOLUME.h5",
+        help="give fine detail and grey values the power, mean and spread that they have in this image, as a run does; "
+        "both are loaded",
+    )
     sample.add_argument("--steps", type=int, metavar="N", help="default: 10, at most as many as trained")
     _add_seed(sample)
     sample.add_argument("--tile", nargs=3, type=int, metavar=("Z", "Y", "X"), help="voxels (default: as trained)")

@@ -377,7 +377,8 @@ def sample(options: argparse.Namespace) -> None:
     from .checkpoints import load_checkpoint
     from .conditions import BackgroundMask, OrganelleMask, check_masks
     from .engine import resolve_device
-    from .pairs import MaskArrays, write_pair
+    from .geometry import same_voxel_size
+    from .pairs import MaskArrays, match_grey_values, match_spectrum, write_pair
     from .synthesis import (
         DEFAULT_GUIDANCE,
         DEFAULT_MARGIN,
@@ -403,6 +404,13 @@ def sample(options: argparse.Namespace) -> None:
     check_masks(volume.label, membrane, volume.mito, volume.dark)
     warn_of_voxel_size(checkpoint, voxel_nm)
     warn_of_what_is_dark(checkpoint, volume.mito, volume.dark)
+    if options.fit_to:
+        real, real_image = _image_of(options.fit_to, options)
+        if not same_voxel_size(real.voxel_nm, voxel_nm):
+            raise ValueRangeError(
+                f"--fit-to needs voxels of the masks' size {tuple(voxel_nm)} nm. Got {tuple(real.voxel_nm)} nm in "
+                f"{options.fit_to}."
+            )
     tile = tuple(options.tile or checkpoint.patch)
     device = resolve_device(options.gpus)
     require_fitting_tile(checkpoint, tile, DEFAULT_MARGIN, volume.shape, device)
@@ -434,7 +442,9 @@ def sample(options: argparse.Namespace) -> None:
         scratch=scratch,
         label="synthesis",
     )
-    attributes = {"seed": options.seed, "sampler": options.sampler, "steps": steps}
+    if options.fit_to:
+        image = match_grey_values(match_spectrum(image, real_image, voxel_nm), real_image)
+    attributes = {"seed": options.seed, "sampler": options.sampler, "steps": steps, "fitted": bool(options.fit_to)}
     attributes |= {"guidance": guidance, "guidance_above": level}
     write_pair(options.output, image, MaskArrays(volume.label, membrane, volume.mito), voxel_nm, attributes)
     discard_scratch(scratch)

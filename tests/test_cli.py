@@ -238,21 +238,23 @@ def test_the_gate_lets_real_tissue_pass_and_no_inverted_one(tmp_path: Path) -> N
     refused("does not pass the gate itself", "gate", str(pair), "--real", str(cells), "--box", *"000199", *by[-2:])
 
 
-def test_a_guidance_interval_is_recorded_and_checked(cells: Path, denoiser: Path, tmp_path: Path) -> None:
-    done("remodel", str(cells), str(tmp_path / "m.h5"))
+def test_guidance_interval_and_fit_are_recorded_and_checked(cells: Path, denoiser: Path, tmp_path: Path) -> None:
+    masks, coarse, raw, fitted = (str(tmp_path / f"{name}.h5") for name in ("masks", "coarse", "raw", "fitted"))
+    done("remodel", str(cells), masks)
     by = ["--checkpoint", str(denoiser), "--steps", "2", "--gpus", "0"]
-    done("sample", str(tmp_path / "m.h5"), str(tmp_path / "p.h5"), *by, "--guidance-above", "0.25")
-    with h5py.File(tmp_path / "p.h5") as file:
-        assert (file.attrs["guidance"], file.attrs["guidance_above"]) == (1.0, 0.25)
-    refused(
-        "--guidance-above must be >= 0. Got -1",
-        "sample",
-        str(tmp_path / "m.h5"),
-        str(tmp_path / "q.h5"),
-        *by,
-        "--guidance-above",
-        "-1",
-    )
+    done("sample", masks, raw, *by, "--guidance-above", "0.25")
+    done("sample", masks, fitted, *by, "--fit-to", str(cells))
+    with h5py.File(raw) as first, h5py.File(fitted) as second, h5py.File(cells) as real:
+        assert (first.attrs["guidance"], first.attrs["guidance_above"]) == (1.0, 0.25)
+        assert (bool(first.attrs["fitted"]), bool(second.attrs["fitted"])) == (False, True)
+        before, after, wanted = (file["image"][:].astype(float) for file in (first, second, real))
+    assert [after.mean(), after.std()] == pytest.approx([wanted.mean(), wanted.std()], rel=0.05)
+    assert [before.mean(), before.std()] != pytest.approx([wanted.mean(), wanted.std()], rel=0.05)
+    done("phantom", coarse, "--shape", "4", "20", "20", "--voxel-nm", "29", "8", "8")
+    other = str(tmp_path / "other.h5")
+    told = "--fit-to needs voxels of the masks' size (29.0, 6.0, 6.0) nm. Got (29.0, 8.0, 8.0)"
+    refused(told, "sample", masks, other, *by, "--fit-to", coarse)
+    refused("--guidance-above must be >= 0. Got -1", "sample", masks, other, *by, "--guidance-above", "-1")
 
 
 def test_predict_writes_affinities(cells: Path, segmenter: Path, tmp_path: Path) -> None:

@@ -50,6 +50,8 @@ def synthesis_metrics(run: Run) -> dict[str, Any]:
 _CHECKS = {
     "grey_value_distance": "grey",
     "following": "following",
+    "missing_at_worst": "missing at worst",
+    "cut_off": "cut off",
     "dark_share": "dark",
     "dark_share_in_mitochondria": "dark in mitochondria",
     "dark_share_outside_mitochondria": "dark outside mitochondria",

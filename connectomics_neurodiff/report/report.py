@@ -96,6 +96,8 @@ _SECTIONS: Mapping[str, tuple[str, str]] = {
 _SYNTHESIS_NAMES: Mapping[str, str] = {
     "grey_value_distance": "Distance of grey values, synthetic to real",
     "following": "Following of the masks: 0 as tissue of elsewhere, 1 as real tissue",
+    "missing_at_worst": "Share of the masks' membranes that cannot be seen, in the worst section or ninth of the plane",
+    "cut_off": "Share of the neurons that boundaries cut off which the masks lack",
     "dark_share": "Share of dark voxels deep inside neurons",
     "dark_share_in_mitochondria": "Share of dark voxels in mitochondria",
     "dark_share_outside_mitochondria": "Share of dark voxels deep inside neurons, outside mitochondria",
