@@ -72,7 +72,9 @@ def test_every_way_of_sampling_gets_a_row_once(
     def rows_after(*further: str) -> dict:
         monkeypatch.setattr(sys, "argv", [*arguments, *further])
         script.main()
-        return json.loads((tmp_path / "rows.json").read_text())
+        rows = json.loads((tmp_path / "rows.json").read_text())
+        assert rows.pop("arguments")["seed"] == "0"
+        return rows
 
     first = rows_after("--samplers", "ddim", "ddpm", "--steps", "2")
     assert sorted(first) == ["ddim 2 steps, guidance 1", "ddpm 2 steps, guidance 1", "real"]
@@ -84,3 +86,5 @@ def test_every_way_of_sampling_gets_a_row_once(
     image = np.asarray(open_volume(tmp_path / "images" / "ddim-2-3.h5").image)
     assert image.shape == (4, 30, 32)
     assert f"{again['ddim 2 steps, guidance 3']['arand']:.4f}" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match=r"rows made with another seed\. Name another file"):
+        rows_after("--samplers", "ddim", "--steps", "2", "--seed", "1")

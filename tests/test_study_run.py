@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -9,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,9 @@ from test_study import write_study
 from tiny import TINY, neurodiff
 
 from connectomics_neurodiff.errors import UserError
+from connectomics_neurodiff.pairs import VERDICT
+from connectomics_neurodiff.pipeline.judging import gate_limits
+from connectomics_neurodiff.provenance import hash_of_file
 from connectomics_neurodiff.study import results, run_study
 from connectomics_neurodiff.study.execute import SCORES, Job, execute, jobs_of
 from connectomics_neurodiff.study.plan import Study, read_study
@@ -125,7 +130,11 @@ def leave(study: Study, jobs: dict[str, Job], log: Path) -> None:
     for name in job.leaves:
         path = study.output / job.name / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text('{"passed": true}')
+        verdict: dict[str, Any] = {"passed": True}
+        if name.endswith(VERDICT):
+            pair = path.with_name(path.name.removesuffix(VERDICT) + ".h5")
+            verdict |= {"pair": hash_of_file(pair), "limits": asdict(gate_limits(job.cfg))}
+        path.write_text(json.dumps(verdict))
 
 
 @pytest.mark.parametrize(
