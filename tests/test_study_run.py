@@ -199,7 +199,13 @@ def test_other_data_another_engine_and_lost_files_make_it_anew(tmp_path: Path, m
     pair.unlink()
     assert runs("host", "b") == 1, "painted again"
     pair.write_text("painted otherwise")
+    (refused,) = execute(study, jobs, 1, "host", lambda _: "b").values()
+    assert "is about another pair" in refused, "nobody has judged it"
+    verdict = json.loads(pair.with_suffix(VERDICT).read_text())
+    pair.with_suffix(VERDICT).write_text(json.dumps(verdict | {"pair": hash_of_file(pair)}))
     assert runs("host", "b") == 1, "what it is trained on has changed"
+    pair.with_suffix(VERDICT).unlink()
+    assert runs("host", "b") == 2, "judged again, and what this run left is another pair"
 
 
 def test_whoever_waits_hears_of_every_scored_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -189,7 +189,8 @@ def passed_pairs(cfg: CfgNode) -> list[Path]:
         judged, now = verdict.get("limits", {}), asdict(limits)
         if verdict.get("pair") != hash_of_file(pair) or {name: judged.get(name) for name in now} != now:
             raise StaleArtifactError(
-                f"{report} is about another pair, or other limits of NEURODIFF.PAIRS: run the stage 'pairs' again."
+                f"{report} is about another pair, or other limits of NEURODIFF.PAIRS: run the stage 'pairs' again, or "
+                "in a study delete this file and give the same command again."
             )
         if verdict["passed"]:
             passed.append(pair)
