@@ -88,7 +88,7 @@ class RunGate:
         return copy.tissue < 0 and not self._run.parts["train"].finds_dark_bodies
 
     def require_able(self) -> None:
-        """Refuse before hours of training or painting what could not be judged afterwards, or only ever be refused."""
+        """Refuse, before hours of work, what cannot be judged, or where real tissue does not pass itself."""
         from ..pairs import gate_defect
 
         for annotated in {self.knows_mitochondria(copy) for copy in mask_copies(self._run.cfg)}:

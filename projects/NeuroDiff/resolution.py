@@ -110,7 +110,7 @@ def paint(options: argparse.Namespace, volume: Volume) -> dict[str, dict[str, An
 def compare(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
     """Statistics of the real image and of the painted ones; ``change`` is the root mean square from the true one."""
     volume = open_volume(options.volume)
-    box = Box(tuple(options.box[:3]), tuple(options.box[3:])) if options.box else Box((0, 0, 0), volume.shape)
+    box = Box.of(options.box) if options.box else Box((0, 0, 0), volume.shape)
     volume = volume.crop(box)
     real = volume.array("image")
     rows: dict[str, dict[str, Any]] = {"real": {"voxel_nm": list(volume.voxel_nm), **texture_statistics(real)}}

@@ -126,7 +126,7 @@ def paint(
 def compare(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
     """Rows by name."""
     volume = open_volume(options.volume)
-    volume = volume.crop(Box(tuple(options.box[:3]), tuple(options.box[3:]))) if options.box else volume.load()
+    volume = volume.crop(Box.of(options.box)) if options.box else volume.load()
     extra = load_checkpoint(options.checkpoint, kind="denoiser").extra
     thickness = extra["membrane_nm"]
     if extra.get("knows_dark"):
