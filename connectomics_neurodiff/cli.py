@@ -108,7 +108,9 @@ def _add_study(commands: Any) -> None:
     study.add_argument(
         "--jobs", type=int, default=0, metavar="N", help="trainings side by side, a thread each (default: 0, all cores)"
     )
-    study.add_argument("--dry-run", action="store_true", help="say how many trainings, hours and bytes; do nothing")
+    instead = study.add_mutually_exclusive_group()
+    instead.add_argument("--dry-run", action="store_true", help="say how many trainings, hours and bytes; do nothing")
+    instead.add_argument("--tables", action="store_true", help="write the tables of what is trained; train nothing")
     study.add_argument("settings", nargs="*", metavar="KEY VALUE", help=CONFIG_HELP)
 
 

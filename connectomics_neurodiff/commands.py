@@ -105,7 +105,9 @@ def study(options: argparse.Namespace) -> None:
     from .study import run_study
     from .study.tables import markdown_of
 
-    content = run_study(options.study, options.settings, jobs=options.jobs, dry_run=options.dry_run)
+    content = run_study(
+        options.study, options.settings, jobs=options.jobs, dry_run=options.dry_run, only_tables=options.tables
+    )
     if content:
         print(markdown_of(content))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -413,6 +414,30 @@ def test_what_is_missing_is_told(finished: Path) -> None:
     assert "| half | 2 of 3 |" in table
     assert "mixed, seed 1: no scores (no pair passed)" in table
     assert "mixed, seed 1: no scores (no pair passed)" in (study.output / "study.html").read_text()
+
+
+def test_seeds_of_several_machines_come_into_one_table(finished: Path, tmp_path: Path) -> None:
+    study = read_study(finished)
+    content = write_results(study)
+    (study.output / "jobs").mkdir()
+    (study.output / "jobs" / "study.txt").write_text("study.yaml of the recipe recipe.yaml")
+    others = [trial.folder for trial in study.trials if trial.seed == 2]
+    for folder in others:
+        shutil.move(folder, tmp_path / "elsewhere" / folder.name)
+    found = neurodiff("study", str(finished), "--tables")
+    assert found.returncode == 0, found.stderr
+    assert "| mixed | 2 of 3 |" in found.stdout
+    for folder in others:
+        shutil.move(tmp_path / "elsewhere" / folder.name, folder)
+    assert neurodiff("study", str(finished), "--tables").returncode == 0
+    assert json.loads((study.output / "study.json").read_text()) == content
+
+
+def test_tables_of_nothing_are_refused(tmp_path: Path) -> None:
+    found = neurodiff("study", str(write_study(tmp_path)), "--tables")
+    assert found.returncode == 2
+    assert "No training of" in found.stderr
+    assert not (tmp_path / "study").exists()
 
 
 def test_what_is_yet_to_be_done_anew_has_no_score(finished: Path) -> None:

@@ -35,7 +35,12 @@ Seconds = Callable[[CfgNode, Sequence[str], str], float]
 
 
 def run_study(
-    path: str | os.PathLike[str], overrides: Sequence[str] = (), *, jobs: int = 0, dry_run: bool = False
+    path: str | os.PathLike[str],
+    overrides: Sequence[str] = (),
+    *,
+    jobs: int = 0,
+    dry_run: bool = False,
+    only_tables: bool = False,
 ) -> dict[str, Any]:
     """Run a study, or go on where it stopped; with `dry_run` print what it would take.
 
@@ -49,6 +54,9 @@ def run_study(
         Trainings side by side, one thread each; 0: as many as there are cores and memory for; one on a GPU.
     dry_run : bool
         Say how many trainings, hours and bytes, and do nothing.
+    only_tables : bool
+        Write the results of the trainings that are there, whichever machine made them, and train nothing. Their data
+        is not looked at.
 
     Returns
     -------
@@ -66,9 +74,14 @@ def run_study(
     from ..pipeline.engines import choose_engine, load_engine
     from .execute import execute, jobs_of
     from .plan import read_study
-    from .results import write_results
+    from .results import is_scored, write_results
 
     study = read_study(path, overrides)
+    if only_tables:
+        if not any(is_scored(trial) for trial in study.trials):
+            raise MissingInput(f"No training of {path} is scored in {study.output / 'trainings'}; --tables makes none.")
+        with _claimed(study, Path(path)):
+            return write_results(study)
     torch.set_num_threads(1)  # as the trainings have it, whose time is estimated
     engine = choose_engine("auto")
     load_engine(engine)

@@ -284,7 +284,7 @@ def execute(
             if untold and not any(future.done() for future in running):
                 on_scores(failed, waiting)
                 untold = False
-            progress.look(running.values())
+            progress.look(name for future, name in running.items() if future.running())
     return failed
 
 

@@ -38,7 +38,7 @@ class Scored:
     scores: dict[str, dict[str, np.ndarray]]
 
 
-def is_scored(trial: Trial, waiting: Collection[str]) -> bool:
+def is_scored(trial: Trial, waiting: Collection[str] = ()) -> bool:
     """Whether a trial has been trained and scored; what is yet to be done anew has not."""
     return name_of(trial) not in waiting and all((trial.folder / name).exists() for name in SCORES)
 
