@@ -211,17 +211,6 @@ def _add_synthesis_commands(commands: Any) -> None:
     remodel.add_argument(
         "--membrane-nm", type=float, default=25.0, help="membrane width in nm, at most 200 (default: 25)"
     )
-    remodel.add_argument("--rearrange", action="store_true", help="join with tissue from another place of VOLUME")
-    for flag, kind, meaning in (
-        ("--neuron-spread", "NM", "neurons shrink and swell: how far boundaries move"),
-        ("--grown-fraction", "SHARE", "share of the empty space, 0 to 0.9, that grown neurites fill"),
-        ("--section-jump", "NM", "misaligned sections: size of jumps"),
-        ("--section-drift", "NM", "misaligned sections: drift from one to the next"),
-    ):
-        remodel.add_argument(flag, type=float, default=0.0, metavar=kind, help=f"{meaning} (default: 0, none)")
-    remodel.add_argument(
-        "--grown-radius", type=float, default=60.0, metavar="NM", help="radius of grown neurites (default: 60)"
-    )
     _add_voxel_size(remodel)
 
     sample = _add_command(

@@ -296,9 +296,8 @@ def _remodel_in_blocks(options: argparse.Namespace, volume: Volume, outputs: Seq
 
     if options.save_library:
         raise ConfigError("--save-library measures a whole volume in memory; it does not go with blocks. Crop it.")
-    for flag in ("rearrange", "neuron_spread", "grown_fraction", "dark_bodies"):
-        if getattr(options, flag):
-            raise ConfigError(f"--{flag.replace('_', '-')} needs the whole volume in memory, not blocks of it.")
+    if options.dark_bodies:
+        raise ConfigError("--dark-bodies needs the whole volume in memory, not blocks of it.")
     assert volume.label is not None
     if volume.dark is not None:
         raise ConfigError(
@@ -324,8 +323,6 @@ def _remodel_in_blocks(options: argparse.Namespace, volume: Volume, outputs: Seq
             mito_fraction=options.mito_fraction,
             mito_count=options.mito_count,
             membrane_thickness_nm=options.membrane_nm,
-            section_jump_nm=options.section_jump,
-            section_drift_nm=options.section_drift,
         ),
     )
     for copy, output in enumerate(outputs):
@@ -364,12 +361,6 @@ def _remodel_copy(
         mito_fraction=options.mito_fraction,
         mito_count=options.mito_count,
         membrane_thickness_nm=options.membrane_nm,
-        rearrange=options.rearrange,
-        neuron_spread_nm=options.neuron_spread,
-        grown_fraction=options.grown_fraction,
-        grown_radius_nm=options.grown_radius,
-        section_jump_nm=options.section_jump,
-        section_drift_nm=options.section_drift,
     )
     write_volume(output, mask_arrays(mask), volume.voxel_nm, {"seed": options.seed, "copy": number})
 

@@ -177,18 +177,6 @@ def test_a_dataset_called_dark_that_is_no_mask_is_refused(cells: Path, tmp_path:
     refused("in memory only", "remodel", str(tmp_path / "wrong.h5"), str(tmp_path / "o.h5"), "--block-sections", "4")
 
 
-def test_remodel_with_more_diversity(cells: Path, tmp_path: Path) -> None:
-    plain, varied, out = tmp_path / "plain.h5", tmp_path / "varied.h5", str(tmp_path / "out.h5")
-    done("remodel", str(cells), str(plain))
-    flags = ["--rearrange", "--neuron-spread", "8", "--grown-fraction", ".3", "--grown-radius", "40"]
-    done("remodel", str(cells), str(varied), *flags, "--section-jump", "20", "--section-drift", "5")
-    with h5py.File(plain) as first, h5py.File(varied) as second:
-        assert np.setdiff1d(second["label"][:], first["label"][:]).size
-        assert not (second["mito"][:] & second["membrane"][:]).any()
-    refused("[0, 0.9]", "remodel", str(cells), out, "--grown-fraction", "1")
-    refused("drift of sections", "remodel", str(cells), out, "--section-drift", "-1")
-
-
 def test_a_killed_sample_goes_on_and_leaves_nothing_behind(cells: Path, denoiser: Path, tmp_path: Path) -> None:
     masks, whole, killed = tmp_path / "masks.h5", tmp_path / "whole.h5", tmp_path / "killed.h5"
     done("remodel", str(cells), str(masks))
@@ -483,8 +471,7 @@ def test_bad_volumes_are_refused(cells: Path, denoiser: Path, tmp_path: Path) ->
     refused("integer", "remodel", str(tmp_path / "float.h5"), str(tmp_path / "o2.h5"))
     refused("shape", "evaluate", str(tmp_path / "bare.h5"), "--truth", str(cells))
     blocks = ["remodel", str(cells), str(tmp_path / "o4.h5"), "--block-sections", "4"]
-    refused("--rearrange needs the whole volume", *blocks, "--rearrange")
-    refused("--neuron-spread needs the whole volume", *blocks, "--neuron-spread", "3")
+    refused("--dark-bodies needs the whole volume", *blocks, "--dark-bodies")
     sample = ["sample", out, str(tmp_path / "o3.h5"), "--checkpoint", str(denoiser)]
     for steps in ("0", "251"):
         refused("1 to 250 steps", *sample, "--steps", steps)

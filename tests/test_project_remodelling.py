@@ -88,7 +88,6 @@ def test_a_volume_is_mirrored_or_cropped_to_a_shape(script: ModuleType) -> None:
 @pytest.mark.parametrize(
     ("options", "told"),
     [
-        (["--block-sections", "5", "--diversity"], "without diversity"),
         (["--block-sections", "5", "--cost", "4", "9", "9"], "give it alone"),
         (["--block-sections", "-5"], "must be >= 0. Got -5"),
     ],

@@ -288,28 +288,6 @@ def test_thin_neurites_are_neither_lost_nor_torn_across_blocks(seed: int, tmp_pa
     assert all(n <= before[name] for n, name in zip(after, np.unique(label), strict=True))
 
 
-@pytest.mark.parametrize("place", [True, False])
-@pytest.mark.parametrize("sections", [7, 20])
-def test_sections_are_misaligned_as_in_the_whole(place: bool, sections: int, tmp_path: Path) -> None:
-    label, mito = tissue((20, 60, 72), VOXEL)
-    label[:, 3:5, 10:60] = 50  # thin enough for a jump to tear it, and to be membrane alone
-    label[:, 45, :] = 60
-    mito[:, 44:46, 20:40] = 1
-    options = {"elastic": False, "place_mitochondria": place, "section_jump_nm": 80.0, "section_drift_nm": 8.0}
-    whole = remodel(label, mito, VOXEL, rng_for(6), candidate_fraction=0.3, **options)
-    made = streamed(tmp_path / "m.h5", label, mito, VOXEL, 6, sections, candidate_fraction=0.3, **options)
-    assert np.array_equal(made.membrane, whole.membrane)
-    assert (whole.label != label).mean() > 0.1
-    assert np.setdiff1d(whole.label, label).size
-    pairs = np.unique(np.stack([whole.label.ravel(), made.label.ravel()]), axis=1)
-    assert pairs.shape[1] == np.unique(whole.label).size == np.unique(made.label).size  # one to one
-    old = np.isin(whole.label, label)
-    assert np.array_equal(made.label[old], whole.label[old])
-    assert_valid(made)
-    if sections == 20 or not place:
-        assert (made.mito != whole.mito).sum() <= (0 if sections == 20 else 0.02 * whole.mito.sum())
-
-
 @settings(deadline=None)  # a busy machine is slow at times
 @given(st.integers(0, 10**6), st.lists(st.integers(1, 4), min_size=1, max_size=5))
 def test_pieces_over_blocks_are_those_of_the_whole(seed: int, cuts: list[int]) -> None:

@@ -6,7 +6,6 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-import h5py
 import numpy as np
 import pytest
 from test_remodel import VOXEL, tissue
@@ -24,7 +23,6 @@ from connectomics_neurodiff.remodel import (
     remodel,
 )
 from connectomics_neurodiff.seeding import rng_for
-from connectomics_neurodiff.volume import grow_phantom
 
 
 @pytest.fixture(scope="module")
@@ -203,25 +201,3 @@ def test_the_stage_places_the_share_and_the_number_asked_for(tmp_path: Path) -> 
     # Mitochondria in another number have other heights: they are not compared, and the report says so.
     assert report["limits"]["MITO_HEIGHT_P"] == 0
     assert report["limits"]["MITO_FRACTION"] == 0.1
-
-
-def test_the_stage_hands_on_the_keys_of_diversity(tmp_path: Path) -> None:
-    """One by one, against the function."""
-    keys = {"REARRANGE": True, "NEURON_SPREAD_NM": 6.0, "GROWN_FRACTION": 0.2, "GROWN_RADIUS_NM": 20.0}
-    keys |= {"SECTION_JUMP_NM": 12.0, "SECTION_DRIFT_NM": 6.0}
-    loose = ["MEMBRANE_FRACTION", "PROFILE_CHANGE", "MITO_FRACTION"]
-    overrides = [str(part) for name, value in keys.items() for part in (f"NEURODIFF.REMODEL.{name}", value)]
-    overrides += [part for name in loose for part in (f"NEURODIFF.REMODEL.LIMITS.{name}", "9.0")]
-    folder = masks_of(tmp_path, "NEURODIFF.REMODEL.MITOCHONDRIA", "False", *overrides)
-    phantom = grow_phantom((12, 64, 80), (29.0, 6.0, 6.0), 0)
-    options = {name.lower(): value for name, value in keys.items()}
-    expected = remodel(
-        phantom.array("label"), phantom.mito_array, phantom.voxel_nm, rng_for(0, "remodel", 0),
-        place_mitochondria=False, **options,
-    )  # fmt: skip
-    with h5py.File(folder / "copy_000.h5") as file:
-        assert np.array_equal(file["label"][:], expected.label)
-        assert np.array_equal(file["membrane"][:], expected.membrane)
-    report = json.loads((folder / "copy_000.quality.json").read_text())
-    assert report["labels_new"] > 0
-    assert report["labels_lost"] == report["labels_torn"] == 0

@@ -207,20 +207,6 @@ def _add_remodel(node: CfgNode) -> None:
     # a grid of 1/20 of the frame.
     node.REMODEL.SIGMA_NM = 24.0
     node.REMODEL.SPACING_NM = 300.0
-    # Share by which membranes are thicker in some places and thinner in others, 0 to 0.99. 0: even. [ours]
-    node.REMODEL.MEMBRANE_SPREAD = 0.0
-    # Join each copy with tissue from another place of the volume, flipped or transposed, along membranes. [ours]
-    node.REMODEL.REARRANGE = False
-    # Neurons shrink and swell: standard deviation of how far their boundaries move, nm, 0 to 1e5. 0: not at all. [ours]
-    node.REMODEL.NEURON_SPREAD_NM = 0.0
-    # Neurites grown in empty space: share of the background, without a membrane's width around neurons, that they fill,
-    # 0 to 0.9 (0: none), and their mean radius, nm, half a pixel to 1e5. Without background none grow. [ours]
-    node.REMODEL.GROWN_FRACTION = 0.0
-    node.REMODEL.GROWN_RADIUS_NM = 60.0
-    # Misaligned sections: standard deviation, per axis, of jumps of a tenth of the sections, and of the drift from one
-    # section to the next, nm, 0 to 1e5. 0: none. [ours]
-    node.REMODEL.SECTION_JUMP_NM = 0.0
-    node.REMODEL.SECTION_DRIFT_NM = 0.0
     # Neurons that may receive mitochondria: this fraction, largest by volume. [paper] top 10 %.
     node.REMODEL.CANDIDATE_FRACTION = 0.1
     # Share of the volume that mitochondria fill, 0 to 1, and their number. 0: as in the train part, or else as in the

@@ -76,19 +76,15 @@ def _validate_numbers(cfg: CfgNode) -> None:
         "NEURODIFF.DIFFUSION.INTENSITY_JITTER NEURODIFF.REMODEL.LIMITS.MITO_HEIGHT_P"
     )
     _require_numbers(cfg, fractions.split(), 0, 1)
-    _require_numbers(cfg, ["NEURODIFF.REMODEL.MEMBRANE_SPREAD"], 0, 0.99)
     _require_numbers(cfg, ["NEURODIFF.PAIRS.MOST_MISSING"], 0, 0.5)
     for key in ("SPECTRUM_LIMIT", "GRAIN_LIMIT", "DARK_LIMIT"):
         ratio = cfg.NEURODIFF.PAIRS[key]
         _require(ratio == 0 or ratio > 1, f"NEURODIFF.PAIRS.{key}", "a ratio > 1, or 0 for none", ratio)
-    _require_numbers(cfg, ["NEURODIFF.REMODEL.GROWN_FRACTION"], 0, 0.9)
     _require_numbers(cfg, ["SOLVER.EMA_DECAY", "NEURODIFF.DIFFUSION.EMA_DECAY", "SOLVER.MOMENTUM"], 0, 0.999999)
     positive = "SOLVER.BASE_LR SOLVER.EPS NEURODIFF.DIFFUSION.LEARNING_RATE NEURODIFF.REMODEL.CANDIDATE_FRACTION"
     _require_numbers(cfg, positive.split(), 1e-12)
     _require_numbers(cfg, ["NEURODIFF.MEMBRANE_NM"], 1e-12, 200)
-    lengths = ("SIGMA_NM", "NEURON_SPREAD_NM", "SECTION_JUMP_NM", "SECTION_DRIFT_NM")
-    _require_numbers(cfg, [f"NEURODIFF.REMODEL.{name}" for name in lengths], 0, 1e5)
-    _require_numbers(cfg, ["NEURODIFF.REMODEL.GROWN_RADIUS_NM"], 0.05, 1e5)
+    _require_numbers(cfg, ["NEURODIFF.REMODEL.SIGMA_NM"], 0, 1e5)
     _require_numbers(cfg, ["NEURODIFF.REMODEL.SPACING_NM"], 0.1, 1e5)
     betas = cfg.SOLVER.BETAS
     fit = len(betas) == 2 and all(isinstance(b, int | float) and 0 <= b < 1 for b in betas)

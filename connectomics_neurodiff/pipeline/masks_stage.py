@@ -121,13 +121,6 @@ def _passing_mask(
             elastic_spacing_nm=node.SPACING_NM,
             candidate_fraction=node.CANDIDATE_FRACTION,
             membrane_thickness_nm=membrane_nm,
-            membrane_spread=node.MEMBRANE_SPREAD,
-            rearrange=node.REARRANGE,
-            neuron_spread_nm=node.NEURON_SPREAD_NM,
-            grown_fraction=node.GROWN_FRACTION,
-            grown_radius_nm=node.GROWN_RADIUS_NM,
-            section_jump_nm=node.SECTION_JUMP_NM,
-            section_drift_nm=node.SECTION_DRIFT_NM,
         )
         # Mitochondria that only move along are the source's own, less what is clipped; without shapes none are placed.
         source_mito = source.mito_array if library is not None else None

@@ -2,11 +2,9 @@
 
 Read :mod:`.remodel` first: it is the whole way. :mod:`.field` and :mod:`.elastic` move the neurons, :mod:`.library`
 measures real mitochondria, :mod:`.plan` says which to place, :mod:`.templates` chooses their shapes, :mod:`.room`,
-:mod:`.chain` and :mod:`.placement` put them into the moved neurons, :mod:`.quality` measures the result. More
-diversity, where it is asked for: :mod:`.rearranging` joins tissue of two places, :mod:`.swelling` moves the boundaries
-of neurons, :mod:`.growing` adds neurites, :mod:`.sections` misaligns. :mod:`.copies` makes several masks at a time,
-:mod:`.blockwise` masks of volumes larger than memory, whose mitochondria :mod:`.block_placing` places and whose
-sections :mod:`.block_sections` misaligns.
+:mod:`.chain` and :mod:`.placement` put them into the moved neurons, :mod:`.quality` measures the result.
+:mod:`.copies` makes several masks at a time, :mod:`.blockwise` masks of volumes larger than memory, whose mitochondria
+:mod:`.block_placing` places.
 """
 
 from __future__ import annotations
@@ -19,14 +17,11 @@ from .blockwise import BlockwiseRemodelling, BlockwiseSettings, fits_in_memory, 
 from .copies import in_processes, workers_that_fit
 from .elastic import Deformation, elastic_deform
 from .field import DisplacementField, jacobian_minimum
-from .growing import grow_neurites
 from .inside import keep_inside
 from .library import Signature, SignatureLibrary, gather_libraries
 from .placement import place_mitochondria
 from .quality import PAIRED, MaskLimits, mask_gate, quality_report
 from .remodel import RemodelledMask, mask_arrays, remodel
-from .sections import section_shifts, shift_sections
-from .swelling import swell
 
 __all__ = [
     "PAIRED",
@@ -41,7 +36,6 @@ __all__ = [
     "elastic_deform",
     "fits_in_memory",
     "gather_libraries",
-    "grow_neurites",
     "in_processes",
     "jacobian_minimum",
     "keep_inside",
@@ -51,10 +45,7 @@ __all__ = [
     "quality_report",
     "remodel",
     "remodel_blockwise",
-    "section_shifts",
     "sections_that_fit",
-    "shift_sections",
-    "swell",
     "workers_that_fit",
 ]
 

@@ -18,11 +18,9 @@ from ..geometry import ZYX, voxel_size
 from ..memory import available_main_bytes
 from ..progress import progress
 from ..provenance import require_new
-from ..seeding import rng_for
 from ..volume import ArrayLike
 from ..volume.writing import CHUNK, new_dataset, new_volume_file, reserve_space
 from .block_placing import BlockwisePlacing, Neurons
-from .block_sections import misalign_blockwise
 from .checks import binary_mask, compact_labels, positive, require_generator, unsigned_labels
 from .copies import BYTES_PER_PROCESS, BYTES_PER_VOXEL
 from .elastic import MAX_ATTEMPTS, Pieces, calmed, check_field, fragments, give_away, torn_labels
@@ -32,7 +30,6 @@ from .library import SignatureLibrary, require_library
 from .pieces import PieceFinder, VolumePieces, components_of, touching
 from .placement import check_asked, is_wanted
 from .plan import plan_of
-from .sections import check_misalignment, section_shifts
 
 logger = logging.getLogger("connectomics_neurodiff")
 
@@ -78,15 +75,12 @@ class BlockwiseSettings:
     membrane_thickness_nm: float = 25.0
     candidate_fraction: float = 0.10
     margin_nm: float = 10.0
-    section_jump_nm: float = 0.0
-    section_drift_nm: float = 0.0
 
     def check(self, voxel_nm: ZYX) -> None:
         """Raise ValueRangeError if a length is not valid; what concerns placing is checked with the shapes to place."""
         if self.elastic:
             check_field(voxel_nm, self.elastic_sigma_nm, self.elastic_spacing_nm, self.min_jacobian)
         positive("The membrane's thickness in nm", self.membrane_thickness_nm, below=MOST_THICKNESS_NM)
-        check_misalignment(self.section_jump_nm, self.section_drift_nm)
         check_asked(self.place_mitochondria, self.mito_fraction, self.mito_count)
 
 
@@ -250,16 +244,7 @@ class BlockwiseRemodelling:
                 ).place(self.shapes, self.share, settings.mito_count, place_seed)
             else:
                 self._carry(mito, label, membrane, moved.field)
-            if settings.section_jump_nm or settings.section_drift_nm:
-                misalign_blockwise(label, membrane, mito, source.blocks, self._shifts(rng_for(seed, "sections")))
         return moved.minimum
-
-    def _shifts(self, rng: np.random.Generator) -> np.ndarray:
-        """Shifts of the sections."""
-        settings, depth = self.settings, self._source.label.shape[0]
-        return section_shifts(
-            depth, self._source.size, rng, jump_nm=settings.section_jump_nm, drift_nm=settings.section_drift_nm
-        )
 
     def _settled(self, rng: np.random.Generator) -> _Moved:
         """A random field, calmed until it tears nothing (:func:`.elastic_deform`)."""

@@ -182,10 +182,9 @@ def quality_report(
         (height), ``mito_profile_median_nm2``; ``dark_fraction``, if both say what else is dark. Of both together:
         ``profile_change`` (mean change of the logarithm of the profiles' areas: first Wasserstein distance),
         ``mito_height_p`` (p of the two-sample Kolmogorov-Smirnov test of the mitochondria's heights);
-        ``labels_left_out`` (by rearranging); ``labels_new`` (ids that the source does not have); ``label_overlap``
-        (share of voxels whose label did not change: the lower, the more diverse); ``mito_overlap`` (Dice);
-        ``min_jacobian``, > 0 in a sound mask. 0 in a sound mask: ``labels_lost`` (without those left out);
-        ``labels_torn`` (more 26-connected pieces than in the source, or a new id with more than one);
+        ``label_overlap`` (share of voxels whose label did not change: the lower, the more diverse); ``mito_overlap``
+        (Dice); ``min_jacobian``, > 0 in a sound mask. 0 in a sound mask: ``labels_lost``;
+        ``labels_torn`` (more 26-connected pieces than in the source);
         ``mito_outside_neuron_voxels``; ``mito_on_membrane_voxels``; ``mito_in_several_neurons`` (objects).
 
     Raises
@@ -219,13 +218,11 @@ def quality_report(
         **dark,
         "profile_change": _mean_change(*profiles),
         "mito_height_p": _likeness(*heights),
-        "labels_lost": float(len(before.keys() - after.keys() - set(remodelled.left_out))),
+        "labels_lost": float(len(before.keys() - after.keys())),
         "labels_torn": float(sum(pieces > before.get(name, 1) for name, pieces in after.items())),
         "mito_outside_neuron_voxels": float((made.mito & (new == 0)).sum()),
         "mito_on_membrane_voxels": float((made.mito & made.membrane).sum()),
         "mito_in_several_neurons": float(_shared_components(made.mito, new)),
-        "labels_left_out": float(len((before.keys() - after.keys()) & set(remodelled.left_out))),
-        "labels_new": float(len(after.keys() - before.keys())),
         "label_overlap": float((ids[compact] == new_ids[new]).mean()),
         "mito_overlap": 2 * int((made.mito & source.mito).sum()) / marked if marked else 0.0,
         "min_jacobian": float(remodelled.min_jacobian),

@@ -9,25 +9,15 @@ import numpy as np
 
 from ..conditions import MOST_THICKNESS_NM, membrane_from_labels
 from ..geometry import ZYX, voxel_size
-from ..seeding import rng_for
-from .apart import with_new_ids
 from .checks import binary_mask, compact_labels, positive, require_generator
 from .elastic import deform_compact
-from .field import DisplacementField
-from .growing import grow_compact
 from .inside import keep_inside
 from .library import SignatureLibrary, require_library
 from .placement import check_asked, is_wanted, place_in
 from .plan import plan_of
-from .rearranging import join_crops
-from .sections import check_misalignment, misalign, section_shifts
-from .swelling import swell_compact
 
 #: Values of mitochondria and of what else is dark, in one array, so that both move alike.
 _MITO, _DARK = 1, 2
-#: Distance over which the membrane's thickness changes.
-_PATCH_NM = 300.0
-_MOST_SPREAD = 0.99
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,8 +35,6 @@ class RemodelledMask:
         one neuron.
     min_jacobian : float
         Smallest Jacobian determinant of the deformation; 1 if there was none.
-    left_out : tuple of int
-        Ids of the source that are not in the mask because rearranging chose other tissue; not lost by mistake.
     dark : numpy.ndarray or None
         (z, y, x) uint8, 1 where neurons are dark inside without a mitochondrion; None if the source knew nothing of it.
     """
@@ -55,7 +43,6 @@ class RemodelledMask:
     membrane: np.ndarray
     mito: np.ndarray
     min_jacobian: float = 1.0
-    left_out: tuple[int, ...] = ()
     dark: np.ndarray | None = None
 
 
@@ -81,21 +68,10 @@ def remodel(
     elastic_spacing_nm: float = 300.0,
     min_jacobian: float = 0.2,
     membrane_thickness_nm: float = 25.0,
-    membrane_spread: float = 0.0,
     candidate_fraction: float = 0.10,
     margin_nm: float = 10.0,
-    rearrange: bool = False,
-    neuron_spread_nm: float = 0.0,
-    grown_fraction: float = 0.0,
-    grown_radius_nm: float = 60.0,
-    section_jump_nm: float = 0.0,
-    section_drift_nm: float = 0.0,
 ) -> RemodelledMask:
     """Make a new mask: deform the neurons, take their membranes, and place mitochondria anew.
-
-    In full, and as far as the arguments ask for it: tissue is rearranged, then deformed; neurons shrink and swell;
-    neurites grow in empty space; membranes are taken, mitochondria placed; sections are misaligned. Each step has
-    random numbers of its own, which do not depend on what the others do.
 
     A volume of one section is deformed within its plane, and its mitochondria are one section high.
 
@@ -127,19 +103,6 @@ def remodel(
         share, or for so many, a warning says so.
     elastic_sigma_nm, elastic_spacing_nm, min_jacobian, membrane_thickness_nm, candidate_fraction, margin_nm : float
         See :func:`.elastic_deform`, :func:`.membrane_from_labels` and :func:`.place_mitochondria`.
-    membrane_spread : float
-        Share, in [0, 1), by which the membrane is thicker in some places and thinner in others; 0: the same everywhere.
-    rearrange : bool
-        Replace about half of the volume by tissue from another place in it (:func:`.join_crops`). Its labels get ids
-        that were not in use; ids of the source may be left out.
-    neuron_spread_nm : float
-        Standard deviation of how far boundaries of neurons move (:func:`.swell`); 0: not at all.
-    grown_fraction, grown_radius_nm : float
-        Share, in [0, 0.9], of the empty space that grown neurites fill, and their mean radius (:func:`.grow_neurites`).
-        They get ids that were not in use.
-    section_jump_nm, section_drift_nm : float
-        Standard deviations of jumps of sections and of their drift (:func:`.section_shifts`); 0: none. What a jump
-        tears off a thin neurite gets an id that was not in use.
 
     Raises
     ------
@@ -151,11 +114,7 @@ def remodel(
         require_library(library)
     compact, ids = compact_labels(label)
     size = voxel_size(voxel_nm)
-    positive("The membrane's thickness in nm", membrane_thickness_nm)
-    positive("The spread of the membrane's thickness", membrane_spread, below=_MOST_SPREAD, zero=True)
-    thickest = membrane_thickness_nm * (1 + membrane_spread)
-    positive("The membrane's thickness in nm, its spread included,", thickest, below=MOST_THICKNESS_NM)
-    check_misalignment(section_jump_nm, section_drift_nm)
+    positive("The membrane's thickness in nm", membrane_thickness_nm, below=MOST_THICKNESS_NM)
     check_asked(place_mitochondria, mito_fraction, mito_count)
     source = np.zeros(compact.shape, np.uint8) if mito is None else binary_mask(mito, compact.shape, "mitochondria")
     source[compact == 0] = 0
@@ -166,10 +125,6 @@ def remodel(
     if to_place and is_wanted(*to_place, mito_count, candidate_fraction, margin_nm):
         # A number that the share has no room for is refused before the volume is deformed.
         plan_of(to_place[0], to_place[1] * compact.size, size, mito_count)
-    left_out: tuple[int, ...] = ()
-    if rearrange:
-        joined = join_crops(compact, marks, size, rng_for(seed, "rearrange"))
-        compact, marks, left_out = joined.label, joined.marks, tuple(ids[joined.left_out].tolist())
     moved, field, minimum = compact, None, 1.0
     if elastic:
         moved, field, minimum = deform_compact(
@@ -181,21 +136,7 @@ def remodel(
             min_jacobian=min_jacobian,
         )
     del compact
-    if neuron_spread_nm:
-        moved = swell_compact(moved, size, rng_for(seed, "swell"), spread_nm=neuron_spread_nm)
-    if grown_fraction:
-        moved = grow_compact(
-            moved,
-            size,
-            rng_for(seed, "grow"),
-            fraction=grown_fraction,
-            radius_nm=grown_radius_nm,
-            clearance_nm=membrane_thickness_nm,
-        )
     membrane = membrane_from_labels(moved, size, membrane_thickness_nm)
-    if membrane_spread:
-        spread_rng = np.random.default_rng(int(rng.integers(2**63)))
-        membrane = _varied(membrane, moved, size, membrane_thickness_nm, membrane_spread, spread_rng)
     if field and (to_place is None or dark is not None):
         marks = field.warp(marks)
     if to_place is None:
@@ -214,14 +155,9 @@ def remodel(
             margin_nm=margin_nm,
         )
     moved_dark = None if dark is None else (marks == _DARK).astype(np.uint8)
-    if section_jump_nm or section_drift_nm:
-        shifts = section_shifts(
-            len(moved), size, rng_for(seed, "sections"), jump_nm=section_jump_nm, drift_nm=section_drift_nm
-        )
-        moved, membrane, new, moved_dark = misalign(moved, membrane, new, shifts, moved_dark)
     if moved_dark is not None:
         moved_dark[(moved == 0) | (membrane > 0) | (new > 0)] = 0
-    return RemodelledMask(_renamed(moved, with_new_ids(ids, moved)), membrane, new, minimum, left_out, moved_dark)
+    return RemodelledMask(_renamed(moved, ids), membrane, new, minimum, moved_dark)
 
 
 def _marks(mito: np.ndarray, dark: np.ndarray | None, compact: np.ndarray) -> np.ndarray:
@@ -238,20 +174,6 @@ def _renamed(compact: np.ndarray, ids: np.ndarray) -> np.ndarray:
     for section, renamed in zip(compact, label, strict=True):
         ids.take(section, out=renamed, mode="clip")
     return label
-
-
-def _varied(
-    membrane: np.ndarray, label: np.ndarray, size: ZYX, thickness_nm: float, spread: float, rng: np.random.Generator
-) -> np.ndarray:
-    """Membrane that is thicker by `spread` in about a third of the volume and thinner in another, in patches."""
-    thin, thick = (membrane_from_labels(label, size, thickness_nm * (1 + sign * spread)) for sign in (-1, 1))
-    noise = DisplacementField.random(label.shape, size, rng, sigma_nm=size.y, spacing_nm=_PATCH_NM)
-    varied = np.empty_like(membrane)
-    for z in range(len(label)):
-        # Each in-plane component is of unit variance in voxels, but vanishes at the faces that it crosses.
-        level = noise.section(z)[-2:].sum(axis=0) / np.sqrt(2)
-        varied[z] = np.where(level > 0.43, thick[z], np.where(level < -0.43, thin[z], membrane[z]))
-    return varied
 
 
 def _what_to_place(

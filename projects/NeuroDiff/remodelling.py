@@ -4,8 +4,6 @@
     python projects/NeuroDiff/remodelling.py fib.h5 --whole --seeds 1 --block-sections 40
     python projects/NeuroDiff/remodelling.py vnc.h5 --cost 20 1024 1024
     python projects/NeuroDiff/remodelling.py fib.h5 --picture sections.png
-    python projects/NeuroDiff/remodelling.py vnc.h5 fib.h5 phantom --whole --diversity --seeds 1
-    python projects/NeuroDiff/remodelling.py fib.h5 --diversity --picture diversity.png
 
 For every volume and seed: the numbers of the quality report, what the gate says, CPU seconds, and a hash of the bytes.
 Labels in several pieces are told apart first (``--whole``), so that each must stay connected. "phantom" is the embedded
@@ -14,13 +12,8 @@ same for any number. ``--cost`` instead remodels a volume of that shape, mirrore
 and prints CPU seconds and the memory that came on top of the source, in multiples of its labels. ``--picture`` draws
 ten sections of the first volume above ten of its mask of seed 0, in two bands.
 
-``--block-sections`` makes the masks in blocks of so many sections, without diversity; CPU seconds then hold measuring
-the shapes, writing and reading.
-
-``--diversity`` measures, for every seed, a mask without and with each key of more diversity, and with all of them. With
-``--picture`` it draws each alone: above, a section of the source, with other thickness of membranes, with neurons
-shrunken and swollen, rearranged; below, the source without its three largest neurons, with neurites grown there, a cut
-across the sections of the source, and the same cut misaligned.
+``--block-sections`` makes the masks in blocks of so many sections; CPU seconds then include measuring the shapes,
+writing and reading.
 """
 
 from __future__ import annotations
@@ -59,16 +52,6 @@ from connectomics_neurodiff.report.figures import paint_mask
 from connectomics_neurodiff.seeding import rng_for
 from connectomics_neurodiff.volume import grow_phantom, open_volume
 
-#: Arguments of :func:`remodel` by the name of a row.
-DIVERSITY: dict[str, dict[str, Any]] = {
-    "none": {},
-    "membrane_spread": {"membrane_spread": 0.5},
-    "neuron_spread": {"neuron_spread_nm": 12.0},
-    "rearrange": {"rearrange": True},
-    "grown": {"grown_fraction": 0.5},
-    "sections": {"section_jump_nm": 24.0, "section_drift_nm": 3.0},
-}
-DIVERSITY["all"] = {name: value for options in DIVERSITY.values() for name, value in options.items()}
 PHANTOM_SHAPE, PHANTOM_VOXEL_NM = (24, 384, 384), (29.0, 6.0, 6.0)
 
 
@@ -92,7 +75,7 @@ def in_blocks(
             return RemodelledMask(file["label"][:].astype(np.uint64), file["membrane"][:], file["mito"][:], minimum)
 
 
-def row(name: str, seed: int, whole: bool, sections: int, diversity: dict[str, Any]) -> dict[str, Any]:
+def row(name: str, seed: int, whole: bool, sections: int) -> dict[str, Any]:
     """Everything about one remodelled mask."""
     label, mito, voxel_nm = source(name, whole)
     library = None if sections else gather_libraries(label, mito, voxel_nm, [])
@@ -100,7 +83,7 @@ def row(name: str, seed: int, whole: bool, sections: int, diversity: dict[str, A
     if sections:
         mask = in_blocks(label, mito, voxel_nm, seed, sections)
     else:
-        mask = remodel(label, mito, voxel_nm, rng_for(seed), library=library, **diversity)
+        mask = remodel(label, mito, voxel_nm, rng_for(seed), library=library)
     seconds = time.process_time() - start
     report = quality_report(label, mito, mask, voxel_nm)
     digest = hashlib.sha256(b"".join(part.tobytes() for part in (mask.label, mask.membrane, mask.mito))).hexdigest()
@@ -112,19 +95,11 @@ def measure(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
     rows: dict[str, dict[str, Any]] = {}
     if options.json and options.json.exists():
         rows = json.loads(options.json.read_text())
-    names = {key: f" {key}" for key in DIVERSITY} if options.diversity else {"none": ""}
     blocks = f" in blocks of {options.block_sections}" if options.block_sections else ""
     asked = {
-        f"{Path(volume).stem} {seed}{name}{blocks}": (
-            volume,
-            seed,
-            options.whole,
-            options.block_sections,
-            DIVERSITY[key],
-        )
+        f"{Path(volume).stem} {seed}{blocks}": (volume, seed, options.whole, options.block_sections)
         for volume in options.volumes
         for seed in range(options.seeds)
-        for key, name in names.items()
     }
     with ProcessPoolExecutor(options.workers) as pool:
         jobs = {key: pool.submit(row, *job) for key, job in asked.items() if key not in rows}
@@ -174,30 +149,6 @@ def draw(name: str, path: Path) -> None:
     cv2.imwrite(str(path), np.rint(255 * np.concatenate(bands)).astype(np.uint8)[..., ::-1])
 
 
-def draw_diversity(name: str, path: Path) -> None:
-    """A section, or a cut across sections, of a volume and of its masks with one key of diversity each: two bands."""
-    label, mito, voxel_nm = source(name, whole=False)
-    emptied = np.where(np.isin(label, np.argsort(-np.bincount(label[label > 0]))[:3]), 0, label)
-
-    def made(base: np.ndarray, key: str) -> RemodelledMask:
-        alone = {"elastic": False, "place_mitochondria": False}
-        return remodel(base, mito, voxel_nm, rng_for(0), **alone, **DIVERSITY[key])
-
-    def picture(mask: RemodelledMask, axis: int = 0) -> np.ndarray:
-        middle = label.shape[axis] // 2
-        return paint_mask(*(volume.take(middle, axis) for volume in (mask.label, mask.membrane, mask.mito)))
-
-    above = [picture(made(label, key)) for key in ("none", "membrane_spread", "neuron_spread", "rearrange")]
-    below = [picture(made(emptied, key)) for key in ("none", "grown")]
-    below += [picture(made(label, key), axis=1) for key in ("none", "sections")]
-    bands = []
-    for band in (above, below):
-        height = max(part.shape[0] for part in band)
-        parts = [np.pad(p, ((0, height - len(p) + 6), (0, 6), (0, 0)), constant_values=1) for p in band]
-        bands.append(np.concatenate(parts, axis=1))
-    cv2.imwrite(str(path), np.rint(255 * np.concatenate(bands)).astype(np.uint8)[..., ::-1])
-
-
 def print_rows(rows: dict[str, dict[str, Any]]) -> None:
     """A line per row: mask / source for the paired numbers, then the others."""
     for key, values in rows.items():
@@ -216,12 +167,11 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--json", type=Path, metavar="FILE", help="rows; those that are there are not made again")
     parser.add_argument("--picture", type=Path, metavar="FILE.png", help="ten sections, real and remodelled")
-    parser.add_argument("--diversity", action="store_true", help="without and with each key of more diversity")
     parser.add_argument("--block-sections", type=int, default=0, metavar="N", help="make the masks in blocks")
     parser.add_argument("--cost", type=int, nargs=3, metavar=("Z", "Y", "X"), help="time and memory at that shape")
     options = parser.parse_args()
-    if options.block_sections and (options.diversity or options.picture or options.cost):
-        parser.error("--block-sections makes masks without diversity, pictures or costs; give it alone.")
+    if options.block_sections and (options.picture or options.cost):
+        parser.error("--block-sections makes masks without pictures or costs; give it alone.")
     if options.block_sections < 0:
         parser.error(f"--block-sections must be >= 0. Got {options.block_sections}.")
     return options
@@ -232,7 +182,7 @@ def main() -> None:
     options = parse()
     try:
         if options.picture:
-            (draw_diversity if options.diversity else draw)(options.volumes[0], options.picture)
+            draw(options.volumes[0], options.picture)
             return
         if not options.cost:
             print_rows(measure(options))
